@@ -1,0 +1,81 @@
+"""Classify CIFAR-10: `KERAS_BACKEND=torch python -m apps.cifar10`.
+
+The default, airbench_small, is a first run for two CPU cores. `--model resnet20` is the recipe of He et al. 2015.
+"""
+
+import sys
+
+from kvision.run import Config, classify, command
+
+DATASETS = ("cifar10", "shapes10")
+
+# He et al. 2015, section 4.2: weight decay 1e-4 is a penalty of half that on the squares.
+RESNET = {
+    "epochs": 164,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "schedule": "steps",
+    "l2": 5e-5,
+    "flip": True,
+    "shift": 4,
+}
+VGG = {"epochs": 60, "learning_rate": 0.05, "warmup": 0.1, "l2": 2.5e-4, "flip": True, "shift": 4, "hidden": 512}
+
+RECIPES = {
+    config.model: config
+    for config in (
+        Config(
+            model="airbench_small",
+            epochs=10,
+            batch_size=250,
+            learning_rate=0.29,
+            momentum=0.85,
+            weight_decay=0.0222,
+            schedule="linear",
+            warmup=0.23,
+            label_smoothing=0.2,
+            flip=True,
+            shift=2,
+            border="reflect",
+            bias_factor=64.0,
+            whiten=True,
+        ),
+        Config(
+            model="airbench94",
+            epochs=10,
+            batch_size=1000,
+            learning_rate=1.15,
+            momentum=0.85,
+            weight_decay=0.0111,
+            schedule="linear",
+            warmup=0.23,
+            label_smoothing=0.2,
+            flip=True,
+            shift=2,
+            border="reflect",
+            bias_factor=64.0,
+            whiten=True,
+        ),
+        Config(model="softmax", epochs=10, batch_size=128, learning_rate=0.01, flip=True),
+        Config(model="mlp", epochs=30, batch_size=128, learning_rate=0.02, flip=True, shift=2),
+        Config(model="cifar_cnn", epochs=30, batch_size=128, learning_rate=0.02, warmup=0.05, flip=True, shift=2),
+        *(Config(model=f"resnet{depth}", **RESNET) for depth in (20, 32, 44, 56)),
+        # "we use 0.01 to warm up the training" of the deepest one.
+        Config(model="resnet110", **RESNET | {"warmup": 0.01, "schedule": "cosine"}),
+        *(
+            Config(model=name, epochs=60, learning_rate=0.1, l2=2.5e-4, flip=True, shift=4, border="reflect")
+            for name in ("wide_resnet", "wide_resnet_16_4")
+        ),
+        *(Config(model=f"vgg{depth}", **VGG) for depth in (11, 13, 16, 19)),
+        *(Config(model=f"vgg{depth}_bn", **VGG) for depth in (11, 13, 16, 19)),
+    )
+}
+
+
+def main(config: Config = RECIPES["airbench_small"]) -> dict:
+    """Train as configured; the content of metrics.json, and the run's folder."""
+    return classify(config, DATASETS)
+
+
+if __name__ == "__main__":
+    sys.exit(command("cifar10", DATASETS, RECIPES, __doc__))

@@ -1,0 +1,34 @@
+"""Classify handwritten digits: `KERAS_BACKEND=torch python -m apps.mnist`; `--data FOLDER` takes Fashion-MNIST too."""
+
+import sys
+
+from kvision.run import Config, classify, command
+
+DATASETS = ("mnist", "digits", "drawn_digits")
+
+RECIPES = {
+    config.model: config
+    for config in (
+        Config(
+            app="mnist",
+            model="mnist_cnn",
+            epochs=6,
+            batch_size=128,
+            learning_rate=0.02,
+            warmup=0.1,
+            shift=2,
+            label_smoothing=0.05,
+        ),
+        Config(app="mnist", model="softmax", epochs=15, batch_size=128, learning_rate=0.02, l2=1e-5),
+        Config(app="mnist", model="mlp", epochs=12, batch_size=128, learning_rate=0.05, warmup=0.1, shift=1),
+    )
+}
+
+
+def main(config: Config = RECIPES["mnist_cnn"]) -> dict:
+    """Train as configured; the content of metrics.json, and the run's folder."""
+    return classify(config, DATASETS)
+
+
+if __name__ == "__main__":
+    sys.exit(command("mnist", DATASETS, RECIPES, __doc__))

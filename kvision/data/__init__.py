@@ -1,0 +1,22 @@
+"""Data sets as arrays: found, downloaded, checked, or drawn. Nothing here knows a model or a backend."""
+
+from kvision.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
+from kvision.data.dataset import DataError, Dataset, DataUnavailable
+from kvision.data.find import NAMES, keras_cache, load
+from kvision.data.folder import read_image_folder
+from kvision.data.mnist import FASHION_CLASSES
+from kvision.data.npz import read_npz
+
+__all__ = [
+    "CIFAR10_CLASSES",
+    "CIFAR100_CLASSES",
+    "FASHION_CLASSES",
+    "NAMES",
+    "DataError",
+    "DataUnavailable",
+    "Dataset",
+    "keras_cache",
+    "load",
+    "read_image_folder",
+    "read_npz",
+]

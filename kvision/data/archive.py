@@ -1,0 +1,124 @@
+"""Tar archives from strangers: read or unpacked within bounds, plain files only."""
+
+import filecmp
+import gzip
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from kvision.data.dataset import DataError
+
+# CIFAR's archives unpack to 178 MB, in 8 members.
+MAX_UNPACKED = 600 << 20
+MAX_MEMBERS = 1000
+
+
+class _Bounded:
+    """A file that ends in an error, rather than in a full memory or disk, after MAX_UNPACKED bytes."""
+
+    def __init__(self, file, where: Path):
+        self.file, self.where, self.left = file, where, MAX_UNPACKED
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"{self.where} unpacks to more than {MAX_UNPACKED >> 20} MB, which no CIFAR archive does")
+        return content
+
+
+def _members(path: Path, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The members of a tar, gzipped or not, in one pass, with the contents of those wanted; DataError if
+    broken."""
+    try:
+        with open(path, "rb") as raw:
+            gzipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            content = gzip.GzipFile(fileobj=raw) if gzipped else raw
+            # A stream ("r|"): tarfile then asks for small blocks only, and the bound sees each of them.
+            with tarfile.open(fileobj=_Bounded(content, path), mode="r|") as archive:
+                for count, member in enumerate(archive, 1):
+                    if count > MAX_MEMBERS:
+                        raise DataError(f"{path} holds more than {MAX_MEMBERS} members, which no CIFAR archive does")
+                    yield (
+                        member,
+                        archive.extractfile(member).read() if member.isreg() and wanted(member) else b"",
+                    )
+    except DataError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} is not a whole tar archive ({reason}); fetch it again") from None
+
+
+def read_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, dict[str, bytes]]:
+    """The plain files whose base name is wanted: their contents by folder name, then by base name.
+
+    Nothing is written. Links, devices and members of other names are passed over, so their paths do not
+    matter.
+
+    Raises:
+        DataError: not a tar, cut short, or beyond the bounds on size and count.
+    """
+    found: dict[str, dict[str, bytes]] = {}
+    for member, content in _members(path, lambda member: wanted(PurePosixPath(member.name).name)):
+        place = PurePosixPath(member.name)
+        if member.isreg() and wanted(place.name):
+            found.setdefault(place.parent.name, {})[place.name] = content
+    return found
+
+
+def unpack_tar(path: Path, target: Path) -> None:
+    """Unpack the one folder that the archive holds, which must be named as `target`, to `target`: whole or
+    not at all.
+
+    An archive with an absolute path, a "..", a link, a device, or a member outside that folder is refused as
+    a whole. A folder that was at `target` before is replaced.
+
+    Raises:
+        DataError: such an archive, one cut short or beyond the bounds; nothing is left behind.
+    """
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"cannot unpack {path} to {target}: {error.strerror}") from None
+    try:
+        for member, content in _members(path, lambda member: True):
+            place = work / _checked(member, target.name, path)
+            if member.isdir():
+                place.mkdir(parents=True, exist_ok=True)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content)
+        if not (work / target.name).is_dir():
+            raise DataError(f"{path} holds no folder {target.name!r}")
+        if target.exists() and not _same(work / target.name, target):
+            # rename cannot replace a folder that holds files, but it can move it away.
+            os.rename(target, work / "replaced")
+        if not target.exists():
+            os.rename(work / target.name, target)
+    except OSError as error:
+        raise DataError(f"cannot unpack {path} to {target}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    names = {path.name for path in one.iterdir()}
+    if not other.is_dir() or names - {path.name for path in other.iterdir()}:
+        return False
+    return not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
+
+
+def _checked(member: tarfile.TarInfo, folder: str, path: Path) -> PurePosixPath:
+    place = PurePosixPath(member.name)
+    if not (member.isreg() or member.isdir()):
+        raise DataError(f"{path} is refused: its member {member.name!r} is a link or a device, not a plain file")
+    escapes = place.is_absolute() or ".." in place.parts or "\\" in member.name or ":" in member.name
+    if escapes or place.parts[:1] != (folder,):
+        raise DataError(f"{path} is refused: its member {member.name!r} lies outside the folder {folder!r}")
+    return place

@@ -1,0 +1,103 @@
+"""Batches of a training set: order, flips and shifts drawn by seed and epoch, the same for every backend."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvision.data.preprocessing import Preprocessing
+from kvision.random import stream
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is changed in an image each time it is shown.
+
+    Args:
+        flip: mirror half of the images left to right, the other half in the next epoch, and so on: in two epochs every
+            image is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+        shift: move by up to so many pixels in each direction.
+        border: what moves in: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
+        cutout: blank a square of so many pixels a side at a random place (DeVries and Taylor 2017,
+            https://arxiv.org/abs/1708.04552), cut off at the border; 0 blanks none.
+    """
+
+    flip: bool = False
+    shift: int = 0
+    border: str = "zero"
+    cutout: int = 0
+
+
+class Batches:
+    """The training images of one run, batch by batch.
+
+    An epoch is a function of seed and epoch number alone, so a run that was stopped goes on with the images it would
+    have seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
+
+    Args:
+        images: uint8 (n, height, width, channels).
+        labels: integers (n,).
+        batch_size: images a step; all of them where there are fewer.
+
+    Raises:
+        ValueError: no images, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None = None,
+    ):
+        if len(images) == 0 or batch_size < 1:
+            raise ValueError(f"training wants images and a positive batch size, got {len(images)} and {batch_size}")
+        self.labels = np.asarray(labels, np.int32)
+        self.batch_size = min(batch_size, len(images))
+        self.seed = seed
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation or Augmentation()
+        self.height, self.width = images.shape[1:3]
+        shift = self.augmentation.shift
+        mode = {"zero": "constant", "reflect": "reflect"}[self.augmentation.border]
+        self.padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode) if shift else images
+        self.flipped = stream(seed, "flip").random(len(images)) < 0.5
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.labels) // self.batch_size
+
+    def images(self, indices: np.ndarray, epoch: int, generator: np.random.Generator) -> np.ndarray:
+        """The uint8 images at `indices` as the epoch shows them; `generator` moves and blanks them."""
+        augmentation, n = self.augmentation, len(indices)
+        if augmentation.shift:
+            top, left = generator.integers(0, 2 * augmentation.shift + 1, (2, n))
+            window = (self.height, self.width)
+            windows = np.lib.stride_tricks.sliding_window_view(self.padded, window, axis=(1, 2))
+            images = windows[indices, top, left].transpose(0, 2, 3, 1)
+        else:
+            images = self.padded[indices]
+        if augmentation.flip:
+            flipped = self.flipped[indices] ^ bool(epoch % 2)
+            images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        if augmentation.cutout:
+            centre = generator.integers(0, (self.height, self.width), (n, 2))
+            corner = centre - augmentation.cutout // 2
+            rows, columns = np.arange(self.height)[None], np.arange(self.width)[None]
+            inside = [
+                (axis >= corner[:, i : i + 1]) & (axis < corner[:, i : i + 1] + augmentation.cutout)
+                for i, axis in enumerate((rows, columns))
+            ]
+            images = np.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], np.uint8(0), images)
+        return images
+
+    def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of preprocessed float32 images and int32 labels of one epoch; epochs count from 0."""
+        order = stream(self.seed, "order", epoch).permutation(len(self.labels))
+        for step in range(self.steps):
+            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
+            images = self.images(indices, epoch, stream(self.seed, "augment", epoch, step))
+            yield self.preprocessing(images), self.labels[indices]

@@ -1,0 +1,179 @@
+"""What a data set is: images, labels and class names in memory, checked once, where they enter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+# The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
+RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")
+
+# No data set here is larger than this in memory; a file that claims more is broken or hostile.
+MAX_BYTES = 4 << 30
+MAX_CLASSES = 100_000
+
+
+class DataError(ValueError):
+    """A data set that cannot be read: the message is one line, and says what was expected and what came."""
+
+
+class DataUnavailable(DataError):  # noqa: N818  (it is raised to be caught, and reads as what it says)
+    """A data set that was neither found nor could be downloaded, where no path was given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels, split into training and test.
+
+    Args:
+        name: "cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits", or the
+            stem of the folder or file it was read from.
+        x_train, x_test: uint8, (n, height, width, channels), values 0..255, one grey channel or three in RGB
+            order.
+        y_train, y_test: int32, (n,), indices into `classes`.
+        classes: the classes' names.
+        source: the path that was read, or such as "drawn from seed 0".
+
+    Raises:
+        DataError: a wrong type or shape, a label outside `classes`, unequal lengths, an empty split.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: tuple[str, ...]
+    source: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))
+        for split, images, labels in (
+            ("training", self.x_train, self.y_train),
+            ("test", self.x_test, self.y_test),
+        ):
+            where = f"{self.name} ({self.source}): {split}"
+            if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+                raise DataError(f"{where} images must be a uint8 array, got {_kind(images)}")
+            if images.ndim != 4 or images.shape[3] not in (1, 3):
+                raise DataError(f"{where} images must be (n, height, width, 1 or 3), got shape {images.shape}")
+            if not isinstance(labels, np.ndarray) or labels.dtype != np.int32 or labels.ndim != 1:
+                raise DataError(f"{where} labels must be a vector of int32, got {_kind(labels)}")
+            if len(images) != len(labels):
+                raise DataError(f"{where} split has {len(images)} images but {len(labels)} labels")
+            if not images.size:
+                raise DataError(f"{where} split is empty, shape {images.shape}")
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                came = f"{labels.min()} to {labels.max()}"
+                raise DataError(f"{where} labels must be 0 to {len(self.classes) - 1}, got {came}")
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise DataError(
+                f"{self.name} ({self.source}): training images of shape {self.x_train.shape[1:]}, "
+                f"test images of another, {self.x_test.shape[1:]}"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
+        return self.x_train.shape[1:]
+
+    def select(self, classes: Sequence[str]) -> "Dataset":
+        """The images of these classes alone, in both splits, labels renumbered in the order given.
+
+        The name tells the part from the whole: 4 classes of "cifar10" make "cifar10-4of10".
+
+        Raises:
+            DataError: an unknown or repeated class, or none; a class without an image.
+        """
+        classes = tuple(classes)
+        unknown = [name for name in classes if name not in self.classes]
+        if unknown or not classes or len(set(classes)) != len(classes):
+            raise DataError(f"select wants distinct classes among {', '.join(self.classes)}; got {list(classes)}")
+        numbers = np.full(len(self.classes), -1, np.int32)
+        numbers[[self.classes.index(name) for name in classes]] = np.arange(len(classes))
+        train, test = numbers[self.y_train] >= 0, numbers[self.y_test] >= 0
+        for name in classes:
+            index = self.classes.index(name)
+            if not (self.y_train == index).any() or not (self.y_test == index).any():
+                raise DataError(f"{self.name} ({self.source}) lacks a training or a test image of class {name!r}")
+        return Dataset(
+            name=f"{self.name}-{len(classes)}of{len(self.classes)}",
+            x_train=self.x_train[train],
+            y_train=numbers[self.y_train[train]],
+            x_test=self.x_test[test],
+            y_test=numbers[self.y_test[test]],
+            classes=classes,
+            source=f"{self.source} (classes {', '.join(classes)})",
+        )
+
+    def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> "Dataset":
+        """A random part with `train` and `test` images, as even over the classes as they allow; None keeps
+        all.
+
+        The images keep their order. More than there are means all. The name stays; `source` states the part.
+
+        Raises:
+            DataError: a count below 1.
+        """
+        for count in (train, test):
+            if count is not None and count < 1:
+                raise DataError(f"a subset wants at least 1 image, got {count}")
+        rng = np.random.default_rng(seed)
+        train_part = _balanced(self.y_train, train, rng)
+        test_part = _balanced(self.y_test, test, rng)
+        if len(train_part) == len(self.y_train) and len(test_part) == len(self.y_test):
+            return self
+        note = (
+            f"{len(train_part)} of {len(self.y_train)} training and {len(test_part)} of {len(self.y_test)} test images"
+        )
+        return replace(
+            self,
+            x_train=self.x_train[train_part],
+            y_train=self.y_train[train_part],
+            x_test=self.x_test[test_part],
+            y_test=self.y_test[test_part],
+            source=f"{self.source} ({note})",
+        )
+
+    def per_class(self, n: int, seed: int = 0) -> "Dataset":
+        """`n` random training images of each class, in their order; the test images stay.
+
+        Raises:
+            DataError: n below 1, or a class with fewer training images.
+        """
+        counts = np.bincount(self.y_train, minlength=len(self.classes))
+        if n < 1 or counts.min() < n:
+            scarcest = self.classes[int(counts.argmin())]
+            raise DataError(
+                f"{self.name} has {counts.min()} training images of class {scarcest!r}; "
+                f"expected 1 to {counts.min()} per class, got {n}"
+            )
+        return self.subset(train=n * len(self.classes), seed=seed)
+
+
+def _balanced(labels: np.ndarray, count: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of `count` random labels, spread evenly over the classes."""
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    order = rng.permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    # The rank of each image among those of its class: the lowest ranks come first, one from every class in
+    # turn, and a class that runs out leaves its share to the others.
+    starts = np.cumsum(np.bincount(labels)) - np.bincount(labels)
+    rank = np.arange(len(labels)) - starts[labels[by_class]]
+    tie = rng.permutation(len(labels))
+    return np.sort(by_class[np.lexsort((tie, rank))[:count]])
+
+
+def own_name(stem: str, kind: str) -> str:
+    """The name of a data set read from a general format: its stem, never one that a published data set
+    owns."""
+    plain = "".join(filter(str.isalnum, stem.lower()))
+    taken = plain in {name.replace("_", "") for name in RESERVED}
+    return f"{stem}_{kind}" if taken or not plain else stem
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return type(value).__name__

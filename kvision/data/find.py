@@ -1,0 +1,183 @@
+"""Where a data set may lie, and in which layout: a path that was given, the Keras cache, ./data, its
+publisher."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvision.data import cifar, mnist
+from kvision.data.dataset import DataError, Dataset, DataUnavailable
+from kvision.data.digits import load_digits
+from kvision.data.download import REMOTES
+from kvision.data.download import download as fetch
+from kvision.data.drawn import load_drawn_digits, load_shapes10
+from kvision.data.folder import is_image_folder, read_image_folder
+from kvision.data.npz import read_npz
+
+PUBLISHED = ("cifar10", "cifar100", "mnist", "fashion_mnist")
+MADE: dict[str, Callable[[int], Dataset]] = {
+    "shapes10": load_shapes10,
+    "digits": lambda seed: load_digits(),
+    "drawn_digits": load_drawn_digits,
+}
+NAMES = (*PUBLISHED, *MADE)
+_GREY = ("mnist", "fashion_mnist", "digits", "drawn_digits")
+
+
+def load(
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    download: bool = True,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """A data set by its name, or whatever data set lies at `path`.
+
+    Args:
+        name: one of `NAMES`.
+        path: where it lies; nothing else is tried then. It may be a folder that is or holds (up to one level
+            down) a published layout, one of CIFAR's archives, an .npz with x_train, y_train, x_test, y_test,
+            or a folder of images by class. The last two work for every `name`; the result is then named after
+            the file or folder. Default: the Keras cache ($KERAS_HOME or ~/.keras, in `datasets`), then
+            ./data, then the network.
+        download: whether the network may be used.
+        seed: of data sets that are drawn, and of the split of a folder of images that has none.
+        size: (height, width) that a folder of images is resized to; default: the size of its first image.
+        log: is told, in one line each, what is downloaded and what is passed over because it is broken.
+
+    Raises:
+        DataUnavailable: without a path, where it was neither found nor downloadable.
+        DataError: an unknown name; a path that does not exist, holds nothing known or something broken; a
+            download that is not the published file.
+    """
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}; expected one of {', '.join(NAMES)}")
+    if path is not None:
+        if not str(path).strip():
+            raise DataError("the path of the data is empty; expected a file or a folder")
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise DataError(f"{path} does not exist; expected a file or a folder with {name} or images by class")
+        try:
+            return _read_file(path) if path.is_file() else _read_any_folder(path, name, size, seed)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if name in MADE:
+        return MADE[name](seed)
+
+    cache = keras_cache()
+    for root in (cache, Path("data")):
+        for place in _places(root, name):
+            try:
+                dataset = _read_place(place, name)
+            except DataError as error:
+                log(f"passing over {place}: {error}")
+                continue
+            if dataset.name == name:
+                return dataset
+            log(f"passing over {place}: it is not the whole {name}")
+    files = ", ".join(remote.file for remote in REMOTES[name])
+    remedy = f"give a path to it, or put {files} into {cache}"
+    if not download:
+        raise DataUnavailable(f"{name} is neither in {cache} nor in {Path('data').resolve()}; {remedy}")
+    try:
+        place = fetch(name, cache, log)
+    except DataUnavailable as error:
+        raise DataUnavailable(f"{name} is neither here nor to be had: {error}; {remedy}") from None
+    return _read_place(place, name)
+
+
+def keras_cache() -> Path:
+    """The folder that Keras keeps its data sets in, by the rules of Keras, without importing it."""
+    home = os.environ.get("KERAS_HOME")
+    if home:
+        return Path(home).expanduser() / "datasets"
+    user = Path("~").expanduser()
+    return (user if os.access(user, os.W_OK) else Path(tempfile.gettempdir())) / ".keras" / "datasets"
+
+
+def _read_file(path: Path) -> Dataset:
+    """Whatever data set the file is, told by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.startswith(b"PK") or path.suffix == ".npz":
+        return mnist.read_mnist_npz(path)
+    if path.name.startswith(mnist.FILES):
+        raise DataError(f"{path} is one of MNIST's four files; give the folder that holds all four")
+    if head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar":
+        return cifar.read_archive(path)
+    raise DataError(
+        f"{path} is no data set: expected an .npz with x_train, y_train, x_test, y_test, one of CIFAR's "
+        ".tar.gz archives, or a folder"
+    )
+
+
+def _read_any_folder(folder: Path, name: str, size: tuple[int, int] | None, seed: int) -> Dataset:
+    # The folder is a data set: then it is that one, whatever name was asked for.
+    if cifar.layout_of(folder):
+        return cifar.read_folder(folder)
+    if mnist.is_idx_folder(folder):
+        return mnist.read_idx_folder(folder, name)
+    if mnist.is_idx_folder(folder / "raw"):
+        return mnist.read_idx_folder(folder / "raw", name)
+    # Or it holds the one that was asked for.
+    for place in _places(folder, name):
+        return _read_place(place, name)
+    # Or it is, or holds, a data set of one's own.
+    arrays = [path for path in sorted(folder.glob("*.npz")) if path.name != "mnist.npz"]
+    if len(arrays) == 1:
+        return read_npz(arrays[0])
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    if len(inner) == 1 and not is_image_folder(folder) and is_image_folder(inner[0]):
+        folder = inner[0]
+    if is_image_folder(folder):
+        return read_image_folder(folder, size=size, grey=name in _GREY, seed=seed)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    raise DataError(
+        f"{folder} holds no {name}, no .npz and no images by class, but {found}; expected "
+        f"{' or '.join(_expected(name))}, one .npz, or <class>/ folders with images"
+    )
+
+
+def _expected(name: str) -> list[str]:
+    layouts = [f"{layout.folder}/" for layout in cifar.LAYOUTS if layout.name == name]
+    if name == "mnist":
+        layouts.append("mnist.npz")
+    if name in mnist.CLASSES:
+        layouts.append(f"{mnist.FILES[0]}.gz with its three sisters")
+    return layouts or ["a published data set"]
+
+
+def _places(root: Path, name: str) -> Iterator[Path]:
+    """Files and folders in `root`, up to one level down, that look like the published data set `name`, whole
+    or broken.
+
+    One level more where Keras (cifar-10-batches-py-target) and torchvision (MNIST/raw) have one.
+    """
+    try:
+        children = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return
+    folders = [root, *children]
+    for child in children:
+        folders += [child / "raw", *(child / layout.folder for layout in cifar.LAYOUTS)]
+    for folder in folders:
+        layout = cifar.layout_of(folder)
+        if layout and layout.name == name:
+            yield folder
+        if name in mnist.CLASSES and mnist.is_idx_folder(folder) and mnist.idx_name(folder, name) == name:
+            yield folder
+    files = cifar.ARCHIVES.get(name, ()) + (("mnist.npz",) if name == "mnist" else ())
+    for folder in (root, *children):
+        for file in files:
+            if (folder / file).is_file():
+                yield folder / file
+
+
+def _read_place(place: Path, name: str) -> Dataset:
+    if place.is_file():
+        return _read_file(place)
+    return cifar.read_folder(place) if cifar.layout_of(place) else mnist.read_idx_folder(place, name)

@@ -1,0 +1,137 @@
+"""MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747).
+
+Both are published as the same four IDX files, so only the folder's name, or else the name that was asked for,
+tells them apart. Keras ships MNIST as one mnist.npz. The IDX format: a magic number 0x0000 08 0d (unsigned
+bytes, d dimensions), d big-endian 32-bit lengths, the bytes.
+"""
+
+import gzip
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from kvision.data.dataset import MAX_BYTES, DataError, Dataset, own_name
+from kvision.data.npz import read_npz
+
+DIGITS = tuple("0123456789")
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+CLASSES = {"mnist": DIGITS, "fashion_mnist": FASHION_CLASSES}
+
+# Training and test images; files with other counts are not the published data set.
+COUNTS = {"mnist": (60_000, 10_000), "fashion_mnist": (60_000, 10_000)}
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Whether any of the four files lies there, gzipped or not, whole or broken."""
+    return any(_file(folder, name) for name in FILES)
+
+
+def idx_name(folder: Path, asked: str) -> str:
+    """Which data set a folder of IDX files is, by its name (of its parent for torchvision's "raw"), or else
+    as asked.
+
+    "KMNIST" and other relatives share the files' names; a folder called so is never taken for MNIST.
+    """
+    folder = folder.resolve()
+    named = folder.parent if folder.name == "raw" else folder
+    plain = "".join(filter(str.isalnum, named.name.lower()))
+    if plain in ("mnist", "fashionmnist"):
+        return "fashion_mnist" if plain == "fashionmnist" else "mnist"
+    if "mnist" in plain or asked not in CLASSES:
+        return own_name(named.name, "idx")
+    return asked
+
+
+def read_idx_folder(folder: Path, asked: str) -> Dataset:
+    """The data set of a folder that holds the four IDX files, gzipped or not.
+
+    Raises:
+        DataError: a missing or broken file, or a folder named for MNIST or Fashion-MNIST without their
+            counts.
+    """
+    missing = [name for name in FILES if not _file(folder, name)]
+    if missing:
+        raise DataError(f"{folder} lacks {', '.join(missing)} (or the same with .gz); all four IDX files are needed")
+    x_train, y_train, x_test, y_test = (_read_idx(_file(folder, name)) for name in FILES)
+    name = idx_name(folder, asked)
+    if name in CLASSES:
+        expected = [(count, 28, 28) for count in COUNTS[name]]
+        if [x_train.shape, x_test.shape] != expected:
+            raise DataError(
+                f"{folder} is not {name}: expected {expected[0]} training and {expected[1]} test images, "
+                f"got {x_train.shape} and {x_test.shape}"
+            )
+    classes = CLASSES.get(name, tuple(map(str, range(1 + int(max(y_train.max(initial=0), y_test.max(initial=0)))))))
+    return Dataset(
+        name,
+        x_train[..., None],
+        y_train.astype(np.int32),
+        x_test[..., None],
+        y_test.astype(np.int32),
+        classes=classes,
+        source=str(folder),
+    )
+
+
+def read_mnist_npz(path: Path) -> Dataset:
+    """An .npz, which is MNIST where it is called mnist.npz and holds MNIST's counts of 28x28 images."""
+    dataset = read_npz(path)
+    shapes = [dataset.x_train.shape, dataset.x_test.shape]
+    whole = shapes == [(count, 28, 28, 1) for count in COUNTS["mnist"]] and len(dataset.classes) == 10
+    return replace(dataset, name="mnist") if whole and path.name == "mnist.npz" else dataset
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The uint8 array of one IDX file; `path` says by its name whether it holds images or labels."""
+    dimensions = 3 if "idx3" in path.name else 1
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            expected = bytes([0, 0, 8, dimensions])
+            if header[:4] != expected or len(header) < 4 + 4 * dimensions:
+                raise DataError(f"{path} is no IDX file: it begins with {header[:4].hex()}, not {expected.hex()}")
+            shape = tuple(np.frombuffer(header, ">u4")[1:].tolist())
+            size = math.prod(shape)
+            if size > MAX_BYTES:
+                raise DataError(f"{path}: shape {shape} takes more than the {MAX_BYTES} bytes that are allowed")
+            content = bytearray()
+            # Block by block, so that neither a false header nor a gzip bomb allocates more than is really
+            # there.
+            while len(content) <= size and (block := file.read(min(1 << 20, size + 1 - len(content)))):
+                content += block
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if len(content) != size:
+        more = "more" if len(content) > size else len(content)
+        raise DataError(f"{path}: shape {shape} takes {size} bytes, but the file holds {more}")
+    return np.frombuffer(content, np.uint8).reshape(shape)

@@ -1,0 +1,83 @@
+"""What is done to an image between its file and its network.
+
+Preprocessing belongs to the weights, not to the model: the same VGG wants ImageNet's mean when torchvision trained it
+and Caffe's BGR when Caffe did. So it is data: it travels in the manifest of a weights file and comes back from there.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+CHANNEL_ORDERS = ("rgb", "bgr", "grey")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The map from stored images to network input: `(images * scale - mean) / std`, channel by channel.
+
+    Args:
+        mean, std: one number a channel, in the unit of the scaled images, in the order of `channel_order`.
+        scale: factor on the stored 0..255 values; the default 1/255 brings them to 0..1.
+        channel_order: "rgb", "bgr" (the channels are reversed first, as Caffe's networks want) or "grey".
+        size: (height, width) in pixels that the network was trained at; None where any size will do.
+        crop: fraction of the shorter side that the centre crop keeps, from 0 (exclusive) to 1.
+        interpolation: how an image of another size is resized to `size`.
+
+    Raises:
+        ValueError: a value that is none of the above; the message names it.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 1 / 255
+    channel_order: str = "rgb"
+    size: tuple[int, int] | None = None
+    crop: float = 1.0
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(int(value) for value in self.size))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"preprocessing wants as many means as deviations, got {self.mean} and {self.std}")
+        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
+            raise ValueError(
+                f"preprocessing wants finite means and positive deviations, got {self.mean} and {self.std}"
+            )
+        if not (np.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"preprocessing scale must be a positive number, got {self.scale}")
+        if self.channel_order not in CHANNEL_ORDERS:
+            raise ValueError(f"channel order must be one of {CHANNEL_ORDERS}, got {self.channel_order!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop}")
+
+    def __call__(self, images: np.ndarray, dtype: str = "float32") -> np.ndarray:
+        """Network input, (n, height, width, channels) in `dtype`, of uint8 images of the same shape."""
+        if images.ndim != 4 or len(self.mean) not in (1, images.shape[-1]):
+            raise ValueError(f"expected images of shape (n, height, width, {len(self.mean)}), got shape {images.shape}")
+        if self.channel_order == "bgr":
+            images = images[..., ::-1]
+        # One multiplication and one addition a value, with the constants rounded once.
+        factor = np.asarray(self.scale / np.asarray(self.std), dtype)
+        offset = np.asarray(np.asarray(self.mean) / np.asarray(self.std), dtype)
+        return images.astype(dtype) * factor - offset
+
+    def to_json(self) -> dict:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Preprocessing":
+        """Preprocessing of a manifest's dictionary; ValueError names an unknown or malformed entry."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            raise ValueError(f"preprocessing knows {sorted(known)}, got {values!r}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"malformed preprocessing {values!r}: {error}") from None

@@ -1,0 +1,64 @@
+"""PyTorch: the step runs eagerly; the variables hold the state.
+
+A functional model's graph is walked here instead of calling the model, so that batch norm can be PyTorch's own: Keras
+composes it of a dozen operations, each a pass over the activations.
+"""
+
+import keras
+import torch
+from keras import ops
+
+
+class Engine:
+    def __init__(self, model, optimizer=None, loss=None):
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+
+    def _call(self, images, training):
+        images = ops.convert_to_tensor(images)
+        if not hasattr(self.model, "_run_through_graph"):
+            return self.model(images, training=training)
+        return self.model._run_through_graph(images, operation_fn=lambda layer: _operation(layer, training))
+
+    def train_step(self, images, labels):
+        logits, labels = self._call(images, training=True), ops.convert_to_tensor(labels)
+        loss = self.loss(labels, logits) + sum(self.model.losses)
+        variables = self.model.trainable_variables
+        gradients = torch.autograd.grad(loss, [variable.value for variable in variables])
+        with torch.no_grad():
+            self.optimizer.apply(gradients, variables)
+            correct = (logits.argmax(dim=-1) == labels).sum()
+        return loss.detach(), correct
+
+    def predict(self, images):
+        with torch.inference_mode():
+            return ops.convert_to_numpy(self._call(images, training=False))
+
+    def push(self):
+        pass
+
+
+def _operation(layer, training):
+    if type(layer) is keras.layers.BatchNormalization and not layer.renorm:
+        return lambda x, mask=None: _batch_norm(layer, x, mask, training)
+    if getattr(layer, "_call_has_training_arg", False):
+        return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
+    return layer
+
+
+def _batch_norm(layer, x, mask, training):
+    """What `layer(x, training=training)` computes, and the same new running statistics."""
+    if mask is not None or x.ndim != 4 or x.dtype != torch.float32 or layer.axis not in (-1, 3):
+        return layer(x, training=training, mask=mask)
+    x = x.permute(0, 3, 1, 2)
+    gamma = layer.gamma.value if layer.scale else None
+    beta = layer.beta.value if layer.center else None
+    running = layer.moving_mean.value, layer.moving_variance.value
+    if not (training and layer.trainable):
+        y = torch.nn.functional.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
+        return y.permute(0, 2, 3, 1)
+    y, mean, deviation = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, layer.epsilon)
+    with torch.no_grad():
+        # `deviation` is 1 / sqrt(variance + epsilon) of the biased variance, which is what Keras keeps.
+        for old, new in zip(running, (mean, deviation**-2 - layer.epsilon), strict=True):
+            old.lerp_(new, 1 - layer.momentum)
+    return y.permute(0, 2, 3, 1)

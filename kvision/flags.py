@@ -1,0 +1,101 @@
+"""A dataclass is the configuration language: every field is a flag, every bad value one clear line."""
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+
+class UsageError(ValueError):
+    """A flag's value, or a combination of flags, that cannot work; the message says what was expected."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _kind(annotation) -> type:
+    """The type behind `int | None` and its like."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        (annotation,) = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return annotation
+
+
+def _number(kind: type) -> Callable[[str], object]:
+    def read(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return read
+
+
+def parse(config: type, argv: Sequence[str] | None, *, prog: str, description: str, defaults=None) -> dict[str, object]:
+    """The fields of the dataclass `config` that the command line sets, by name.
+
+    Fields with metadata {"help": ...} are flags; a bool is `--name/--no-name`; metadata "choices" limits a value.
+
+    Args:
+        argv: the arguments; None takes the process's own.
+        defaults: an instance whose values `--help` shows as the defaults.
+
+    Raises:
+        SystemExit: code 2 after one line on an unknown flag or a malformed value; code 0 after `--help`.
+    """
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(config)
+    for item in fields(config):
+        if "help" not in item.metadata:
+            continue
+        kind = _kind(hints[item.name])
+        default = getattr(defaults, item.name, item.default)
+        shown = "none" if default is None else default
+        help_text = f"{item.metadata['help']} (default: {shown})".replace("%", "%%")
+        flag = f"--{item.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            parser.add_argument(
+                flag,
+                type=str if kind is str else _number(kind),
+                choices=item.metadata.get("choices"),
+                metavar=item.metadata.get("metavar", {str: "NAME", int: "N", float: "X"}[kind]),
+                help=help_text,
+            )
+    return vars(parser.parse_args(argv))
+
+
+def expect(config, names: str, holds: Callable[[object], bool], expected: str) -> None:
+    """Check the fields of a configuration that are not None.
+
+    Raises:
+        UsageError: a value for which `holds` is false; the message names the flag and what was expected.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+
+
+def guard(prog: str, run: Callable[[], int | None], errors: tuple[type[Exception], ...]) -> int:
+    """Run an app's command; the given errors end it with one line and exit code 2, Ctrl-C with code 130."""
+    try:
+        return run() or 0
+    except (UsageError, *errors) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped; --resume goes on from the last finished epoch", file=sys.stderr)
+        return 130

@@ -1,0 +1,175 @@
+"""The layers every network is built of, with the policies they share bound once.
+
+- Padding is symmetric, as in torchvision, so that weights trained elsewhere mean the same here. (Keras's "same" pads
+  one row more below than above when the stride is 2.)
+- A convolution before a batch norm has no bias.
+- Batch norm has epsilon 1e-5 and keeps 0.9 of its running statistics, PyTorch's defaults. A lineage that differs says
+  so in a row of its `VARIANTS`.
+- Initial weights are drawn by NumPy. Keras draws them on the backend, which gives other numbers on each and makes JAX
+  compile a program for every shape: 10 to 20 s for a ResNet-20.
+
+The functions return layers (or a short chain of them) to be called on a tensor: `conv(64, 3, name="stem_conv")(x)`.
+"""
+
+import math
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("kvision")
+class Variance(keras.initializers.Initializer):
+    """Normal or uniform initial values of variance `scale / fan`, drawn by NumPy.
+
+    Args:
+        scale: 2 for layers before a ReLU (He et al. 2015, https://arxiv.org/abs/1502.01852), 1 with `fan="average"` for
+            Glorot and Bengio 2010.
+        fan: "in", "out" or "average": which number of connections divides the variance.
+        distribution: "normal", "truncated" (normal cut at two deviations, variance corrected) or "uniform".
+    """
+
+    def __init__(self, scale: float = 2.0, fan: str = "in", distribution: str = "normal"):
+        if fan not in ("in", "out", "average"):
+            raise ValueError(f"fan must be 'in', 'out' or 'average', got {fan!r}")
+        if distribution not in ("normal", "truncated", "uniform"):
+            raise ValueError(f"distribution must be 'normal', 'truncated' or 'uniform', got {distribution!r}")
+        self.scale, self.fan, self.distribution = scale, fan, distribution
+
+    def draw(self, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+        """Float32 values of `shape`: a kernel (..., inputs, outputs), whose leading axes are its window."""
+        window = math.prod(shape[:-2])
+        inputs, outputs = (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], shape[0])
+        fan = window * {"in": inputs, "out": outputs, "average": (inputs + outputs) / 2}[self.fan]
+        deviation = math.sqrt(self.scale / max(1.0, fan))
+        if self.distribution == "uniform":
+            limit = math.sqrt(3) * deviation
+            return (generator.random(shape, np.float32) * 2 - 1) * np.float32(limit)
+        values = generator.standard_normal(shape, np.float32)
+        if self.distribution == "truncated":
+            while (outside := np.abs(values) > 2).any():
+                values[outside] = generator.standard_normal(int(outside.sum()), np.float32)
+            deviation /= 0.87962566103423978  # the deviation of a unit normal cut at 2
+        return values * np.float32(deviation)
+
+    def __call__(self, shape, dtype=None):
+        # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
+        generator = np.random.default_rng(np.random.randint(2**31))
+        return ops.convert_to_tensor(self.draw(tuple(shape), generator), dtype=dtype)
+
+    def get_config(self):
+        return {"scale": self.scale, "fan": self.fan, "distribution": self.distribution}
+
+
+def conv(
+    filters: int,
+    kernel_size: int,
+    strides: int = 1,
+    *,
+    name: str,
+    use_bias: bool = False,
+    padding: str = "same",
+    initializer: keras.initializers.Initializer | None = None,
+    **options,
+) -> Callable:
+    """A 2-D convolution with symmetric padding: (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), filters).
+
+    Args:
+        padding: "same", `kernel_size // 2` zeros on every side, or "valid", none.
+        initializer: of the kernel; the default is He's normal initialiser over the outputs, as in torchvision.
+        options: further arguments of `keras.layers.Conv2D`.
+    """
+    pad = kernel_size // 2 if padding == "same" and strides > 1 else 0
+    layer = keras.layers.Conv2D(
+        filters,
+        kernel_size,
+        strides,
+        padding="valid" if pad else padding,
+        use_bias=use_bias,
+        kernel_initializer=initializer or Variance(2.0, "out"),
+        name=name,
+        **options,
+    )
+    if not pad:
+        return layer
+    border = keras.layers.ZeroPadding2D(pad, name=f"{name}_pad")
+    return lambda x: layer(border(x))
+
+
+def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **options) -> keras.layers.Layer:
+    """Batch normalisation over the last axis (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)."""
+    return keras.layers.BatchNormalization(momentum=momentum, epsilon=epsilon, name=name, **options)
+
+
+def activation(kind: str, *, name: str) -> keras.layers.Layer:
+    """An element-wise activation by its Keras name: "relu", "gelu" ..."""
+    return keras.layers.Activation(kind, name=name)
+
+
+def dense(
+    units: int, *, name: str, initializer: keras.initializers.Initializer | None = None, **options
+) -> keras.layers.Layer:
+    """A fully connected layer; its kernel starts from He's normal initialiser unless told otherwise."""
+    return keras.layers.Dense(units, kernel_initializer=initializer or Variance(2.0, "in"), name=name, **options)
+
+
+def logits(classes: int, *, name: str = "logits", **options) -> keras.layers.Layer:
+    """The last layer of a classifier. It computes in full precision under a mixed policy too."""
+    options = {"initializer": Variance(1.0, "in"), "dtype": keras.config.floatx(), **options}
+    return dense(classes, name=name, **options)
+
+
+def max_pool(size: int, strides: int | None = None, *, name: str, padding: str = "valid") -> keras.layers.Layer:
+    """Max pooling; a window that does not fit at the border is dropped, as in torchvision."""
+    return keras.layers.MaxPooling2D(size, strides, padding=padding, name=name)
+
+
+def dropout(rate: float, *, name: str) -> Callable:
+    """Dropout (Srivastava et al. 2014); no layer at all where the rate is 0."""
+    return keras.layers.Dropout(rate, name=name) if rate else lambda x: x
+
+
+def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -> np.ndarray:
+    """The kernel of a fixed first convolution that whitens patches, from the images' own statistics.
+
+    The eigenvectors of the covariance of all `size` x `size` patches, each divided by the root of its eigenvalue and
+    taken with both signs (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2).
+
+    Args:
+        images: (n, h, w, c) floats, preprocessed as the network will see them.
+        epsilon: added to each eigenvalue.
+
+    Returns:
+        (size, size, c, 2 * size * size * c) float32, a Keras convolution kernel.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))  # (n, h', w', c, size, size)
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * images.shape[-1]).astype(np.float64)
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    # An eigenvector's sign is the library's whim; fix it, so that every machine starts from the same kernel.
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])
+    kernel = (vectors / np.sqrt(values + epsilon)).reshape(size, size, images.shape[-1], -1)
+    return np.concatenate([kernel, -kernel], axis=-1).astype(np.float32)
+
+
+@keras.saving.register_keras_serializable("kvision")
+class Identity(Variance):
+    """A convolution kernel that passes its inputs on: output i starts as input i, further outputs start at random.
+
+    Zagoruyko and Komodakis 2017 (https://arxiv.org/abs/1706.00388) call it Dirac; the random outputs are uniform, with
+    PyTorch's default variance of 1 / (3 fan).
+    """
+
+    def __init__(self):
+        super().__init__(1 / 3, "in", "uniform")
+
+    def draw(self, shape, generator):
+        kernel = super().draw(shape, generator)
+        both = min(shape[-2:])
+        centre = tuple(size // 2 for size in shape[:-2])
+        kernel[..., :both] = 0
+        kernel[(*centre, range(both), range(both))] = 1
+        return kernel
+
+    def get_config(self):
+        return {}

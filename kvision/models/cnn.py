@@ -1,0 +1,62 @@
+"""The small convolutional networks every course begins with.
+
+LeCun, Bottou, Bengio and Haffner 1998, "Gradient-based learning applied to document recognition",
+https://doi.org/10.1109/5.726791, drew the pattern: convolutions and subsampling, then fully connected layers. These are
+its present-day forms, as Keras's own examples for MNIST and CIFAR-10 made them known: 3x3 convolutions, rectified
+units, max pooling, and dropout (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) after every stage.
+`dropout_rate` is that of the convolutional stages; the fully connected layer has twice as much.
+"""
+
+from functools import partial
+
+import keras
+
+from kvision.layers import Variance, activation, conv, dense, dropout, logits, max_pool
+
+
+def convolutional_network(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    stages: tuple[tuple[int, ...], ...],
+    hidden: int,
+    first_padding: str,
+    dropout_rate: float = 0.25,
+    name: str,
+) -> keras.Model:
+    """Images (n, h, w, c) to logits (n, classes); to the fully connected layer's features where `classes` is 0.
+
+    Args:
+        stages: the filters of each stage's convolutions; every stage ends in a 2x2 max pooling.
+        hidden: units of the fully connected layer.
+        first_padding: "valid" or "same", of the first convolution of a stage.
+
+    Raises:
+        ValueError: the images are too small for the stages' poolings.
+    """
+    inputs = keras.Input(input_shape, name="image")
+    glorot = Variance(1.0, "average", "uniform")
+    x = inputs
+    for i, filters in enumerate(stages, start=1):
+        for j, width in enumerate(filters, start=1):
+            padding = "valid" if j > 1 else first_padding
+            layer = conv(width, 3, name=f"stage{i}_{j}_conv", use_bias=True, padding=padding, initializer=glorot)
+            x = activation("relu", name=f"stage{i}_{j}_relu")(layer(x))
+        x = max_pool(2, name=f"stage{i}")(x)
+        x = dropout(dropout_rate, name=f"stage{i}_dropout")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    x = dense(hidden, name="hidden_dense", initializer=glorot)(x)
+    x = activation("relu", name="hidden")(x)
+    x = dropout(2 * dropout_rate, name="hidden_dropout")(x)
+    outputs = logits(classes)(x) if classes else x
+    return keras.Model(inputs, outputs, name=name)
+
+
+VARIANTS = {
+    "mnist_cnn": partial(
+        convolutional_network, stages=((32, 64),), hidden=128, first_padding="valid", name="mnist_cnn"
+    ),
+    "cifar_cnn": partial(
+        convolutional_network, stages=((32, 32), (64, 64)), hidden=512, first_padding="same", name="cifar_cnn"
+    ),
+}

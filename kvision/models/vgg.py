@@ -1,0 +1,70 @@
+"""VGG.
+
+Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale image recognition",
+https://arxiv.org/abs/1409.1556: stages of 3x3 convolutions, each ended by a 2x2 max pooling, then two wide fully
+connected layers. The rows are the paper's table 1, configurations A, B, D and E; the `_bn` rows put a batch norm after
+each convolution, as torchvision does. The convolutions keep their biases in both.
+
+The paper's 4,096 hidden units belong to images of 224 pixels. `hidden` makes them fewer for small images: 512 is usual
+on CIFAR-10.
+"""
+
+from functools import partial
+
+import keras
+
+from kvision.layers import Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
+
+
+def vgg(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    convolutions: tuple[int, ...],
+    normalised: bool = False,
+    hidden: int = 4096,
+    dropout_rate: float = 0.5,
+    name: str,
+) -> keras.Model:
+    """Images (n, h, w, c) to logits (n, classes); to the 512 pooled features where `classes` is 0.
+
+    Args:
+        convolutions: how many in each of the five stages.
+        hidden: units of each of the two fully connected layers.
+        dropout_rate: after each of them.
+
+    Raises:
+        ValueError: the images are smaller than 32 pixels, which five poolings need.
+    """
+    if min(input_shape[:2]) < 32:
+        raise ValueError(f"VGG needs images of at least 32x32 pixels, got {input_shape[0]}x{input_shape[1]}")
+    inputs = keras.Input(input_shape, name="image")
+    x = inputs
+    for i, (filters, count) in enumerate(zip((64, 128, 256, 512, 512), convolutions, strict=True), start=1):
+        for j in range(1, count + 1):
+            x = conv(filters, 3, name=f"stage{i}_{j}_conv", use_bias=True)(x)
+            if normalised:
+                x = batch_norm(name=f"stage{i}_{j}_bn")(x)
+            x = activation("relu", name=f"stage{i}_{j}_relu")(x)
+        x = max_pool(2, name=f"stage{i}")(x)
+    if not classes:
+        return keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name=name)
+    x = keras.layers.Flatten(name="flatten")(x)
+    for i in (1, 2):
+        x = dense(hidden, name=f"head_{i}_dense")(x)
+        x = activation("relu", name=f"head_{i}_relu")(x)
+        x = dropout(dropout_rate, name=f"head_{i}_dropout")(x)
+    return keras.Model(inputs, logits(classes, initializer=Variance(1.0, "average"))(x), name=name)
+
+
+CONFIGURATIONS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+
+VARIANTS = {name: partial(vgg, convolutions=row, name=name) for name, row in CONFIGURATIONS.items()} | {
+    f"{name}_bn": partial(vgg, convolutions=row, normalised=True, name=f"{name}_bn")
+    for name, row in CONFIGURATIONS.items()
+}

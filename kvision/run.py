@@ -1,0 +1,412 @@
+"""One run of a classifier: a configuration, a data set, a network, and the folder that tells what came of it.
+
+The apps for CIFAR-10 and MNIST are this file plus their data set and their recipes. A recipe is a whole `Config`; the
+command line replaces single fields of it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from kvision import engine as floors
+from kvision import flags, regularizers, training, zoo
+from kvision.data import DataError, Dataset, DataUnavailable, load
+from kvision.data.batches import Augmentation, Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.layers import whitening_kernel
+from kvision.tasks import classification
+from kvision.tracking import environment
+from kvision.tracking.report import Mistake, write_report
+from kvision.transfer import LearningRateFactors
+from kvision.weights import WeightsError, save
+from kvision.weights.initial import initialize
+
+ERRORS = (DataError, WeightsError, training.DivergedError)
+DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
+
+
+def flag(default, text: str, **metadata):
+    """A field of a configuration that is a flag, with its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Raises `flags.UsageError` where a value cannot work."""
+
+    app: str = "cifar10"
+    model: str = flag("softmax", "network of the zoo; each has its recipe, which the other flags change")
+    epochs: int = flag(10, "times that every training image is shown; 0 scores the initial weights or --weights")
+    batch_size: int = flag(128, "images a step")
+    learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
+    optimizer: str = flag("sgd", "sgd, adam or adamw", choices=training.OPTIMIZERS)
+    momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the kernels, times the learning rate each step")
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=training.SCHEDULES)
+    warmup: float = flag(0.0, "share of the steps in which the learning rate rises")
+    label_smoothing: float = flag(0.0, "share of the target that is spread over all classes")
+    l1: float = flag(0.0, "penalty on the sum of the kernels' absolute values")
+    l2: float = flag(0.0, "penalty on the sum of the kernels' squares")
+    dropout: float | None = flag(None, "dropout rate of a network that has dropout; none keeps the network's own")
+    augment: bool = flag(True, "flip, shift and blank the training images as the recipe says")
+    flip: bool = flag(False, "mirror half of the images, the other half in the next epoch")
+    shift: int = flag(0, "move each image by up to so many pixels")
+    border: str = flag("zero", "what moves in: zero (black) or reflect", choices=("zero", "reflect"))
+    cutout: int = flag(0, "blank a square of so many pixels a side in each image")
+    seed: int = flag(0, "seed of the initial weights, the order and the augmentation, equal on every backend")
+    data: str | None = flag(
+        None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
+    )
+    out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
+    limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
+    limit_test: int | None = flag(None, "test on so many images; none takes all")
+    steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
+    resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last finished epoch")
+    dtype: str = flag("float32", "float32, or bfloat16 for the layers with float32 weights", choices=tuple(DTYPES))
+    weights: str | None = flag(None, "start from this weights file instead of random weights", metavar="FILE")
+    bias_factor: float = flag(1.0, "learning-rate factor of the batch norms' offsets")
+    whiten: bool = flag(False, "set the layer whiten_conv from the training images and freeze it")
+    hidden: int | None = flag(None, "units of each hidden layer of a network that has some; none keeps its own")
+    licence: str | None = flag(None, "licence of the weights, for their manifest")
+
+    def __post_init__(self):
+        expect = flags.expect
+        expect(self, "epochs", lambda value: value >= 0, "0 or more")
+        expect(self, "batch_size", lambda value: value >= 1, "at least 1")
+        expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
+        expect(self, "weight_decay l1 l2", lambda value: 0 <= value < np.inf, "0 or a positive number")
+        expect(
+            self,
+            "momentum label_smoothing warmup dropout",
+            lambda value: 0 <= value < 1,
+            "at least 0 and below 1",
+        )
+        expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
+        expect(self, "limit limit_test steps hidden", lambda value: value >= 1, "at least 1")
+        expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+
+
+def model_arguments(config: Config) -> dict[str, object]:
+    """The arguments of the network's own that the flags set.
+
+    Raises:
+        flags.UsageError: the network has no such part; the message names networks that have.
+    """
+    own, defaults = {}, zoo.arguments(config.model)
+    for name, key, value in (
+        ("dropout", "dropout_rate", config.dropout),
+        ("hidden", "hidden", config.hidden),
+    ):
+        if value is None:
+            continue
+        if key not in defaults or defaults[key] == ():
+            others = [other for other in zoo.list_models() if zoo.arguments(other).get(key, ()) != ()]
+            raise flags.UsageError(f"--{name} does not apply to {config.model}; it does to {', '.join(others)}")
+        own[key] = (value,) * len(defaults[key]) if isinstance(defaults[key], tuple) else value
+    return own
+
+
+def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset, str | None]:
+    """The data set, and a note where it is not the first of `names` because that one is nowhere to be had.
+
+    Raises:
+        DataError: `--data` names no readable data set, or none of `names` is there.
+    """
+    if config.data is not None:
+        return load(names[0], config.data, log=log), None
+    missing = []
+    for name in names:
+        try:
+            dataset = load(name, seed=config.seed, log=log)
+        except DataUnavailable as error:
+            missing.append(str(error))
+            continue
+        if not missing:
+            return dataset, None
+        note = f"{names[0]} is not here, so this run trains on {dataset.name} instead. {missing[0]}"
+        log(f"NOTE: {note}")
+        return dataset, note
+    raise DataUnavailable(missing[0])
+
+
+def preprocessing_of(dataset: Dataset) -> Preprocessing:
+    """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
+    counts = [
+        np.bincount(dataset.x_train[..., channel].ravel(), minlength=256)
+        for channel in range(dataset.x_train.shape[-1])
+    ]
+    values = np.arange(256) / 255
+    means = [float(np.average(values, weights=count)) for count in counts]
+    stds = [
+        float(np.sqrt(np.average((values - m) ** 2, weights=count))) for m, count in zip(means, counts, strict=True)
+    ]
+    return Preprocessing(
+        mean=tuple(round(mean, 4) for mean in means),
+        std=tuple(max(round(std, 4), 1e-3) for std in stds),
+        channel_order="rgb" if dataset.x_train.shape[-1] == 3 else "grey",
+        size=dataset.input_shape[:2],
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def new_folder(config: Config) -> Path:
+    """The folder of a new run: `--out`, which must be new or empty, or the next free name below runs/."""
+    if config.out is not None:
+        folder = Path(config.out)
+        if folder.exists() and not folder.is_dir():
+            raise flags.UsageError(f"--out {folder} is a file; expected a new or an empty folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise flags.UsageError(
+                f"--out {folder} is not empty: give --resume to go on with the run in it, or another folder"
+            )
+        return folder
+    stem = f"{config.app}-{config.model}-{keras.backend.backend()}"
+    names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
+    return next(folder for name in names if not (folder := Path("runs") / name).exists())
+
+
+def stored_config(app: str, given: Mapping[str, object]) -> Config:
+    """The configuration of the run that `--resume` goes on with.
+
+    Raises:
+        flags.UsageError: there is no such run, or a flag contradicts it.
+    """
+    if given.get("out") is not None:
+        folder = Path(given["out"])
+    else:
+        started = sorted(Path("runs").glob(f"{app}-*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not started:
+            raise flags.UsageError(f"--resume found no run of {app} below runs/; name its folder with --out")
+        folder = started[-1].parent
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        if stored.pop("app") != app:
+            raise flags.UsageError(f"{folder} holds no run of {app}")
+        config = Config(app=app, **{**stored, "out": str(folder), "resume": True})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, flags.UsageError):
+            raise
+        raise flags.UsageError(f"--resume found no run in {folder}: its config.json is missing or broken") from None
+    for name, value in given.items():
+        if name not in ("resume", "out") and getattr(config, name) != value:
+            text = f"--{name.replace('_', '-')} is {getattr(config, name)} in the run to go on with, not {value}"
+            raise flags.UsageError(f"{text}; leave the flag out, or start a new run")
+    return config
+
+
+def classify(config: Config, names: Sequence[str], log=print) -> dict:
+    """Train, score and write the run folder; the work behind the classification apps.
+
+    Args:
+        names: the data sets to look for, the wanted one first.
+
+    Returns:
+        The content of metrics.json, and under "folder" where the run lies.
+
+    Raises:
+        flags.UsageError, DataError, WeightsError, training.DivergedError: one clear line each. Before the first step
+            nothing is written.
+    """
+    started = time.perf_counter()
+    own = model_arguments(config)
+    folder = Path(config.out) if config.resume else new_folder(config)
+    dataset, note = read_data(config, names, log)
+    preprocessing = preprocessing_of(dataset)
+    dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
+    keras.config.set_dtype_policy(DTYPES[config.dtype])
+    if config.weights is not None:
+        manifest = weights_manifest(config.weights)
+        own = {**{k: v for k, v in manifest["arguments"].items() if k in zoo.arguments(config.model)}, **own}
+        preprocessing = Preprocessing.from_json(manifest["preprocessing"] or preprocessing.to_json())
+    try:
+        model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), config.weights, **own)
+    except ValueError as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}") from None
+    if config.weights is None:
+        initialize(model, config.seed)
+    if config.whiten:
+        whiten(model, preprocessing(dataset.x_train[:5000]))
+    if config.l1 or config.l2:
+        regularizers.attach(model, keras.regularizers.L1L2(config.l1, config.l2))
+    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
+    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
+    total = max(1, min(config.epochs * batches.steps, config.steps or config.epochs * batches.steps))
+    optimizer = training.make_optimizer(
+        config.optimizer,
+        training.schedule(config.schedule, config.learning_rate, total, config.warmup),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    if config.bias_factor != 1:
+        optimizer = LearningRateFactors(optimizer, {r".*bn/beta": config.bias_factor})
+
+    backend = keras.backend.backend()
+    command = f"KERAS_BACKEND={backend} python -m apps.{config.app} {shlex.join(arguments_of(config))}"
+    log(
+        f"{config.model} on {dataset.name} ({dataset.source}): {len(dataset.x_train):,} training and "
+        f"{len(dataset.x_test):,} test images, {len(dataset.classes)} classes; {backend}, "
+        f"{count_parameters(model):,} trainable parameters; run folder {folder}"
+    )
+    initial_logits = None
+    if not (folder / "trace.json").exists():
+        first = dataset.x_test[:COMPARED_IMAGES]
+        initial_logits = training.predict(floors.create(model), first, preprocessing).tolist()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        write_json(folder / "config.json", dataclasses.asdict(replace(config, out=None, resume=False)))
+
+    def on_epoch(history: training.History) -> None:
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
+
+    history = training.fit(
+        model,
+        optimizer,
+        classification.cross_entropy(config.label_smoothing),
+        batches,
+        epochs=config.epochs,
+        test=(dataset.x_test, dataset.y_test),
+        steps=config.steps,
+        checkpoint=folder / "checkpoint.npz",
+        on_epoch=on_epoch,
+    )
+    logits = training.predict(floors.create(model), dataset.x_test, preprocessing)
+    scored = classification.score(logits, dataset.y_test)
+    if initial_logits is not None:
+        write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
+    save(
+        model,
+        folder / "weights.npz",
+        arguments=own,
+        classes=list(dataset.classes),
+        preprocessing=preprocessing.to_json(),
+        dataset=dataset.name,
+        accuracy={backend: scored["accuracy"]},
+        licence=config.licence,
+        provenance={"command": command, "seed": config.seed, "training_images": len(dataset.x_train)},
+    )
+    result = {
+        "app": config.app,
+        "model": config.model,
+        "backend": backend,
+        "dataset": dataset.name,
+        "source": dataset.source,
+        "note": note,
+        "test_accuracy": scored["accuracy"],
+        "test_correct": scored["correct"],
+        "test_images": len(dataset.y_test),
+        "test_loss": scored["loss"],
+        "final_loss": history.epochs[-1]["loss"] if history.epochs else None,
+        "train_seconds": sum(row["seconds"] for row in history.epochs),
+        "total_seconds": time.perf_counter() - started,
+        "images_per_second": median([row["images_per_second"] for row in history.epochs]),
+        "seconds_to_first_step": history.seconds_to_first_step,
+        "compile_seconds": history.compile_seconds,
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "parameters": count_parameters(model),
+        "seed": config.seed,
+        "weights_sha256": hashlib.sha256((folder / "weights.npz").read_bytes()).hexdigest(),
+        "versions": environment.versions(backend),
+        "hardware": environment.hardware(),
+        "command": command,
+    }
+    write_json(folder / "metrics.json", result)
+    write_report(
+        folder,
+        config=dataclasses.asdict(config),
+        history=history.epochs,
+        result=result,
+        confusion=classification.confusion_matrix(logits, dataset.y_test),
+        classes=dataset.classes,
+        mistakes=[
+            Mistake(dataset.x_test[i], dataset.classes[dataset.y_test[i]], dataset.classes[predicted], confidence)
+            for i, predicted, confidence in classification.worst_mistakes(logits, dataset.y_test)
+        ],
+    )
+    log(
+        f"{config.model} on {dataset.name}: test accuracy {scored['accuracy']:.2%} ({scored['correct']:,} of "
+        f"{len(dataset.y_test):,}) after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
+    )
+    return {**result, "folder": str(folder)}
+
+
+def whiten(model: keras.Model, images: np.ndarray) -> None:
+    """Set the layer `whiten_conv` to whiten the patches of preprocessed `images` (n, h, w, c), and freeze it."""
+    try:
+        layer = model.get_layer("whiten_conv")
+    except ValueError:
+        raise flags.UsageError(f"--whiten does not apply to {model.name}: it has no layer whiten_conv") from None
+    layer.kernel.assign(whitening_kernel(images, layer.kernel_size[0]))
+    layer.trainable = False
+
+
+def weights_manifest(path: str) -> dict:
+    """The manifest of a weights file, with the entries a run needs."""
+    from kvision.weights import inspect
+
+    manifest = inspect(path)
+    return {"architecture": None, "arguments": {}, "preprocessing": None, **manifest}
+
+
+def count_parameters(model: keras.Model) -> int:
+    """Trainable numbers of a model."""
+    return int(sum(np.prod(variable.shape) for variable in model.trainable_variables))
+
+
+def median(values: Sequence[float]) -> float | None:
+    """The median, or None of nothing."""
+    return float(np.median(values)) if values else None
+
+
+def arguments_of(config: Config) -> list[str]:
+    """The command line that gives this configuration from scratch: every flag that is not the class's default."""
+    words = ["--model", config.model]
+    for item in dataclasses.fields(Config):
+        value = getattr(config, item.name)
+        if "help" not in item.metadata or item.name in ("model", "out", "resume", "data") or value == item.default:
+            continue
+        name = item.name.replace("_", "-")
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+def command(app: str, names: Sequence[str], recipes: Mapping[str, Config], description: str, argv=None) -> int:
+    """An app's command line: the first of `recipes` is the default; a network without one has the class's defaults."""
+    prog = f"python -m apps.{app}"
+    default = next(iter(recipes.values()))
+
+    def run() -> None:
+        given = flags.parse(Config, argv, prog=prog, description=description, defaults=default)
+        if given.get("resume"):
+            config = stored_config(app, given)
+        else:
+            name = given.get("model", default.model)
+            if "weights" in given and "model" not in given:
+                name = weights_manifest(given["weights"])["architecture"] or name
+            zoo.arguments(name)  # an unknown name ends here
+            config = replace(recipes.get(name, Config(app=app, model=name)), **given)
+        classify(config, names)
+
+    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError))

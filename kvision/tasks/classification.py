@@ -1,0 +1,52 @@
+"""One label for each image: its loss, its score, and the mistakes worth looking at."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def cross_entropy(smoothing: float = 0.0) -> Callable:
+    """The mean cross-entropy `loss(labels, logits)` of integer labels (n,) and logits (n, classes), in nats.
+
+    Args:
+        smoothing: the share of each target that is spread over all classes (Szegedy et al. 2015,
+            https://arxiv.org/abs/1512.00567, section 7).
+
+    Raises:
+        ValueError: a smoothing outside 0 to 1.
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label smoothing must be at least 0 and below 1, got {smoothing}")
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+    return lambda labels, logits: loss(ops.one_hot(labels, logits.shape[-1]), logits)
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log softmax over the last axis in float64."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy (0 to 1), the count behind it and the mean cross-entropy in nats, of (n, classes) logits."""
+    correct = int((logits.argmax(axis=-1) == labels).sum())
+    loss = -log_probabilities(logits)[np.arange(len(labels)), labels].mean()
+    return {"accuracy": correct / len(labels), "correct": correct, "loss": float(loss)}
+
+
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(classes, classes) counts: row the true class, column the predicted one."""
+    classes = logits.shape[-1]
+    return np.bincount(labels * classes + logits.argmax(axis=-1), minlength=classes**2).reshape(classes, classes)
+
+
+def worst_mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 24) -> list[tuple[int, int, float]]:
+    """(index, predicted class, its probability) of the wrong answers given with most confidence."""
+    predicted = logits.argmax(axis=-1)
+    confidence = np.exp(log_probabilities(logits).max(axis=-1))
+    wrong = np.flatnonzero(predicted != labels)
+    order = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
+    return [(int(i), int(predicted[i]), float(confidence[i])) for i in order]

@@ -1,0 +1,271 @@
+"""The page of one run: what it scored, how it got there, what it gets wrong, how fast it was and where."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kvision.tracking import page
+from kvision.tracking.charts import MOST_COUNTED, check_confusion, line_chart, matrix_chart
+from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
+
+# What the other parts of the page show already; every other entry of a result is listed at its end.
+_SHOWN = {
+    "dataset", "model", "backend", "test_accuracy", "test_loss", "train_seconds", "images_per_second",
+    "seconds_to_first_step", "compile_seconds", "peak_memory_bytes", "parameters", "seed", "weights_sha256",
+    "versions", "hardware", "command", "note",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Mistake:
+    """One image that the model got wrong.
+
+    Args:
+        image: uint8, shape (height, width, channels) with 1 (grey) or 3 (red, green, blue) channels.
+        true, predicted: names of the two classes.
+        confidence: the model's probability of the predicted class, 0 to 1.
+
+    Raises:
+        ValueError: an image of another shape or dtype.
+    """
+
+    image: np.ndarray
+    true: str
+    predicted: str
+    confidence: float
+
+    def __post_init__(self):
+        image = self.image
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3) or 0 in image.shape:
+            raise ValueError(f"a mistake's image is uint8, (height, width, 1 or 3), got {image.dtype} of {image.shape}")
+
+
+def png_uri(image: np.ndarray) -> str:
+    """A uint8 image of shape (height, width, 1 or 3) as a data address holding the picture as PNG."""
+    buffer = io.BytesIO()
+    picture = image[..., 0] if image.shape[-1] == 1 else image
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def column(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list, list]:
+    """(epochs, values of `key`) where it was recorded; an epoch without a number counts by place from 1."""
+    rows = [(row.get("epoch") or place, row.get(key)) for place, row in enumerate(history, 1)]
+    return [epoch for epoch, value in rows if value is not None], [value for _, value in rows if value is not None]
+
+
+def shares_as_percent(pairs: tuple[list, list]) -> tuple[list, list]:
+    """The same points with shares turned into percent; what is no finite number stays a gap."""
+    epochs, values = pairs
+    return epochs, [None if finite(value) is None else 100 * float(value) for value in values]
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> str:
+    if not history:
+        return '<p class="quiet">No epoch was recorded.</p>'
+    charts = [
+        line_chart(
+            {"train": column(history, "loss"), "test": column(history, "test_loss")},
+            "Loss",
+            "epoch",
+            "mean over the epoch",
+        ),
+        line_chart(
+            {
+                "train": shares_as_percent(column(history, "accuracy")),
+                "test": shares_as_percent(column(history, "test_accuracy")),
+            },
+            "Accuracy",
+            "epoch",
+            "right answers, %",
+        ),
+        line_chart(
+            {"learning rate": column(history, "learning_rate")},
+            "Learning rate",
+            "epoch",
+            "rate",
+            zero=True,
+        ),
+        line_chart({"training": column(history, "images_per_second")}, "Speed", "epoch", "images/s", zero=True),
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            number(row.get("epoch") or place),
+            fixed(row.get("loss"), ".4f"),
+            percent(row.get("accuracy")),
+            fixed(row.get("test_loss"), ".4f"),
+            percent(row.get("test_accuracy")),
+            number(row.get("learning_rate")),
+            fixed(row.get("seconds"), ".2f"),
+            fixed(row.get("images_per_second"), ",.0f"),
+        ]
+        for place, row in enumerate(history, 1)
+    ]
+    heads = (
+        "epoch",
+        "loss",
+        "accuracy",
+        "test loss",
+        "test accuracy",
+        "learning rate",
+        "seconds",
+        "images/s",
+    )
+    rows = [[escape(cell) for cell in row] for row in rows]
+    return f"<details><summary>Every epoch in numbers</summary>{page.table(heads, rows, range(8))}</details>"
+
+
+def _classes(confusion: np.ndarray, classes: Sequence[str]) -> str:
+    """Accuracy class by class in a table; the worst first and the rest folded away where there are many."""
+    rows = []
+    for index, name in enumerate(classes):
+        total, right = int(confusion[index].sum()), int(confusion[index, index])
+        wrong = confusion[index].copy()
+        wrong[index] = 0
+        worst = int(wrong.argmax())
+        taken = f"{escape(classes[worst])} ({wrong[worst]:,})" if wrong[worst] else MISSING
+        share = right / total if total else None
+        bar = f'<span class="bar"><i style="width:{100 * (share or 0):.1f}%"></i></span>'
+        rows.append((share, [escape(name), f"{right:,}", f"{total:,}", percent(share), bar, taken]))
+    heads = ("class", "right", "of", "accuracy", "", "most often taken for")
+
+    def table(part):
+        return page.table(heads, [row for _, row in part], (1, 2, 3))
+
+    if len(rows) <= MOST_COUNTED:
+        return table(rows)
+    rows.sort(key=lambda row: math.inf if row[0] is None else row[0])
+    rest = f"<details><summary>The other {len(rows) - 20} classes</summary>{table(rows[20:])}</details>"
+    return f"<h3>The 20 worst of {len(rows)} classes</h3>{table(rows[:20])}{rest}"
+
+
+def _pictures(mistakes: Sequence[Mistake]) -> str:
+    figures = []
+    for mistake in mistakes:
+        kind = ' class="small"' if max(mistake.image.shape[:2]) <= 64 else ""
+        said = f"{mistake.true} taken for {mistake.predicted}"
+        figures.append(
+            f'<figure><img{kind} src="{png_uri(mistake.image)}" alt="{escape(said)}">'
+            f'<figcaption>true: <b>{escape(mistake.true)}</b><br><span class="quiet">said:</span> '
+            f'<b class="bad">{escape(mistake.predicted)}</b><br>'
+            f'<span class="quiet">{escape(percent(mistake.confidence))} sure</span></figcaption></figure>'
+        )
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else '<p class="quiet">No mistake to show.</p>'
+
+
+def _speed(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    seconds = [known for row in history if (known := finite(row.get("seconds"))) is not None]
+    pairs = [
+        ("Training", fixed(result.get("images_per_second"), ",.0f") + " images/s"),
+        (
+            "Time an epoch",
+            f"{duration(float(np.median(seconds)))} (median of {len(seconds)})" if seconds else MISSING,
+        ),
+        ("Training in all", duration(result.get("train_seconds"))),
+        ("Process start to first step", duration(result.get("seconds_to_first_step"))),
+        ("Compilation", duration(result.get("compile_seconds"))),
+        ("Peak memory of the process", size(result.get("peak_memory_bytes"))),
+    ]
+    return page.facts((name, MISSING if value.startswith(MISSING) else value) for name, value in pairs)
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    confusion: np.ndarray,
+    classes: Sequence[str],
+    mistakes: Sequence[Mistake],
+) -> Path:
+    """Writes `report.html` into `folder`: one file that needs no other, no network and no script.
+
+    Args:
+        folder: created where missing. The page is written whole or not at all.
+        config: the run's configuration by name.
+        history: one row an epoch with any of epoch (from 1), loss, accuracy, test_loss, test_accuracy,
+            learning_rate, seconds, images_per_second. Accuracies are shares from 0 to 1. Missing and None are
+            left out.
+        result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, train_seconds,
+            images_per_second, seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed,
+            weights_sha256, versions and hardware (dictionaries), command, note. Other entries are listed as
+            they are.
+        confusion: counts on the test images, shape (k, k); row true class, column predicted class.
+        classes: k names.
+        mistakes: shown in this order.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a confusion matrix that does not fit the classes or holds anything but counts.
+    """
+    confusion = check_confusion(confusion, classes)
+    right, total = int(np.trace(confusion)), int(confusion.sum())
+    model, dataset, backend = (str(result.get(key) or "unnamed") for key in ("model", "dataset", "backend"))
+    accuracy = finite(result.get("test_accuracy"))
+    small = f"{right:,} of {total:,} images"
+    if accuracy is not None and 0 <= accuracy <= 1 and total:
+        # The sampling error of a share over `total` images: a difference below twice this says little.
+        small += f", standard error {100 * math.sqrt(accuracy * (1 - accuracy) / total):.2f} points"
+    header = [
+        f"<h1>{escape(model)} on {escape(dataset)}</h1>",
+        f'<p class="score"><strong>{escape(percent(result.get("test_accuracy")))}</strong> test accuracy '
+        f"of {escape(model)} on {escape(dataset)} with the {escape(backend)} backend</p>",
+    ]
+    if result.get("note"):
+        header.append(f'<p class="note">{escape(result["note"])}</p>')
+    header.append(
+        page.tiles(
+            [
+                ("Test accuracy", percent(result.get("test_accuracy")), small),
+                ("Test loss", fixed(result.get("test_loss"), ".4f"), "mean over the test images"),
+                ("Parameters", number(result.get("parameters")), "that are trained"),
+                (
+                    "Training",
+                    duration(result.get("train_seconds")),
+                    f"{len(history)} epoch{'s' * (len(history) != 1)}",
+                ),
+                ("Speed", fixed(result.get("images_per_second"), ",.0f"), "training images a second"),
+            ]
+        )
+    )
+    shade = "shaded by their share" if len(classes) <= MOST_COUNTED else "the axes count classes from 0"
+    environment = [("command", f"`{result['command']}`")] if result.get("command") else []
+    environment.append(("seed", plain(result.get("seed"))))
+    if result.get("weights_sha256"):
+        environment.append(("weights sha256", f"`{result['weights_sha256']}`"))
+    sections = [
+        page.section("Curves", _curves(history), _epochs(history) if history else ""),
+        page.section(
+            "Confusion matrix",
+            matrix_chart(confusion, classes),
+            intro=f"{total:,} test images; right answers blue, mistakes orange, {shade}.",
+        ),
+        page.section("Class by class", _classes(confusion, classes)),
+        page.section(
+            "Worst mistakes",
+            _pictures(mistakes),
+            intro="Wrong answers that the model was surest of." if mistakes else "",
+        ),
+        page.section("Speed", _speed(result, history)),
+        page.environment_section(result.get("versions") or {}, result.get("hardware") or {}, environment),
+        page.section("Configuration", page.facts((key, plain(value)) for key, value in config.items())),
+    ]
+    others = [(key, plain(value)) for key, value in result.items() if key not in _SHOWN]
+    if others:
+        sections.append(page.section("Further results", page.facts(others)))
+    title = f"{model} on {dataset}, {backend}: {percent(result.get('test_accuracy'))}"
+    return page.write(Path(folder) / "report.html", page.document(title, "".join(header), *sections))

@@ -1,0 +1,22 @@
+"""Weights as plain `.npz` files that any framework reads: docs/npz.md describes the format in one page."""
+
+from kvision.weights.archive import WeightsError
+from kvision.weights.folder import table, write_table
+from kvision.weights.npz import FORMAT_VERSION, inspect, load, named_variables, probe_images, save
+from kvision.weights.verify import Difference, Verification, diff, verify
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Difference",
+    "Verification",
+    "WeightsError",
+    "diff",
+    "inspect",
+    "load",
+    "named_variables",
+    "probe_images",
+    "save",
+    "table",
+    "verify",
+    "write_table",
+]

@@ -1,0 +1,118 @@
+"""`python -m kvision weights inspect|verify|diff|table`: weights files on the command line."""
+
+import argparse
+import json
+import os
+
+from kvision.weights.archive import WeightsError
+from kvision.weights.folder import _size, table, write_table
+from kvision.weights.npz import inspect
+from kvision.weights.verify import diff, verify
+
+
+def add_commands(subparsers) -> None:
+    """Add `weights` and its commands to an argparse subparsers object.
+
+    The parsed arguments carry `handler`: `handler(arguments)` prints and returns the exit code. A file that
+    cannot be read raises WeightsError, whose message is the line to print on stderr; the exit code is then 2.
+    """
+    weights = subparsers.add_parser("weights", help="look at, check and compare weights files (.npz)")
+    commands = weights.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="print what a file holds; nothing is built, no value is read")
+    command.add_argument("files", nargs="+", metavar="FILE")
+    command.add_argument("--json", action="store_true", help="print JSON, one object a file and line")
+    command.set_defaults(handler=_inspect)
+
+    command = commands.add_parser(
+        "verify",
+        help="check the hashes, rebuild the network, compare its logits; exit code 1 where a file fails",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE")
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="allowed difference relative to the largest logit (%(default)s)",
+    )
+    command.set_defaults(handler=_verify)
+
+    command = commands.add_parser("diff", help="compare two files, array by array; exit code 1 where they differ")
+    command.add_argument("a", metavar="FILE")
+    command.add_argument("b", metavar="FILE")
+    command.set_defaults(handler=_diff)
+
+    command = commands.add_parser("table", help="print the Markdown table of a folder of weights files")
+    command.add_argument("folder", metavar="FOLDER")
+    command.add_argument(
+        "--write",
+        metavar="README",
+        help="put it between the lines <!-- weights:start --> and <!-- weights:end --> of a file",
+    )
+    command.set_defaults(handler=_table)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    for path in arguments.files:
+        found = inspect(path)
+        if arguments.json:
+            print(json.dumps({"file": path, **found}, ensure_ascii=False))
+            continue
+        manifest = found["manifest"] or {}
+        print(
+            f"{path}: {manifest.get('architecture', 'no manifest')}, {found['parameters']:,} parameters in "
+            f"{len(found['arrays'])} arrays, {_size(found['bytes'])}, sha256 {found['sha256']}"
+        )
+        for field in (
+            "dataset",
+            "accuracy",
+            "arguments",
+            "input_size",
+            "preprocessing",
+            "classes",
+            "licence",
+            "provenance",
+        ):
+            if manifest.get(field) not in (None, {}):
+                print(f"  {field:<14} {json.dumps(manifest[field], ensure_ascii=False)}")
+        width = max(map(len, found["arrays"]), default=0)
+        for key, array in found["arrays"].items():
+            print(f"  {key:<{width}}  {array['dtype']:<8} {' x '.join(map(str, array['shape']))}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    passed = True
+    for path in arguments.files:
+        try:
+            result = verify(path, arguments.tolerance)
+            print(result)
+            passed &= result.ok
+        except WeightsError as error:
+            print(error)
+            passed = False
+    return 0 if passed else 1
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = diff(arguments.a, arguments.b)
+    for field, (a, b) in found.manifest.items():
+        print(f"{field}: {json.dumps(a, ensure_ascii=False)} | {json.dumps(b, ensure_ascii=False)}")
+    for path, keys in ((arguments.a, found.only_a), (arguments.b, found.only_b)):
+        for key in keys:
+            print(f"{key}: only in {os.fspath(path)}")
+    for key, (a, b) in found.shapes.items():
+        print(f"{key}: shape {a} | {b}")
+    changed = {key: value for key, value in found.largest.items() if value}
+    for key, value in changed.items():
+        print(f"{key}: differs by up to {value:.3e}")
+    print(f"{len(found.largest) - len(changed)} of {len(found.largest)} common arrays are equal")
+    return 0 if found.equal else 1
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    if arguments.write:
+        write_table(arguments.folder, arguments.write)
+    else:
+        print(table(arguments.folder))
+    return 0

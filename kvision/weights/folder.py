@@ -1,0 +1,74 @@
+"""The table of a folder of weights files, made from their manifests, so that it says what they say."""
+
+import os
+from pathlib import Path
+
+from kvision.weights.archive import refusal
+from kvision.weights.npz import inspect
+
+START, END = "<!-- weights:start -->", "<!-- weights:end -->"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table(folder: str | os.PathLike) -> str:
+    """A Markdown table of every `*.npz` in a folder, by name, without a newline at its end.
+
+    Accuracy has a column for each backend that a file names. The parameters include the statistics of batch
+    norm; the sha256 is the first 12 digits of the file's.
+
+    Raises:
+        WeightsError: there is no such folder, or a file in it is damaged or has no manifest.
+    """
+    if not os.path.isdir(folder):
+        raise refusal(folder, "is not a folder")
+    files = {path: inspect(path) for path in sorted(Path(folder).glob("*.npz"))}
+    for path, found in files.items():
+        if found["manifest"] is None:
+            raise refusal(path, "has no manifest to make a table row of; write it with kvision.weights.save")
+    backends = sorted({backend for found in files.values() for backend in found["manifest"]["accuracy"]})
+    columns = ["file", "architecture", "data set", "parameters"]
+    columns += [f"accuracy, {backend}" for backend in backends]
+    columns += ["size", "sha256", "made by"]
+    rows = [columns, ["---"] * len(columns)]
+    for path, found in files.items():
+        manifest = found["manifest"]
+        accuracy = manifest["accuracy"]
+        command = manifest["provenance"].get("command")
+        rows.append(
+            [
+                f"[{path.name}]({path.name})",
+                manifest["architecture"],
+                manifest["dataset"] or "",
+                f"{found['parameters']:,}",
+                *(f"{accuracy[backend]:.2%}" if backend in accuracy else "" for backend in backends),
+                _size(found["bytes"]),
+                f"`{found['sha256'][:12]}`",
+                f"`{command}`" if command else "",
+            ]
+        )
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def write_table(folder: str | os.PathLike, readme: str | os.PathLike) -> None:
+    """Put `table(folder)` between the lines `<!-- weights:start -->` and `<!-- weights:end -->` of a file.
+
+    Raises:
+        WeightsError: as `table`; or the file cannot be read or written, or lacks the two lines.
+    """
+    made = table(folder)
+    try:
+        text = Path(readme).read_text(encoding="utf-8")
+        before, start, rest = text.partition(START)
+        _, end, after = rest.partition(END)
+        if not (start and end):
+            raise refusal(readme, f"lacks the lines {START} and {END}; put them where the table should stand")
+        Path(readme).write_text(f"{before}{START}\n{made}\n{END}{after}", encoding="utf-8")
+    except OSError as error:
+        raise refusal(readme, f"cannot be rewritten: {error.strerror}") from None

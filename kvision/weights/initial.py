@@ -1,0 +1,54 @@
+"""Initial weights by seed and variable name: the same numbers on every backend."""
+
+import keras
+import numpy as np
+
+from kvision.layers import Variance
+from kvision.random import stream
+
+# Keras's own initialisers, drawn by NumPy instead of the backend.
+_FANS = {"fan_in": "in", "fan_out": "out", "fan_avg": "average"}
+_DISTRIBUTIONS = {"truncated_normal": "truncated", "untruncated_normal": "normal", "uniform": "uniform"}
+
+
+def _draw(initializer, shape: tuple[int, ...], generator: np.random.Generator, key: str) -> np.ndarray:
+    known = keras.initializers
+    if isinstance(initializer, Variance):
+        return initializer.draw(shape, generator)
+    if isinstance(initializer, known.VarianceScaling):
+        fan, distribution = _FANS[initializer.mode], _DISTRIBUTIONS[initializer.distribution]
+        return Variance(initializer.scale, fan, distribution).draw(shape, generator)
+    if isinstance(initializer, known.RandomUniform):
+        return generator.uniform(initializer.minval, initializer.maxval, shape)
+    if isinstance(initializer, known.TruncatedNormal):
+        unit = Variance(0.87962566103423978**2, "in", "truncated").draw((1, int(np.prod(shape))), generator)
+        return initializer.mean + initializer.stddev * unit.reshape(shape)
+    if isinstance(initializer, known.RandomNormal):
+        return initializer.mean + initializer.stddev * generator.standard_normal(shape)
+    if isinstance(initializer, (known.Zeros, known.Ones)):
+        return np.full(shape, float(isinstance(initializer, known.Ones)), np.float32)
+    if isinstance(initializer, known.Constant) and np.isscalar(initializer.value):
+        return np.full(shape, initializer.value, np.float32)
+    raise ValueError(
+        f"cannot draw {key} in NumPy: its initialiser is {type(initializer).__name__}; use kvision.layers.Variance or "
+        "a VarianceScaling, RandomNormal, RandomUniform, TruncatedNormal, Zeros, Ones or Constant of Keras"
+    )
+
+
+def initialize(model: keras.Model, seed: int) -> None:
+    """Set every variable of `model` to its initial value for `seed`, drawn by NumPy.
+
+    A value depends on the seed and on the variable's path alone, so two backends, or two models that share a layer's
+    name and shape, start from the same numbers. The states of dropout layers' generators are set too.
+
+    Raises:
+        ValueError: a variable whose initialiser is not known in NumPy; the message names it.
+    """
+    for layer in model._flatten_layers(include_self=False):
+        for variable in layer._trainable_variables + layer._non_trainable_variables:
+            initializer = getattr(layer, f"{variable.name}_initializer", None)
+            generator = stream(seed, "initial", variable.path)
+            variable.assign(_draw(initializer, tuple(variable.shape), generator, variable.path))
+        for generator_state in layer.__dict__.get("_seed_generators", ()):
+            draws = stream(seed, "generator", layer.path, generator_state.name).integers(0, 2**32, 1, np.uint32)
+            generator_state.state.assign(np.array([draws[0], 0], np.uint32))

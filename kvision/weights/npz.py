@@ -1,0 +1,448 @@
+"""A model's weights in one `.npz` file, with a manifest that says what they are. The format: docs/npz.md."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from types import NoneType
+
+import numpy as np
+
+from kvision.data.preprocessing import Preprocessing
+from kvision.weights.archive import Archive, WeightsError, digest, dtype_fault, listed, refusal, write
+
+FORMAT = "kvision-npz"
+FORMAT_VERSION = 1
+MANIFEST = "__manifest__"
+MAX_MANIFEST = 64 << 20  # bytes
+
+# What the caller may state in a manifest, and as what. The rest is counted or computed.
+STATED = {
+    "architecture": (str,),
+    "arguments": (dict,),
+    "classes": (list, NoneType),
+    "input_size": (list, NoneType),
+    "preprocessing": (dict, NoneType),
+    "dataset": (str, NoneType),
+    "accuracy": (dict,),
+    "licence": (str, NoneType),
+    "provenance": (dict,),
+}
+
+
+def named_variables(model) -> dict:
+    """The model's variables by the names they have in a file: `{"stage1_conv/kernel": variable, ...}`.
+
+    A name is the variable's path. Where the model's own name stands before every path, as in a
+    `keras.Sequential` or a subclass, it is left out, so that renaming the model does not rename its weights.
+    The statistics of batch norm are included; the states of random generators, metrics and optimizers are
+    not.
+
+    Raises:
+        ValueError: two variables have one name, or there are none yet because the model is not built.
+    """
+    variables = model.weights
+    prefix = model.name + "/"
+    own = all(variable.path.startswith(prefix) for variable in variables)
+    own = own and all(layer.name != model.name for layer in model.layers)
+    named = {}
+    for variable in variables:
+        key = variable.path[len(prefix) :] if own else variable.path
+        if key in named:
+            raise ValueError(f"two variables of {model.name} are named {key}; give their layers distinct names")
+        named[key] = variable
+    if not named:
+        raise ValueError(f"{model.name} has no variables; build it first, by calling it on an input")
+    return named
+
+
+def _named_variables(model, path) -> dict:
+    """`named_variables` of plain numbers, or a refusal."""
+    try:
+        named = named_variables(model)
+    except ValueError as error:
+        raise refusal(path, str(error)) from None
+    for key, variable in named.items():
+        try:
+            fault = dtype_fault(np.dtype(str(variable.dtype)))
+        except TypeError:  # bfloat16 and its like, which NumPy does not know
+            fault = f"has dtype {variable.dtype}; weights files hold NumPy's numbers, such as float32"
+        if fault:
+            raise refusal(path, f"the model's {key} {fault}")
+    return named
+
+
+def probe_images(shape: tuple[int, int, int]) -> np.ndarray:
+    """Four images that any language can make: uint8 (4, *shape) for `shape` (height, width, channels).
+
+    The value at place i, in C order, is `(i * 2654435761 mod 2**32) >> 24`: the high byte of Knuth's
+    multiplicative hash (The Art of Computer Programming, volume 3, section 6.4).
+    """
+    places = np.arange(4 * math.prod(shape), dtype=np.uint64)
+    return (places * 2654435761 % 2**32 >> 24).astype(np.uint8).reshape(4, *shape)
+
+
+@contextlib.contextmanager
+def _full_precision(model) -> Iterator[None]:
+    """Compute in the dtype of the variables: a network trained in mixed precision has its file's logits."""
+    layers = [layer for layer in model._flatten_layers() if layer.compute_dtype != layer.variable_dtype]
+    policies = [layer.dtype_policy for layer in layers]
+    for layer in layers:
+        layer.dtype_policy = layer.variable_dtype
+    try:
+        yield
+    finally:
+        for layer, policy in zip(layers, policies, strict=True):
+            layer.dtype_policy = policy
+
+
+def probe_logits(model, shape: tuple[int, int, int], preprocessing: dict | None) -> np.ndarray:
+    """The model's logits, float32 (4, classes), for the preprocessed `probe_images(shape)`."""
+    import keras  # here, so that reading a file's manifest starts no backend
+
+    prepare = Preprocessing() if preprocessing is None else Preprocessing.from_json(preprocessing)
+    with _full_precision(model):
+        logits = model(prepare(probe_images(shape)), training=False)
+    return np.asarray(keras.ops.convert_to_numpy(logits), np.float32)
+
+
+def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **manifest) -> dict:
+    """Write a model's weights and their manifest to `path`, whole or not at all.
+
+    The same weights and manifest give the same bytes: the file holds no time and no machine. Fields of the
+    manifest:
+
+        architecture: name of the network; the default is `model.name`.
+        arguments: what `kvision.zoo.create_model` needs to build it again; `input_shape` and `classes` are
+            filled in from the model's shapes, and what is given here replaces them (a network without head
+            needs `{"classes": 0}`).
+        classes: names of the classes in the order of the logits.
+        input_size: (height, width) in pixels; the default is the model's.
+        preprocessing: a `kvision.data.preprocessing.Preprocessing`, or its `to_json()`; the default, None,
+            means a scale of 1/255.
+        dataset: name of the data set it was trained on.
+        accuracy: on the test set, from 0 to 1, by backend: `{"jax": 0.9158}`.
+        licence: of the weights, an SPDX identifier.
+        provenance: anything that says where the weights come from; `{"command": ...}` goes into the folder's
+            table.
+
+    Args:
+        model: a built Keras model with variables of plain NumPy dtypes.
+        path: file to write; its folder must exist.
+        allow_nonfinite: write NaN and infinite weights too, as a diverged run has.
+
+    Returns:
+        The manifest as written, with the sha256 of each array and, for networks from one image to one row of
+        logits, the probe logits.
+
+    Raises:
+        TypeError: a field that manifests do not have.
+        WeightsError: the weights or a field cannot be written; a file that was at `path` is still there.
+    """
+    if unknown := manifest.keys() - STATED.keys():
+        raise TypeError(f"a manifest has no field {listed(sorted(unknown))}; it has {', '.join(STATED)}")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise refusal(path, f"cannot be written: there is no folder {folder}")
+    import keras
+
+    arrays = {
+        key: np.asarray(keras.ops.convert_to_numpy(variable)) for key, variable in _named_variables(model, path).items()
+    }
+    if not allow_nonfinite and (broken := [key for key, array in arrays.items() if not np.isfinite(array).all()]):
+        raise refusal(
+            path,
+            f"not written, the run diverged: {listed(broken)} would be NaN or infinite; allow_nonfinite=True "
+            "would write them",
+        )
+    manifest = _completed(model, path, manifest)
+    manifest["arrays"] = {
+        key: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest(array)}
+        for key, array in arrays.items()
+    }
+    manifest["probe"] = _probe(model, path, manifest, allow_nonfinite)
+    text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        encoded = np.frombuffer(text.encode("utf-8"), np.uint8)
+    except UnicodeEncodeError:
+        raise refusal(path, "not written, the manifest holds a character that is no Unicode") from None
+    write(path, {**arrays, MANIFEST: encoded})
+    return json.loads(text)
+
+
+def _completed(model, path, stated: dict) -> dict:
+    """The manifest without arrays and probe: what is stated, and what the model's shapes say."""
+    if hasattr(stated.get("preprocessing"), "to_json"):
+        stated["preprocessing"] = stated["preprocessing"].to_json()
+    arguments, input_size = {}, None
+    shape = _image_shape(model)
+    if shape is not None:
+        arguments["input_shape"], input_size = shape, shape[:2] if all(shape[:2]) else None
+    if isinstance(outputs := getattr(model, "output_shape", None), tuple) and len(outputs) == 2:
+        arguments["classes"] = outputs[-1]
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": model.name,
+        "classes": None,
+        "input_size": input_size,
+        "preprocessing": None,
+        "dataset": None,
+        "accuracy": {},
+        "licence": None,
+        "provenance": {},
+        **stated,
+        "arguments": {**arguments, **dict(stated.get("arguments") or {})},
+    }
+    try:
+        manifest = _plain(manifest, "")
+        _check_fields(manifest)
+    except ValueError as error:
+        raise refusal(path, f"not written, {error}") from None
+    return manifest
+
+
+def _image_shape(model) -> list[int | None] | None:
+    """[height, width, channels] of a model that reads one batch of images, where a free size is None."""
+    try:
+        shape = model.input_shape
+    except (AttributeError, ValueError):  # a subclass that was built by a call
+        return None
+    return list(shape[1:]) if isinstance(shape, tuple) and len(shape) == 4 and None not in shape[3:] else None
+
+
+def _probe(model, path, manifest: dict, allow_nonfinite: bool) -> dict | None:
+    shape, outputs = _image_shape(model), getattr(model, "output_shape", None)
+    if shape is not None and not all(shape[:2]) and manifest["input_size"]:
+        shape = [*manifest["input_size"], shape[2]]
+    if shape is None or None in shape or not isinstance(outputs, tuple) or len(outputs) != 2:
+        return None
+    try:
+        logits = probe_logits(model, shape, manifest["preprocessing"])
+    except ValueError as error:
+        raise refusal(path, f"not written, the probe images cannot be classified: {error}") from None
+    if not np.isfinite(logits).all():
+        if allow_nonfinite:
+            return None
+        raise refusal(path, "not written, the probe images have logits that are NaN or infinite")
+    # `str` gives the shortest decimal that reads back as the same float32.
+    return {"shape": [4, *shape], "logits": [[float(str(value)) for value in row] for row in logits]}
+
+
+def _plain(value, place: str):
+    """`value` as JSON has it, with lists for tuples; ValueError names the place of what JSON cannot hold."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, f"{place}.{key}" if place else key) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
+    raise ValueError(
+        f"{place} in the manifest is {str(value)[:40]} ({type(value).__name__}); JSON holds strings, finite "
+        "numbers, true, false, null, lists, and dictionaries with strings for keys"
+    )
+
+
+def _check_fields(manifest: dict) -> None:
+    """ValueError where a field that a person states is missing or is not what docs/npz.md says."""
+    for field, types in STATED.items():
+        if not isinstance(manifest.get(field, 0), types):
+            names = " or ".join(
+                {dict: "an object", list: "a list", str: "a string", NoneType: "null"}[t] for t in types
+            )
+            got = f"is {str(manifest[field])[:40]!r}" if field in manifest else "is missing"
+            raise ValueError(f"{field} in the manifest {got}; it must be {names}")
+    classes, size, accuracy = manifest["classes"], manifest["input_size"], manifest["accuracy"]
+    if classes is not None:
+        expected = manifest["arguments"].get("classes", len(classes))
+        if len(classes) != expected or not all(isinstance(name, str) for name in classes):
+            raise ValueError(
+                f"classes in the manifest must be {expected} strings, one a logit, got {len(classes)} entries"
+            )
+    if size is not None and not (len(size) == 2 and all(type(length) is int and length > 0 for length in size)):
+        raise ValueError(f"input_size in the manifest must be [height, width] in pixels, got {str(size)[:40]}")
+    for backend, value in accuracy.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"accuracy.{backend} in the manifest must be a number from 0 to 1, got {str(value)[:40]}")
+    if manifest["preprocessing"] is not None:
+        try:
+            Preprocessing.from_json(manifest["preprocessing"])
+        except TypeError as error:
+            raise ValueError(f"malformed preprocessing in the manifest: {error}") from None
+
+
+def _finite_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):  # 1e999 reads as infinity
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def read_manifest(archive: Archive, required: bool = True) -> dict:
+    """The manifest of an opened file, checked against the headers of its arrays; {} where there is none.
+
+    Raises:
+        WeightsError: it is missing though `required`, malformed, of a newer format, or the arrays are not
+            those it lists.
+    """
+    path = archive.path
+    if MANIFEST not in archive.members:
+        if required:
+            raise refusal(
+                path,
+                "has no manifest, so nothing tells what it holds or whether it is whole; load(..., "
+                "manifest_required=False) takes it all the same",
+            )
+        return {}
+    member = archive.members[MANIFEST]
+    if member.dtype != np.uint8 or len(member.shape) != 1 or member.size > MAX_MANIFEST:
+        raise refusal(path, f"the manifest must be at most {MAX_MANIFEST:,} bytes in one row, got {member.shape}")
+    try:
+        manifest = json.loads(
+            archive.read(MANIFEST).tobytes().decode("utf-8"),
+            parse_float=_finite_float,
+            parse_constant=_finite_float,
+        )
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+    except WeightsError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise refusal(path, f"the manifest is not JSON as docs/npz.md has it ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise refusal(path, f"the manifest is of format {str(manifest.get('format'))[:40]!r}, expected {FORMAT!r}")
+    version = manifest.get("format_version")
+    if type(version) is not int or version < 1:
+        raise refusal(path, f"format_version in the manifest is {str(version)[:40]!r}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise refusal(path, f"has format version {version}, this kvision reads up to {FORMAT_VERSION}: upgrade kvision")
+    try:
+        _check_fields(manifest)
+    except (ValueError, OverflowError) as error:
+        raise refusal(path, str(error)) from None
+    _check_arrays(archive, manifest)
+    return manifest
+
+
+def _check_arrays(archive: Archive, manifest: dict) -> None:
+    entries, members = manifest.get("arrays"), archive.members
+    if not isinstance(entries, dict):
+        raise refusal(archive.path, "the manifest lists no arrays")
+    if missing := entries.keys() - members.keys():
+        raise refusal(archive.path, f"lacks arrays that its manifest lists: {listed(sorted(missing))}")
+    if extra := members.keys() - entries.keys() - {MANIFEST}:
+        raise refusal(archive.path, f"holds arrays that its manifest does not list: {listed(sorted(extra))}")
+    for key, entry in entries.items():
+        member = members[key]
+        said = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else None
+        if said != (held := (list(member.shape), member.dtype.name)):
+            raise refusal(archive.path, f"{key} is {held}, its manifest says {str(said)[:80]}")
+        if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
+            raise refusal(archive.path, f"the manifest states no sha256 of {key}")
+
+
+def load(
+    model,
+    path: str | os.PathLike,
+    skip: str | Iterable[str] = (),
+    *,
+    manifest_required: bool = True,
+    allow_nonfinite: bool = False,
+) -> dict:
+    """Set a model's variables to the arrays of a weights file; names and shapes must agree both ways.
+
+    Everything is checked before the first variable is set, so a refused file leaves the model as it was.
+
+    Args:
+        model: a built Keras model.
+        path: a file of `save`, or any `.npz` whose arrays have the names and shapes of
+            `named_variables(model)`.
+        skip: regular expressions; variables whose whole name matches one keep their values, and such arrays
+            are ignored.
+        manifest_required: False takes a file without manifest, whose arrays only the zip's checksums vouch
+            for.
+        allow_nonfinite: take NaN and infinite values too.
+
+    Returns:
+        The manifest; {} if the file has none.
+
+    Raises:
+        WeightsError: the file is damaged, unsafe, or not of this model; the line says which.
+        ValueError: `skip` holds something that is no regular expression.
+    """
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    try:
+        patterns = [re.compile(pattern) for pattern in skip]
+    except re.error as error:
+        raise ValueError(f"skip must hold regular expressions, {error.pattern!r} is none: {error}") from None
+
+    def kept(named: dict) -> dict:
+        return {key: item for key, item in named.items() if not any(pattern.fullmatch(key) for pattern in patterns)}
+
+    with Archive(path) as archive:
+        manifest = read_manifest(archive, manifest_required)
+        variables = kept(_named_variables(model, path))
+        members = kept({key: member for key, member in archive.members.items() if key != MANIFEST})
+        if fault := _misfit(variables, members):
+            made_for = f"a file of {manifest['architecture']}" if manifest else "the file"
+            raise refusal(path, f"{made_for} does not fit the model {model.name}: {fault}")
+        arrays = {}
+        for key in members:
+            array = archive.read(key, manifest["arrays"][key]["sha256"] if manifest else None)
+            if not allow_nonfinite and not np.isfinite(array).all():
+                raise refusal(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
+            arrays[key] = array
+    for key, array in arrays.items():
+        variables[key].assign(array)
+    return manifest
+
+
+def _misfit(variables: dict, members: dict) -> str | None:
+    """What keeps the arrays from being the variables, or None."""
+    faults = []
+    if missing := [key for key in variables if key not in members]:
+        faults.append(f"{len(missing)} of {len(variables)} variables are missing ({listed(missing)})")
+    if unexpected := [key for key in members if key not in variables]:
+        faults.append(f"{len(unexpected)} of {len(members)} arrays are unexpected ({listed(unexpected)})")
+    shapes, dtypes = [], []
+    for key in variables.keys() & members.keys():
+        wanted, got = tuple(variables[key].shape), members[key].shape
+        dtype, stored = np.dtype(str(variables[key].dtype)), members[key].dtype
+        if wanted != got:
+            shapes.append(f"{key}: file {got}, model {wanted}")
+        # A float16 array loses nothing in a float32 variable; the other way round it would, without a word.
+        if stored.kind != dtype.kind or stored.itemsize > dtype.itemsize:
+            dtypes.append(f"{key}: file {stored.name}, model {dtype.name}")
+    if shapes:
+        faults.append(f"{len(shapes)} of another shape ({listed(sorted(shapes))})")
+    if dtypes:
+        faults.append(f"{len(dtypes)} of another dtype ({listed(sorted(dtypes))})")
+    return "; ".join(faults) or None
+
+
+def inspect(path: str | os.PathLike) -> dict:
+    """What a file holds, by its directory, headers and manifest; no model is built.
+
+    Returns:
+        {"manifest": dict or None, "arrays": {name: {"shape", "dtype"}}, "parameters": how many numbers (the
+        statistics of batch norm included), "bytes": of the file, "sha256": of the file}, all plain JSON.
+
+    Raises:
+        WeightsError: the file cannot be read or is not a sound `.npz` of plain numbers.
+    """
+    with Archive(path) as archive:
+        manifest = read_manifest(archive, required=False)
+        members = {key: member for key, member in archive.members.items() if key != MANIFEST}
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "manifest": manifest or None,
+        "arrays": {key: {"shape": list(m.shape), "dtype": m.dtype.name} for key, m in members.items()},
+        "parameters": sum(math.prod(member.shape) for member in members.values()),
+        "bytes": archive.bytes,
+        "sha256": sha256,
+    }

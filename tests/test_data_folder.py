@@ -1,0 +1,156 @@
+"""Folders of images by class."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvision.data import DataError, load, read_image_folder
+
+
+def write(path, value, size=(6, 4), mode="RGB"):
+    """An image of one color; `size` is (width, height), as Pillow has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """train and test folders of two classes; the red value is 10 x the image's number, the blue one the class."""
+    root = tmp_path / "pets"
+    for split, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write(root / split / name / f"{i}.png", (10 * i, 0, label))
+    return root
+
+
+def test_train_and_test_folders(splits):
+    dataset = load("cifar10", splits)
+    assert (dataset.name, dataset.classes, dataset.input_shape) == ("pets", ("cat", "dog"), (4, 6, 3))
+    assert dataset.y_train.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.y_test.tolist() == [0, 0, 1, 1]
+    assert dataset.x_train[:, 0, 0, 0].tolist() == [0, 10, 20] * 2
+    np.testing.assert_array_equal(dataset.x_test[..., 2], np.broadcast_to(dataset.y_test[:, None, None], (4, 4, 6)))
+
+
+def test_a_val_folder_serves_as_test(splits):
+    (splits / "test").rename(splits / "val")
+    assert len(load("cifar10", splits).y_test) == 4
+
+
+def test_the_one_folder_within_a_folder(splits):
+    assert load("cifar10", splits.parent).name == "pets"
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_without_a_test_folder_a_fifth_of_each_class_is_split_off_by_the_seed(tmp_path, inside):
+    root = tmp_path / "pets"
+    for name, count in (("cat", 10), ("dog", 5), ("eel", 2)):
+        for i in range(count):
+            write(root / inside / name / f"{i:02}.png", (i, 0, 0))
+    one, same, other = (read_image_folder(root, seed=seed) for seed in (1, 1, 2))
+    assert np.bincount(one.y_test).tolist() == [2, 1, 1]
+    assert np.bincount(one.y_train).tolist() == [8, 4, 1]
+    for label, count in enumerate((10, 5, 2)):
+        parts = [x[y == label][:, 0, 0, 0] for x, y in ((one.x_train, one.y_train), (one.x_test, one.y_test))]
+        assert sorted(np.concatenate(parts)) == list(range(count))
+    np.testing.assert_array_equal(one.x_test, same.x_test)
+    assert not np.array_equal(one.x_test, other.x_test)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "rgb", "grey"),
+    [
+        ("L", 100, (100, 100, 100), 100),
+        ("RGBA", (10, 20, 30, 40), (10, 20, 30), 18),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0), 0),
+        ("1", 1, (255, 255, 255), 255),
+        ("I;16", 0x8012, (128, 128, 128), 128),
+        ("P", 3, None, None),
+    ],
+)
+def test_every_mode_becomes_rgb_or_grey(tmp_path, mode, value, rgb, grey):
+    suffix = "tif" if mode == "CMYK" else "png"
+    for name in "ab":
+        for i in range(2):
+            write(tmp_path / "x" / name / f"{i}.{suffix}", value, mode=mode)
+    color = load("cifar10", tmp_path / "x")
+    black = load("mnist", tmp_path / "x")
+    assert (color.input_shape, black.input_shape) == ((4, 6, 3), (4, 6, 1))
+    if rgb:
+        assert tuple(color.x_train[0, 0, 0]) == rgb
+        assert black.x_train[0, 0, 0].item() == grey
+
+
+def test_images_of_several_sizes_take_the_first_ones_or_the_size_given(splits):
+    write(splits / "train" / "cat" / "9.jpg", (200, 0, 0), size=(50, 20))
+    dataset = load("cifar10", splits)
+    assert dataset.input_shape == (4, 6, 3)
+    assert dataset.x_train[3, 2, 3, 0] > 190
+    assert load("cifar10", splits, size=(8, 3)).input_shape == (8, 3, 3)
+
+
+def test_what_is_no_image_is_passed_over(splits):
+    (splits / "train" / "cat" / "notes.txt").write_text("x")
+    (splits / "train" / "cat" / ".hidden.png").write_text("x")
+    (splits / "train" / "empty").mkdir()
+    (splits / "train" / ".cache" / "a").mkdir(parents=True)
+    assert load("cifar10", splits).classes == ("cat", "dog")
+
+
+def test_a_folder_called_cifar10_is_not_cifar10(splits):
+    root = splits.rename(splits.with_name("CIFAR-10"))
+    assert load("cifar10", root).name == "CIFAR-10_folder"
+
+
+def broken(folder):
+    (folder / "train" / "dog" / "1.png").write_bytes((folder / "train" / "dog" / "1.png").read_bytes()[:50])
+
+
+def bomb(folder):
+    # The header alone claims 60,000 x 60,000 pixels.
+    path = folder / "train" / "dog" / "1.png"
+    content = path.read_bytes()
+    side = (60_000).to_bytes(4, "big")
+    import zlib
+
+    chunk = b"IHDR" + side * 2 + content[24:29]
+    path.write_bytes(content[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[33:])
+
+
+def remove(*parts):
+    def fault(folder):
+        import shutil
+
+        for part in parts:
+            shutil.rmtree(folder / part)
+
+    return fault
+
+
+FAULTS = {
+    "a broken image": (broken, r"cannot read the image .*dog/1\.png"),
+    "text as image": (lambda f: (f / "test" / "cat" / "0.png").write_text("x"), r"image .*test/cat/0\.png"),
+    "a pixel bomb": (bomb, r"cannot read the image .*dog/1\.png.*bomb"),
+    "one class": (remove("train/dog", "test/dog"), "one class only, 'cat'"),
+    "an unknown test class": (lambda f: write(f / "test" / "eel" / "0.png", 0), "lacks: eel"),
+    "one image of a class": (
+        lambda f: (remove("test")(f), write(f / "train" / "eel" / "0.png", 0)),
+        "class 'eel' has one image",
+    ),
+    "no images": (remove("train/cat", "train/dog", "test"), "no images by class"),
+    "nothing": (remove("train", "test"), "no images by class, but nothing; expected"),
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_bad_folder_is_an_error_that_says_what_was_expected(splits, fault, message):
+    fault(splits)
+    with pytest.raises(DataError, match=message) as caught:
+        load("cifar10", splits)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_pixels_are_refused_before_they_are_read(splits):
+    with pytest.raises(DataError, match="do not fit"):
+        read_image_folder(splits, size=(100_000, 100_000))
