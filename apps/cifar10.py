@@ -10,15 +10,7 @@ from kvision.run import Config, classify, command
 DATASETS = ("cifar10", "shapes10")
 
 # He et al. 2015, section 4.2: weight decay 1e-4 is a penalty of half that on the squares.
-RESNET = {
-    "epochs": 164,
-    "batch_size": 128,
-    "learning_rate": 0.1,
-    "schedule": "steps",
-    "l2": 5e-5,
-    "flip": True,
-    "shift": 4,
-}
+RESNET = {"epochs": 164, "learning_rate": 0.1, "schedule": "steps", "l2": 5e-5, "flip": True, "shift": 4}
 VGG = {"epochs": 60, "learning_rate": 0.05, "warmup": 0.1, "l2": 2.5e-4, "flip": True, "shift": 4, "hidden": 512}
 
 RECIPES = {
@@ -78,4 +70,4 @@ def main(config: Config = RECIPES["airbench_small"]) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(command("cifar10", DATASETS, RECIPES, __doc__))
+    sys.exit(command(main, RECIPES, __doc__))

@@ -31,4 +31,4 @@ def main(config: Config = RECIPES["mnist_cnn"]) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(command("mnist", DATASETS, RECIPES, __doc__))
+    sys.exit(command(main, RECIPES, __doc__))

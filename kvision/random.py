@@ -1,8 +1,8 @@
 """The random numbers of a run, keyed by what they are for.
 
 `keras.random` gives other numbers on every backend, and a shared generator gives other numbers as soon as somebody
-draws once more. Here a number depends on the run's seed and on its purpose alone: the initial kernel of `stage1_conv`, the
-order of epoch 7. So every backend starts from the same weights and sees the same images, and a run that was stopped
+draws once more. Here a number depends on the run's seed and on its purpose alone: the initial kernel of `stage1_conv`,
+the order of epoch 7. So every backend starts from the same weights and sees the same images, and a run that was stopped
 draws the same numbers when it goes on.
 """
 

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.report import Mistake, write_report
 from kvision.transfer import LearningRateFactors
-from kvision.weights import WeightsError, save
+from kvision.weights import WeightsError, inspect, save
+from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
 
 ERRORS = (DataError, WeightsError, training.DivergedError)
@@ -170,8 +171,10 @@ def write_json(path: Path, content) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def new_folder(config: Config) -> Path:
-    """The folder of a new run: `--out`, which must be new or empty, or the next free name below runs/."""
+def run_folder(config: Config) -> Path:
+    """The folder of a run: `--out`, new or empty unless the run is resumed, or the next free name below runs/."""
+    if config.resume:
+        return Path(config.out)
     if config.out is not None:
         folder = Path(config.out)
         if folder.exists() and not folder.is_dir():
@@ -186,7 +189,13 @@ def new_folder(config: Config) -> Path:
     return next(folder for name in names if not (folder := Path("runs") / name).exists())
 
 
-def stored_config(app: str, given: Mapping[str, object]) -> Config:
+def store_config(config: Config, folder: Path) -> None:
+    """Write config.json, from which `--resume` takes the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dataclasses.asdict(replace(config, out=None, resume=False)))
+
+
+def stored_config(default: Config, given: Mapping[str, object]) -> Config:
     """The configuration of the run that `--resume` goes on with.
 
     Raises:
@@ -195,15 +204,15 @@ def stored_config(app: str, given: Mapping[str, object]) -> Config:
     if given.get("out") is not None:
         folder = Path(given["out"])
     else:
-        started = sorted(Path("runs").glob(f"{app}-*/config.json"), key=lambda path: path.stat().st_mtime)
+        started = sorted(Path("runs").glob(f"{default.app}-*/config.json"), key=lambda path: path.stat().st_mtime)
         if not started:
-            raise flags.UsageError(f"--resume found no run of {app} below runs/; name its folder with --out")
+            raise flags.UsageError(f"--resume found no run of {default.app} below runs/; name its folder with --out")
         folder = started[-1].parent
     try:
         stored = json.loads((folder / "config.json").read_text())
-        if stored.pop("app") != app:
-            raise flags.UsageError(f"{folder} holds no run of {app}")
-        config = Config(app=app, **{**stored, "out": str(folder), "resume": True})
+        if stored["app"] != default.app:
+            raise flags.UsageError(f"{folder} holds a run of {stored['app']}, not of {default.app}")
+        config = type(default)(**{**stored, "out": str(folder), "resume": True})
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, flags.UsageError):
             raise
@@ -216,7 +225,7 @@ def stored_config(app: str, given: Mapping[str, object]) -> Config:
 
 
 def classify(config: Config, names: Sequence[str], log=print) -> dict:
-    """Train, score and write the run folder; the work behind the classification apps.
+    """Find the data and train on it: the work behind the classification apps.
 
     Args:
         names: the data sets to look for, the wanted one first.
@@ -228,58 +237,89 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
         flags.UsageError, DataError, WeightsError, training.DivergedError: one clear line each. Before the first step
             nothing is written.
     """
-    started = time.perf_counter()
-    own = model_arguments(config)
-    folder = Path(config.out) if config.resume else new_folder(config)
+    model_arguments(config)  # a flag that does not fit ends the run before the data are read
+    folder = run_folder(config)
     dataset, note = read_data(config, names, log)
-    preprocessing = preprocessing_of(dataset)
-    dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
-    keras.config.set_dtype_policy(DTYPES[config.dtype])
+    return train(config, dataset, folder, note=note, log=log)
+
+
+def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[keras.Model, Preprocessing, dict]:
+    """The network of a run with its initial weights, its preprocessing, and the arguments of its own.
+
+    Args:
+        skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
+    """
+    preprocessing, own, manifest = preprocessing_of(dataset), model_arguments(config), {}
     if config.weights is not None:
-        manifest = weights_manifest(config.weights)
-        own = {**{k: v for k, v in manifest["arguments"].items() if k in zoo.arguments(config.model)}, **own}
-        preprocessing = Preprocessing.from_json(manifest["preprocessing"] or preprocessing.to_json())
+        manifest = inspect(config.weights)["manifest"] or {}
+        known = zoo.arguments(config.model)
+        own = {key: value for key, value in manifest.get("arguments", {}).items() if key in known} | own
+        # Preprocessing belongs to the weights: what they were trained on decides, not this data set.
+        preprocessing = Preprocessing.from_json(manifest.get("preprocessing") or preprocessing.to_json())
     try:
-        model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), config.weights, **own)
+        model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
-        if isinstance(error, WeightsError):
-            raise
         raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}") from None
-    if config.weights is None:
-        initialize(model, config.seed)
-    if config.whiten:
+    initialize(model, config.seed)
+    if config.weights is not None:
+        load_weights(model, config.weights, skip)
+    elif config.whiten:
         whiten(model, preprocessing(dataset.x_train[:5000]))
+    if config.whiten:
+        model.get_layer("whiten_conv").trainable = False
+    return model, preprocessing, own
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    note: str | None = None,
+    skip: Sequence[str] = (),
+    prepare: Callable[[keras.Model], object] = lambda model: None,
+    factors: Mapping[str, float] | None = None,
+    log=print,
+) -> dict:
+    """Train on a data set, score, and write the run folder.
+
+    Args:
+        note: a remark on the data for the report.
+        skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
+        prepare: called with the model before training, to freeze layers.
+        factors: learning-rate factors by variable pattern, see `kvision.transfer.LearningRateFactors`.
+
+    Returns, raises: as `classify`.
+    """
+    started = time.perf_counter()
+    backend = keras.backend.backend()
+    keras.config.set_dtype_policy(DTYPES[config.dtype])
+    full = dataset
+    dataset = full.subset(train=config.limit, test=config.limit_test, seed=config.seed)
+    model, preprocessing, own = build(config, full, skip)
+    prepare(model)
     if config.l1 or config.l2:
         regularizers.attach(model, keras.regularizers.L1L2(config.l1, config.l2))
     augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
     batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
-    total = max(1, min(config.epochs * batches.steps, config.steps or config.epochs * batches.steps))
-    optimizer = training.make_optimizer(
-        config.optimizer,
-        training.schedule(config.schedule, config.learning_rate, total, config.warmup),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-    if config.bias_factor != 1:
-        optimizer = LearningRateFactors(optimizer, {r".*bn/beta": config.bias_factor})
-
-    backend = keras.backend.backend()
+    optimizer = optimizer_of(config, batches.steps, factors or {})
     command = f"KERAS_BACKEND={backend} python -m apps.{config.app} {shlex.join(arguments_of(config))}"
     log(
         f"{config.model} on {dataset.name} ({dataset.source}): {len(dataset.x_train):,} training and "
         f"{len(dataset.x_test):,} test images, {len(dataset.classes)} classes; {backend}, "
         f"{count_parameters(model):,} trainable parameters; run folder {folder}"
     )
-    initial_logits = None
-    if not (folder / "trace.json").exists():
-        first = dataset.x_test[:COMPARED_IMAGES]
-        initial_logits = training.predict(floors.create(model), first, preprocessing).tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        write_json(folder / "config.json", dataclasses.asdict(replace(config, out=None, resume=False)))
+    trace = {}
+    if not (folder / "checkpoint.npz").exists():
+        trace["initial_logits"] = training.predict(
+            floors.create(model), dataset.x_test[:COMPARED_IMAGES], preprocessing
+        ).tolist()
+    store_config(config, folder)
 
     def on_epoch(history: training.History) -> None:
         write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
+        if trace:
+            write_json(folder / "trace.json", trace | {"step_losses": history.step_losses})
 
     history = training.fit(
         model,
@@ -292,10 +332,9 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
         checkpoint=folder / "checkpoint.npz",
         on_epoch=on_epoch,
     )
+    on_epoch(history)
     logits = training.predict(floors.create(model), dataset.x_test, preprocessing)
     scored = classification.score(logits, dataset.y_test)
-    if initial_logits is not None:
-        write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
     save(
         model,
         folder / "weights.npz",
@@ -352,6 +391,21 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
     return {**result, "folder": str(folder)}
 
 
+def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
+    """The optimizer that a configuration describes, its schedule laid over the whole run."""
+    total = min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch)
+    optimizer = training.make_optimizer(
+        config.optimizer,
+        training.schedule(config.schedule, config.learning_rate, max(1, total), config.warmup),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    factors = dict(factors)
+    if config.bias_factor != 1:
+        factors[r".*bn/beta"] = config.bias_factor
+    return LearningRateFactors(optimizer, factors) if factors else optimizer
+
+
 def whiten(model: keras.Model, images: np.ndarray) -> None:
     """Set the layer `whiten_conv` to whiten the patches of preprocessed `images` (n, h, w, c), and freeze it."""
     try:
@@ -359,15 +413,6 @@ def whiten(model: keras.Model, images: np.ndarray) -> None:
     except ValueError:
         raise flags.UsageError(f"--whiten does not apply to {model.name}: it has no layer whiten_conv") from None
     layer.kernel.assign(whitening_kernel(images, layer.kernel_size[0]))
-    layer.trainable = False
-
-
-def weights_manifest(path: str) -> dict:
-    """The manifest of a weights file, with the entries a run needs."""
-    from kvision.weights import inspect
-
-    manifest = inspect(path)
-    return {"architecture": None, "arguments": {}, "preprocessing": None, **manifest}
 
 
 def count_parameters(model: keras.Model) -> int:
@@ -392,21 +437,29 @@ def arguments_of(config: Config) -> list[str]:
     return words
 
 
-def command(app: str, names: Sequence[str], recipes: Mapping[str, Config], description: str, argv=None) -> int:
-    """An app's command line: the first of `recipes` is the default; a network without one has the class's defaults."""
-    prog = f"python -m apps.{app}"
+def command(
+    main: Callable[[Config], object], recipes: Mapping[str, Config], description: str, argv: Sequence[str] | None = None
+) -> int:
+    """An app's command line around its `main(config)`; returns the exit code.
+
+    Args:
+        recipes: a configuration for each network it is known for, by name; the first is the default. A network without
+            one has the values of the first's class.
+        argv: the arguments; None takes the process's own.
+    """
     default = next(iter(recipes.values()))
+    prog = f"python -m apps.{default.app}"
 
     def run() -> None:
-        given = flags.parse(Config, argv, prog=prog, description=description, defaults=default)
+        given = flags.parse(type(default), argv, prog=prog, description=description, defaults=default)
         if given.get("resume"):
-            config = stored_config(app, given)
+            config = stored_config(default, given)
         else:
             name = given.get("model", default.model)
             if "weights" in given and "model" not in given:
-                name = weights_manifest(given["weights"])["architecture"] or name
+                name = (inspect(given["weights"])["manifest"] or {}).get("architecture") or name
             zoo.arguments(name)  # an unknown name ends here
-            config = replace(recipes.get(name, Config(app=app, model=name)), **given)
-        classify(config, names)
+            config = replace(recipes.get(name) or type(default)(app=default.app, model=name), **given)
+        main(config)
 
     return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError))

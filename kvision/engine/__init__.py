@@ -10,10 +10,14 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
 """
 
 import importlib
-
-import keras
+import importlib.util
 
 FLOORS = ("jax", "tensorflow", "torch")
+
+
+def installed(backend: str) -> bool:
+    """Whether a backend is installed; nothing is imported to find out."""
+    return importlib.util.find_spec(backend) is not None
 
 
 def floor():
@@ -22,6 +26,8 @@ def floor():
     Raises:
         RuntimeError: Keras runs on a backend that this project has no floor for.
     """
+    import keras  # here, because it imports the backend
+
     name = keras.backend.backend()
     if name not in FLOORS:
         raise RuntimeError(
@@ -30,6 +36,6 @@ def floor():
     return importlib.import_module(f"kvision.engine.{name}")
 
 
-def create(model: keras.Model, optimizer=None, loss=None):
+def create(model, optimizer=None, loss=None):
     """The active backend's `Engine` for this model."""
     return floor().Engine(model, optimizer, loss)

@@ -3,7 +3,8 @@
 LeCun, Bottou, Bengio and Haffner 1998, "Gradient-based learning applied to document recognition",
 https://doi.org/10.1109/5.726791, drew the pattern: convolutions and subsampling, then fully connected layers. These are
 its present-day forms, as Keras's own examples for MNIST and CIFAR-10 made them known: 3x3 convolutions, rectified
-units, max pooling, and dropout (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) after every stage.
+units, max pooling, and dropout (Srivastava et al. 2014,
+https://jmlr.org/papers/v15/srivastava14a.html) after every stage.
 `dropout_rate` is that of the convolutional stages; the fully connected layer has twice as much.
 """
 

@@ -141,8 +141,9 @@ class Archive:
             key = self._key(info)
             if key in members:
                 raise refusal(self.path, f"holds the array {key} twice")
-            start = self._data_start(info, key)
-            if info.header_offset < free or start + info.compress_size > end:
+            # The offset may be anything, even negative, until it is compared; only then is it read from.
+            inside = free <= info.header_offset < end
+            if not inside or (start := self._data_start(info, key)) + info.compress_size > end:
                 raise refusal(self.path, f"the bytes of {key} overlap others or lie outside the file")
             free = start + info.compress_size
             unpacked += info.file_size if info.compress_type else 0

@@ -5,7 +5,7 @@ import json
 import os
 
 from kvision.weights.archive import WeightsError
-from kvision.weights.folder import _size, table, write_table
+from kvision.weights.folder import file_size, table, write_table
 from kvision.weights.npz import inspect
 from kvision.weights.verify import diff, verify
 
@@ -61,7 +61,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         manifest = found["manifest"] or {}
         print(
             f"{path}: {manifest.get('architecture', 'no manifest')}, {found['parameters']:,} parameters in "
-            f"{len(found['arrays'])} arrays, {_size(found['bytes'])}, sha256 {found['sha256']}"
+            f"{len(found['arrays'])} arrays, {file_size(found['bytes'])}, sha256 {found['sha256']}"
         )
         for field in (
             "dataset",

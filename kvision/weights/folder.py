@@ -9,7 +9,8 @@ from kvision.weights.npz import inspect
 START, END = "<!-- weights:start -->", "<!-- weights:end -->"
 
 
-def _size(count: int) -> str:
+def file_size(count: int) -> str:
+    """Bytes as people read them: `1.1 MB`."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
@@ -48,7 +49,7 @@ def table(folder: str | os.PathLike) -> str:
                 manifest["dataset"] or "",
                 f"{found['parameters']:,}",
                 *(f"{accuracy[backend]:.2%}" if backend in accuracy else "" for backend in backends),
-                _size(found["bytes"]),
+                file_size(found["bytes"]),
                 f"`{found['sha256'][:12]}`",
                 f"`{command}`" if command else "",
             ]

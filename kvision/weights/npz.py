@@ -124,7 +124,7 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
         preprocessing: a `kvision.data.preprocessing.Preprocessing`, or its `to_json()`; the default, None,
             means a scale of 1/255.
         dataset: name of the data set it was trained on.
-        accuracy: on the test set, from 0 to 1, by backend: `{"jax": 0.9158}`.
+        accuracy: on the test set, from 0 to 1, by backend: `{keras.backend.backend(): 0.9158}`.
         licence: of the weights, an SPDX identifier.
         provenance: anything that says where the weights come from; `{"command": ...}` goes into the folder's
             table.
@@ -150,7 +150,8 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
     import keras
 
     arrays = {
-        key: np.asarray(keras.ops.convert_to_numpy(variable)) for key, variable in _named_variables(model, path).items()
+        key: np.asarray(keras.ops.convert_to_numpy(variable.value))
+        for key, variable in _named_variables(model, path).items()
     }
     if not allow_nonfinite and (broken := [key for key, array in arrays.items() if not np.isfinite(array).all()]):
         raise refusal(

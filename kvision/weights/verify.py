@@ -74,7 +74,12 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
         return None
     try:
         expected = np.asarray(probe["logits"], np.float32)
-        logits = probe_logits(model, tuple(probe["shape"][1:]), manifest["preprocessing"])
+        shape = list(probe["shape"])
+        if len(shape) != 4 or any(
+            wanted not in (None, got) for wanted, got in zip(model.input_shape, shape, strict=True)
+        ):
+            raise ValueError(f"images of shape {shape}, the model reads {model.input_shape}")
+        logits = probe_logits(model, tuple(shape[1:]), manifest["preprocessing"])
         if expected.shape != logits.shape or not expected.size:
             raise ValueError(f"logits of shape {expected.shape}, the model gives {logits.shape}")
     except (KeyError, ValueError, TypeError) as error:

@@ -1,0 +1,122 @@
+"""Carry a VGG from some classes of CIFAR-10 to the others: `KERAS_BACKEND=torch python -m apps.transfer`.
+
+The network learns the first half of the classes from all their images (or comes from `--weights`). Then its head is
+replaced, the rest is frozen, and the new head learns the other half from 50 images a class; `--unfreeze stage5` goes on
+with that stage at a tenth of the rate. The same network trained from scratch on the same few images is the yardstick.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+from kvision import flags, transfer
+from kvision.data import Dataset
+from kvision.run import Config, command, flag, read_data, run_folder, store_config, train, write_json
+
+DATASETS = ("cifar10", "shapes10")
+HEAD = "logits"
+
+
+@dataclass(frozen=True)
+class TransferConfig(Config):
+    """A run of this app; `epochs`, `learning_rate` and their like are those of the new head and of the yardstick."""
+
+    per_class: int = flag(50, "training images of each new class")
+    source_classes: str | None = flag(None, "comma-separated classes to learn first; none takes the first half")
+    source_epochs: int = flag(8, "epochs on the source classes; --weights leaves them out")
+    source_learning_rate: float = flag(0.05, "the largest learning rate on the source classes")
+    unfreeze: str | None = flag(None, "then release the layers whose name begins so, such as stage5", metavar="PATTERN")
+    unfreeze_epochs: int = flag(10, "epochs with the released layers")
+    learning_rate_factor: float = flag(0.1, "learning-rate factor of the released layers")
+
+    def __post_init__(self):
+        super().__post_init__()
+        flags.expect(self, "per_class source_epochs unfreeze_epochs", lambda value: value >= 1, "at least 1")
+        flags.expect(self, "source_learning_rate learning_rate_factor", lambda value: value > 0, "a positive number")
+
+
+RECIPE = TransferConfig(
+    app="transfer",
+    model="vgg11_bn",
+    epochs=40,
+    batch_size=50,
+    learning_rate=0.05,
+    warmup=0.1,
+    l2=2.5e-4,
+    flip=True,
+    shift=4,
+    hidden=512,
+)
+
+
+def split(config: TransferConfig, dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """The data set of the source classes, and a few images of the others."""
+    classes = dataset.classes
+    first = config.source_classes.split(",") if config.source_classes else classes[: len(classes) // 2]
+    rest = [name for name in classes if name not in first]
+    if (unknown := set(first) - set(classes)) or len(first) < 2 or len(rest) < 2:
+        wrong = f"unknown are {', '.join(sorted(unknown))}" if unknown else "it must leave two classes at least"
+        raise flags.UsageError(f"--source-classes takes two or more of {', '.join(classes)}; {wrong}")
+    return dataset.select(first), dataset.select(rest).per_class(config.per_class, config.seed)
+
+
+def main(config: TransferConfig = RECIPE) -> dict:
+    """Run the whole comparison; the content of metrics.json, and the run's folder."""
+    folder = run_folder(config)
+    dataset, note = read_data(config, DATASETS)
+    source, target = split(config, dataset)
+    store_config(config, folder)
+    # The limits and the step bound are those of the source; the few images are few already.
+    few = replace(config, limit=None, weights=None)
+
+    weights = config.weights
+    if weights is None:
+        print(f"1. {config.model} learns {', '.join(source.classes)}")
+        first = replace(config, epochs=config.source_epochs, learning_rate=config.source_learning_rate, batch_size=125)
+        train(first, source, folder / "source", note=note)
+        weights = str(folder / "source" / "weights.npz")
+    print(f"2. a new head for {', '.join(target.classes)}, the rest frozen, {config.per_class} images a class")
+    top = train(
+        replace(few, weights=weights, l2=0.0),
+        target,
+        folder / "head",
+        note=note,
+        skip=[f"{HEAD}/.*"],
+        prepare=lambda model: transfer.freeze(model, except_=HEAD),
+    )
+    best = top
+    if config.unfreeze:
+        print(f"3. {config.unfreeze} released, at {config.learning_rate_factor} of the learning rate")
+
+        def release(model):
+            transfer.freeze(model, except_=HEAD)
+            transfer.unfreeze(model, config.unfreeze)
+
+        best = train(
+            replace(few, weights=str(folder / "head" / "weights.npz"), epochs=config.unfreeze_epochs, hidden=None),
+            target,
+            folder / "unfrozen",
+            note=note,
+            prepare=release,
+            factors={rf"(?!{HEAD}).*": config.learning_rate_factor},
+        )
+    print("4. the yardstick: the same network from scratch on the same images")
+    scratch = train(few, target, folder / "scratch", note=note)
+
+    margin = best["test_accuracy"] - scratch["test_accuracy"]
+    result = best | {
+        "head_accuracy": top["test_accuracy"],
+        "scratch_accuracy": scratch["test_accuracy"],
+        "margin": margin,
+        "weights": weights,
+        "folder": str(folder),
+    }
+    write_json(folder / "metrics.json", result)
+    print(
+        f"transfer to {len(target.classes)} classes of {dataset.name} from {config.per_class} images each: "
+        f"{best['test_accuracy']:.2%}, from scratch {scratch['test_accuracy']:.2%}: {100 * margin:+.1f} points"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, {RECIPE.model: RECIPE}, __doc__))

@@ -1,0 +1,44 @@
+"""The command line: `python -m kvision --help` (installed: `kvision --help`)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import kvision
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from kvision import zoo
+
+    for name in zoo.list_models(arguments.pattern):
+        print(name)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors are one line on stderr and code 2."""
+    from kvision import compare
+    from kvision.flags import UsageError
+    from kvision.weights import WeightsError, cli
+
+    parser = argparse.ArgumentParser(prog="kvision", description=kvision.__doc__)
+    parser.add_argument("--version", action="version", version=f"kvision {kvision.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    models = commands.add_parser("models", help="list the zoo")
+    models.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'resnet*'")
+    models.set_defaults(handler=_models)
+    cli.add_commands(commands)
+    compare.add_commands(commands)
+    arguments, others = parser.parse_known_args(argv)
+    passes_flags = getattr(arguments, "passes_flags", False)  # what `compare` does not know goes to the app
+    if others and not passes_flags:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    try:
+        return arguments.handler(arguments, others) if passes_flags else arguments.handler(arguments)
+    except (UsageError, WeightsError) as error:
+        print(f"kvision: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Downloads from a server on this machine that breaks off, lies and forgets, as servers do."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import multiprocessing
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvision.data import DataError, DataUnavailable, cifar, download, load, mnist
+from kvision.data.download import Remote
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`; `cut` of the next answers break off after that many bytes; `ranges` is whether it resumes."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.cut: list[int] = []
+        self.ranges = True
+        self.pause = 0.0
+        self.asked: list[str | None] = []
+
+    def url(self, file):
+        return f"http://127.0.0.1:{self.server_port}/{file}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        content = self.server.files.get(self.path[1:])
+        asked = self.headers.get("Range")
+        self.server.asked.append(asked)
+        if content is None:
+            return self.send_error(404)
+        start = int(asked[6:-1]) if asked and self.server.ranges else 0
+        if start and start >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        time.sleep(self.server.pause)
+        body = content[start:]
+        if self.server.cut:
+            body = body[: self.server.cut.pop(0)]
+            self.close_connection = True
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "PAUSE", 0)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty Keras cache, and an empty folder to work in."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "keras" / "datasets"
+
+
+@pytest.fixture
+def one_file(server, monkeypatch):
+    """Data set "mnist" as one file of random bytes."""
+    server.files["mnist.npz"] = CONTENT
+    return publish(monkeypatch, server, "mnist", "mnist.npz", CONTENT)
+
+
+def publish(monkeypatch, server, name, file, content, algorithm="sha256", unpacks_to=None):
+    checksum = f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+    remote = Remote(server.url(file), file, checksum, unpacks_to)
+    monkeypatch.setitem(download.REMOTES, name, (remote,))
+    return remote
+
+
+def fetch(cache):
+    return download.download("mnist", cache, log=lambda line: None)
+
+
+def left(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_a_whole_download(server, one_file, cache, capsys):
+    said = []
+    path = download.download("mnist", cache, log=said.append)
+    assert path == cache / "mnist.npz"
+    assert path.read_bytes() == CONTENT
+    assert left(cache) == ["mnist.npz"]
+    assert said == [f"downloading {one_file.url} to {cache}"]
+    assert "mnist.npz: 0.3 of 0.3 MB (100 %)" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_and_right_is_not_fetched_again(server, one_file, cache):
+    fetch(cache)
+    fetch(cache)
+    assert server.asked == [None]
+
+
+def test_a_file_that_is_there_and_wrong_is_replaced(server, one_file, cache):
+    cache.mkdir(parents=True)
+    (cache / "mnist.npz").write_bytes(CONTENT[:-1])
+    assert fetch(cache).read_bytes() == CONTENT
+
+
+def test_a_transfer_that_breaks_off_goes_on_where_it_was(server, one_file, cache):
+    server.cut = [100_000, 50_000]
+    assert fetch(cache).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
+    assert left(cache) == ["mnist.npz"]
+
+
+def test_the_next_call_goes_on_where_the_last_gave_up(server, one_file, cache):
+    server.cut = [100_000, 0]
+    with pytest.raises(DataUnavailable, match="100000 bytes are kept, run again to go on"):
+        fetch(cache)
+    assert left(cache) == ["mnist.npz.part"]
+    server.asked.clear()
+    assert fetch(cache).read_bytes() == CONTENT
+    assert server.asked == ["bytes=100000-"]
+
+
+def test_a_server_without_ranges_starts_anew(server, one_file, cache):
+    server.ranges = False
+    server.cut = [100_000]
+    assert fetch(cache).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"of an older file" * 1000, CONTENT, CONTENT + b"more", b"x" * len(CONTENT)],
+    ids=["older", "complete", "longer", "as long"],
+)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_any_leftover_part_ends_as_the_published_file(server, one_file, cache, part, ranges):
+    server.ranges = ranges
+    cache.mkdir(parents=True)
+    (cache / "mnist.npz.part").write_bytes(part)
+    assert fetch(cache).read_bytes() == CONTENT
+    assert left(cache) == ["mnist.npz"]
+
+
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+def test_a_wrong_checksum_is_an_error_and_leaves_nothing(server, cache, monkeypatch, algorithm):
+    publish(monkeypatch, server, "mnist", "mnist.npz", CONTENT, algorithm)
+    server.files["mnist.npz"] = CONTENT[:-1] + b"?"
+    with pytest.raises(DataError, match=f"is not the published file: expected {algorithm}:") as caught:
+        fetch(cache)
+    assert not isinstance(caught.value, DataUnavailable)
+    assert left(cache) == []
+
+
+def test_a_missing_file_on_the_server(server, one_file, cache):
+    server.files.clear()
+    with pytest.raises(DataUnavailable, match=r"mnist\.npz answers 404"):
+        fetch(cache)
+    assert left(cache) == []
+
+
+def test_no_server(server, cache, monkeypatch):
+    publish(monkeypatch, server, "mnist", "mnist.npz", CONTENT)
+    server.shutdown()
+    server.server_close()
+    began = time.monotonic()
+    with pytest.raises(DataUnavailable) as caught:
+        load("mnist")
+    assert time.monotonic() - began < 5
+    message = str(caught.value)
+    assert message.startswith("mnist is neither here nor to be had: http://127.0.0.1")
+    assert message.endswith(f"give a path to it, or put mnist.npz into {cache}")
+    assert "\n" not in message
+    assert left(cache) == []
+
+
+def test_a_server_that_falls_silent_is_given_up(server, one_file, cache, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.1)
+    server.pause = 0.5
+    with pytest.raises(DataUnavailable, match="timed out"):
+        fetch(cache)
+
+
+def test_time_to_connect_is_bounded():
+    assert download.TIMEOUT <= 15
+
+
+def test_more_bytes_than_any_data_set_has_are_refused(server, one_file, cache, monkeypatch):
+    monkeypatch.setattr(download, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match="has 300000 bytes, more than the 1000"):
+        fetch(cache)
+
+
+def test_a_folder_that_cannot_be_written(server, one_file, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataUnavailable, match="cannot be fetched into"):
+        fetch(tmp_path / "file" / "cache")
+
+
+def archive(folder, **files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def cifar10_archive(monkeypatch):
+    """The binary version, with one image a batch."""
+    monkeypatch.setitem(cifar.COUNTS, "cifar10", (5, 1))
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    return archive("cifar-10-batches-bin", **{name: bytes([i]) * 3073 for i, name in enumerate(names)})
+
+
+def test_an_archive_is_downloaded_unpacked_and_then_found(server, cache, monkeypatch):
+    content = cifar10_archive(monkeypatch)
+    server.files["cifar.tar.gz"] = content
+    publish(monkeypatch, server, "cifar10", "cifar.tar.gz", content, "md5", "cifar-10-batches-bin")
+    assert load("cifar10", log=lambda line: None).y_train.tolist() == [0, 1, 2, 3, 4]
+    assert left(cache) == ["cifar-10-batches-bin"]
+    again = load("cifar10", download=False)
+    assert again.source == str(cache / "cifar-10-batches-bin")
+    assert len(server.asked) == 1
+
+
+def test_a_broken_folder_in_the_cache_is_passed_over_and_replaced(server, cache, monkeypatch):
+    content = cifar10_archive(monkeypatch)
+    server.files["cifar.tar.gz"] = content
+    publish(monkeypatch, server, "cifar10", "cifar.tar.gz", content, "md5", "cifar-10-batches-bin")
+    broken = cache / "cifar-10-batches-bin"
+    broken.mkdir(parents=True)
+    (broken / "data_batch_1.bin").write_bytes(b"1")
+    said = []
+    assert load("cifar10", log=said.append).name == "cifar10"
+    assert said[0].startswith(f"passing over {broken}: ")
+    assert left(cache) == ["cifar-10-batches-bin"]
+
+
+def test_a_hostile_archive_with_the_right_checksum_leaves_nothing(server, cache, monkeypatch):
+    content = archive("cifar-10-batches-bin/../..", escaped=b"1")
+    server.files["cifar.tar.gz"] = content
+    publish(monkeypatch, server, "cifar10", "cifar.tar.gz", content, "md5", "cifar-10-batches-bin")
+    with pytest.raises(DataError, match="lies outside the folder"):
+        load("cifar10", log=lambda line: None)
+    assert not list(cache.parent.parent.rglob("escaped"))
+    assert not (cache / "cifar-10-batches-bin").exists()
+
+
+def test_fashion_mnist_comes_in_four_files(server, cache, monkeypatch):
+    monkeypatch.setitem(mnist.COUNTS, "fashion_mnist", (2, 1))
+    remotes = []
+    for name, count in zip(mnist.FILES, (2, 2, 1, 1), strict=True):
+        lengths = (count, 28, 28) if "idx3" in name else (count,)
+        content = bytes([0, 0, 8, len(lengths)]) + np.array(lengths, ">u4").tobytes() + bytes(np.prod(lengths))
+        server.files[name] = content
+        md5 = hashlib.md5(content).hexdigest()
+        remotes.append(Remote(server.url(name), f"fashion-mnist/{name}", f"md5:{md5}"))
+    monkeypatch.setitem(download.REMOTES, "fashion_mnist", tuple(remotes))
+    assert load("fashion_mnist", log=lambda line: None).name == "fashion_mnist"
+    assert left(cache) == ["fashion-mnist"]
+    assert load("fashion_mnist", download=False).source == str(cache / "fashion-mnist")
+
+
+def _fetch_in_a_process(remotes, cache, results):
+    download.REMOTES.update(remotes)
+    with contextlib.redirect_stderr(io.StringIO()):
+        path = download.download("cifar10", cache, log=lambda line: None)
+    results.put(sorted((item.name, item.stat().st_size) for item in path.iterdir()))
+
+
+def test_processes_that_download_at_once_do_not_disturb_each_other(server, cache, monkeypatch):
+    content = cifar10_archive(monkeypatch)
+    server.files["cifar.tar.gz"] = content
+    server.pause = 0.3
+    remote = publish(monkeypatch, server, "cifar10", "cifar.tar.gz", content, "md5", "cifar-10-batches-bin")
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_fetch_in_a_process, args=({"cifar10": (remote,)}, cache, results)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 6
+    assert left(cache) == ["cifar-10-batches-bin"]
+
+
+def test_the_published_checksums():
+    # As the publishers and Keras state them; a typing error here would make every download fail.
+    found = {name: [remote.checksum for remote in remotes] for name, remotes in download.REMOTES.items()}
+    assert found["cifar10"] == ["md5:c58f30108f718f92721af3b95e74349a"]
+    assert found["cifar100"] == ["md5:eb9058c3a382ffc7106e4002c42a8d85"]
+    assert found["mnist"] == ["sha256:731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"]
+    assert len(set(found["fashion_mnist"])) == 4
+    assert all(remote.url.startswith("https://") for remotes in download.REMOTES.values() for remote in remotes)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, live):
+    stream = Terminal() if live else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    clock = iter([100.0, 111.0, 122.0])
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
+    progress = download.Progress(0, 44_000_000, "x.gz")
+    progress.update(11_000_000)
+    progress.close(44_000_000)
+    first, last = stream.getvalue().replace("\x1b[K", "\n").split("\n")[:2]
+    assert first.endswith("x.gz: 11.0 of 44.0 MB (25 %), 1.0 MB/s, 33 s left")
+    assert last.endswith("x.gz: 44.0 of 44.0 MB (100 %), 2.0 MB/s")
+    assert first.startswith("\r[######......") == live
