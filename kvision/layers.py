@@ -79,7 +79,12 @@ def conv(
         padding: "same", `kernel_size // 2` zeros on every side, or "valid", none.
         initializer: of the kernel; the default is He's normal initialiser over the outputs, as in torchvision.
         options: further arguments of `keras.layers.Conv2D`.
+
+    Raises:
+        ValueError: "same" with an even kernel, which has no centre.
     """
+    if padding == "same" and kernel_size % 2 == 0:
+        raise ValueError(f"{name}: symmetric padding wants an odd kernel, got {kernel_size}; give padding='valid'")
     pad = kernel_size // 2 if padding == "same" and strides > 1 else 0
     layer = keras.layers.Conv2D(
         filters,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def schedule(kind: str, peak: float, total: int, warmup: float = 0.0):
     if kind not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
     if kind == "steps":
-        boundaries = [total // 2, total * 3 // 4]
+        boundaries = [total // 2 - 1, total * 3 // 4 - 1]  # the last step of each part
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, [peak, peak / 10, peak / 100])
     return WarmUp(peak, total, round(warmup * total), kind=kind)
 
@@ -93,7 +94,7 @@ def make_optimizer(
     else:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if decay:
-        optimizer.exclude_from_weight_decay(var_names=["/(bias|gamma|beta)$"])
+        optimizer.exclude_from_weight_decay(var_names=["^(bias|gamma|beta)$"])
     return optimizer
 
 
@@ -128,11 +129,16 @@ class History:
     compile_seconds: float | None = None
 
 
+def _names(model, optimizer) -> list[str]:
+    # Keras numbers optimizers and generators on through the whole process ("sgd_1", "seed_generator_3"): no part of it.
+    return [re.sub(r"_\d+/", "/", v.path, count=1) for v in (*model.variables, *optimizer.variables)]
+
+
 def save_checkpoint(path: Path, model, optimizer, history: History) -> None:
     """Write everything that a run needs to go on into one npz file, whole or not at all."""
     arrays = {f"model/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(model.variables)}
     arrays |= {f"optimizer/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(optimizer.variables)}
-    names = [variable.path for variable in (*model.variables, *optimizer.variables)]
+    names = _names(model, optimizer)
     manifest = {"format": "kvision-checkpoint", "names": names, "history": vars(history)}
     arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     write(path, arrays)
@@ -153,7 +159,9 @@ def load_checkpoint(path: Path, model, optimizer) -> History:
     variables = [*model.variables, *optimizer.variables]
     keys = [f"model/{i:04d}" for i in range(len(model.variables))]
     keys += [f"optimizer/{i:04d}" for i in range(len(optimizer.variables))]
-    names = [variable.path for variable in variables]
+    names = _names(model, optimizer)
+    if not isinstance(manifest, dict):
+        manifest = {}
     if manifest.get("format") != "kvision-checkpoint" or set(arrays) != set(keys) or manifest.get("names") != names:
         raise WeightsError(f"{path}: not a checkpoint of {model.name} with this optimizer")
     for key, variable in zip(keys, variables, strict=True):

@@ -105,6 +105,10 @@ class LearningRateFactors(keras.optimizers.Optimizer):
     def learning_rate(self):
         return self.inner.learning_rate
 
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.inner.learning_rate = value
+
     @property
     def iterations(self):
         return self.inner.iterations

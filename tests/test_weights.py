@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -453,11 +454,11 @@ BAD = {
         lambda good: good.bytes([("more1.npy", ONE), ("more2.npy", ONE)]).replace(b"more2", b"more1"),
         "holds the array more1 twice",
     ),
-    "overlap": (
+    "overlap": (  # all sizes agree, and reach 108 bytes into the next array
         lambda good: good.patched(
-            "__manifest__.npy", 20, struct.pack("<II", *[len(good.members["__manifest__.npy"]) + 9] * 2)
-        ),
-        "the bytes of conv/bias overlap",
+            f"{KERNEL}.npy", 20, struct.pack("<II", *[len(good.members[f"{KERNEL}.npy"]) + 108] * 2)
+        ).replace(b"'shape': (3, 3, 3, 4)", b"'shape': (3, 3, 3, 5)"),
+        "the bytes of logits/bias overlap",
     ),
     "reaches past the end": (
         lambda good: good.patched(f"{KERNEL}.npy", 20, struct.pack("<II", 1 << 30, 1 << 30)),
@@ -542,6 +543,21 @@ def test_a_bad_file_is_refused_in_one_line_and_the_model_untouched(saved, target
     assert line.startswith(f"{path}: ") and line.isprintable() and len(line) <= 1_000
     assert same(values(target), before)
     assert capfd.readouterr() == ("", "")  # the payload prints
+
+
+def test_a_stream_longer_than_it_states_is_not_unpacked(tmp_path):
+    stated, real = ONE, ONE + bytes(1 << 26)
+    raw = pack([("more.npy", real)], zipfile.ZIP_DEFLATED)
+    (tmp_path / "x.npz").write_bytes(raw.replace(struct.pack("<I", len(real)), struct.pack("<I", len(stated))))
+    tracemalloc.start()
+    with (
+        archive.Archive(tmp_path / "x.npz") as opened,
+        pytest.raises(WeightsError, match="does not unpack to the 132 bytes"),
+    ):
+        opened.read("more")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
 
 
 def test_the_good_file_put_together_again_is_not_refused(saved, trained, target):

@@ -8,6 +8,8 @@ import numpy as np
 from kvision.data.preprocessing import Preprocessing
 from kvision.random import stream
 
+BORDERS = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -20,12 +22,21 @@ class Augmentation:
         border: what moves in: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
         cutout: blank a square of so many pixels a side at a random place (DeVries and Taylor 2017,
             https://arxiv.org/abs/1708.04552), cut off at the border; 0 blanks none.
+
+    Raises:
+        ValueError: an unknown border, or a negative number of pixels.
     """
 
     flip: bool = False
     shift: int = 0
     border: str = "zero"
     cutout: int = 0
+
+    def __post_init__(self):
+        if self.border not in BORDERS:
+            raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {self.border!r}")
+        if self.shift < 0 or self.cutout < 0:
+            raise ValueError(f"shift and cutout are numbers of pixels, got {self.shift} and {self.cutout}")
 
 
 class Batches:
@@ -40,7 +51,7 @@ class Batches:
         batch_size: images a step; all of them where there are fewer.
 
     Raises:
-        ValueError: no images, or a batch size below 1.
+        ValueError: no images, not as many labels, or a batch size below 1.
     """
 
     def __init__(
@@ -54,6 +65,8 @@ class Batches:
     ):
         if len(images) == 0 or batch_size < 1:
             raise ValueError(f"training wants images and a positive batch size, got {len(images)} and {batch_size}")
+        if len(images) != len(labels):
+            raise ValueError(f"training wants a label for each image, got {len(images)} and {len(labels)}")
         self.labels = np.asarray(labels, np.int32)
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
@@ -61,7 +74,7 @@ class Batches:
         self.augmentation = augmentation or Augmentation()
         self.height, self.width = images.shape[1:3]
         shift = self.augmentation.shift
-        mode = {"zero": "constant", "reflect": "reflect"}[self.augmentation.border]
+        mode = BORDERS[self.augmentation.border]
         self.padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode) if shift else images
         self.flipped = stream(seed, "flip").random(len(images)) < 0.5
 

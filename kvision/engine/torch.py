@@ -1,7 +1,8 @@
 """PyTorch: the step runs eagerly; the variables hold the state.
 
-A functional model's graph is walked here instead of calling the model, so that batch norm can be PyTorch's own: Keras
-composes it of a dozen operations, each a pass over the activations.
+A functional model's graph is walked here instead of calling the model, so that batch norm can be PyTorch's own (Keras
+composes it of a dozen operations, each a pass over the activations), and so that convolution and pooling see their input
+in PyTorch's channels_last format, which Keras's (n, h, w, c) is when looked at as (n, c, h, w); Keras copies it.
 """
 
 import keras
@@ -38,11 +39,38 @@ class Engine:
 
 
 def _operation(layer, training):
+    if type(layer) is keras.layers.Conv2D and layer.data_format == "channels_last":
+        return lambda x, mask=None: _conv(layer, x)
+    if type(layer) is keras.layers.MaxPooling2D and layer.padding == "valid" and layer.data_format == "channels_last":
+        return lambda x, mask=None: _max_pool(layer, x)
     if type(layer) is keras.layers.BatchNormalization and not layer.renorm:
         return lambda x, mask=None: _batch_norm(layer, x, mask, training)
     if getattr(layer, "_call_has_training_arg", False):
         return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
     return layer
+
+
+def _conv(layer, x):
+    """What `layer(x)` computes."""
+    even = any(size % 2 == 0 for size in layer.kernel_size)
+    if x.dtype != torch.float32 or (layer.padding != "valid" and (even or max(layer.strides) > 1)):
+        return layer(x)  # other precisions, and "same" where it pads one side more than the other
+    y = torch.nn.functional.conv2d(
+        x.permute(0, 3, 1, 2),
+        layer.kernel.value.permute(3, 2, 0, 1),
+        layer.bias.value if layer.use_bias else None,
+        stride=layer.strides,
+        padding=layer.padding,
+        dilation=layer.dilation_rate,
+        groups=layer.groups,
+    ).permute(0, 2, 3, 1)
+    return layer.activation(y) if layer.activation is not None else y
+
+
+def _max_pool(layer, x):
+    """What `layer(x)` computes."""
+    pooled = torch.nn.functional.max_pool2d(x.permute(0, 3, 1, 2), layer.pool_size, layer.strides)
+    return pooled.permute(0, 2, 3, 1)
 
 
 def _batch_norm(layer, x, mask, training):

@@ -40,7 +40,8 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(classes, classes) counts: row the true class, column the predicted one."""
     classes = logits.shape[-1]
-    return np.bincount(labels * classes + logits.argmax(axis=-1), minlength=classes**2).reshape(classes, classes)
+    cells = np.asarray(labels, np.int64) * classes + logits.argmax(axis=-1)  # uint8 labels would overflow
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def worst_mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 24) -> list[tuple[int, int, float]]:

@@ -49,6 +49,7 @@ def initialize(model: keras.Model, seed: int) -> None:
             initializer = getattr(layer, f"{variable.name}_initializer", None)
             generator = stream(seed, "initial", variable.path)
             variable.assign(_draw(initializer, tuple(variable.shape), generator, variable.path))
-        for generator_state in layer.__dict__.get("_seed_generators", ()):
-            draws = stream(seed, "generator", layer.path, generator_state.name).integers(0, 2**32, 1, np.uint32)
-            generator_state.state.assign(np.array([draws[0], 0], np.uint32))
+        # By number, not by name: Keras numbers the names of generators on through the whole process.
+        for i, generator in enumerate(layer.__dict__.get("_seed_generators", ())):
+            draws = stream(seed, "generator", layer.path, i).integers(0, 2**32, 1, np.uint32)
+            generator.state.assign(np.array([draws[0], 0], np.uint32))
