@@ -18,11 +18,11 @@ RECIPES = {
     for config in (
         Config(
             model="airbench_small",
-            epochs=10,
+            epochs=14,
             batch_size=250,
             learning_rate=0.29,
             momentum=0.85,
-            weight_decay=0.0222,
+            weight_decay=0.0111,
             schedule="linear",
             warmup=0.23,
             label_smoothing=0.2,

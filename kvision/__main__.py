@@ -10,6 +10,9 @@ import kvision
 def _models(arguments: argparse.Namespace) -> int:
     from kvision import zoo
 
+    if arguments.table:
+        print(zoo.markdown_table())
+        return 0
     for name in zoo.list_models(arguments.pattern):
         print(name)
     return 0
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = commands.add_parser("models", help="list the zoo")
     models.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'resnet*'")
+    models.add_argument("--table", action="store_true", help="print the README's table, parameters and scores")
     models.set_defaults(handler=_models)
     cli.add_commands(commands)
     compare.add_commands(commands)
@@ -35,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return arguments.handler(arguments, others) if passes_flags else arguments.handler(arguments)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
     except (UsageError, WeightsError) as error:
         print(f"kvision: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

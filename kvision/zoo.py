@@ -4,7 +4,9 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import math
 from functools import cache, partial
+from pathlib import Path
 
 # The files of `kvision.models`; each has its variants. Importing them imports Keras, so it waits until somebody asks.
 PAPERS = ("mlp", "cnn", "airbench", "cifar_resnet", "wide_resnet", "vgg")
@@ -94,3 +96,25 @@ def create_model(
 
         load(model, weights)
     return model
+
+
+def markdown_table(shipped: str = "weights") -> str:
+    """The zoo as a Markdown table: parameters at 32x32x3 and ten classes, and the scores of the weights that ship.
+
+    Args:
+        shipped: folder of weights files, whose manifests name their network and accuracy.
+    """
+    from kvision.weights import inspect as inspect_weights
+
+    scores: dict[str, list[str]] = {}
+    for path in sorted(Path(shipped).glob("*.npz")):
+        manifest = inspect_weights(path)["manifest"] or {}
+        accuracy = ", ".join(f"{value:.2%} ({backend})" for backend, value in sorted(manifest["accuracy"].items()))
+        scores.setdefault(manifest["architecture"], []).append(f"`{path.stem}`: {accuracy}")
+    rows = ["| model | paper's file | trainable parameters | weights that ship |", "| --- | --- | ---: | --- |"]
+    for paper in PAPERS:
+        for name in importlib.import_module(f"kvision.models.{paper}").VARIANTS:
+            model = create_model(name)
+            count = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+            rows.append(f"| `{name}` | `models/{paper}.py` | {count:,} | {'; '.join(scores.get(name, []))} |")
+    return "\n".join(rows)

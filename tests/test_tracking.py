@@ -240,9 +240,7 @@ def test_report_pictures_are_the_images(tmp_path):
 
 
 def test_report_of_almost_nothing(tmp_path):
-    path = write_report(
-        tmp_path, config={}, history=[], result={}, confusion=[[0]], classes=["a"], mistakes=[]
-    )
+    path = write_report(tmp_path, config={}, history=[], result={}, confusion=[[0]], classes=["a"], mistakes=[])
     found = check_alone(path.read_text(encoding="utf-8"))
     assert "nan" not in found.text and "None" not in found.text
 
@@ -369,9 +367,7 @@ def test_comparison_table_is_aligned_and_says_why():
     ends = [match.end() for match in re.finditer("-+", lines[2])]
     assert len(lines[1]) == len(lines[3]) == len(lines[5]) == ends[-1] <= 120
     for end in ends[1:-1]:
-        assert all(
-            line[end : end + 2] == "  " and line[end - 1] != " " for line in (lines[1], lines[3], lines[5])
-        )
+        assert all(line[end : end + 2] == "  " and line[end - 1] != " " for line in (lines[1], lines[3], lines[5]))
     assert lines[-2].startswith("pass  logits    1.5e-06 (limit 1e-05)")
     assert lines[-1].startswith("FAIL  accuracy  0.2 (limit 1.5)")
     assert "\n".join(lines).isascii()
@@ -835,9 +831,7 @@ def test_peak_memory_without_the_systems_answer(monkeypatch):
 
 
 def test_seconds_since_process_start(monkeypatch):
-    code = (
-        "import time; time.sleep(0.3); from kvision.tracking import seconds_since_process_start as seconds;"
-    )
+    code = "import time; time.sleep(0.3); from kvision.tracking import seconds_since_process_start as seconds;"
     start = time.perf_counter()
     inside = in_child(code + "print(seconds())")
     around = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", https://arxiv.org/abs/2404.00498: a 2x2 convolution that
 whitens patches, then three stages of two 3x3 convolutions, pooled between, each started as the identity and followed by
-a batch norm without scale; its features are divided by their number before the last layer. The recipe that goes with it
+a batch norm without scale; its features are divided by 9 before the last layer. The recipe that goes with it
 (whitening from the training images, label smoothing, a large rate on the batch norms' biases) is the app's.
 
 `airbench94` has the paper's widths; `airbench_small` has a seventh of its weights and is this project's network for two
@@ -41,9 +41,8 @@ def airbench(
         x = norm(name=f"stage{i}_2_bn")(x)
         x = activation("gelu", name=f"stage{i}")(x)
     x = keras.layers.GlobalMaxPooling2D(name="pool")(x)
-    x = keras.layers.Rescaling(1 / widths[-1], name="pool_scale")(x)
-    # Unit deviation, against the small features.
-    outputs = logits(classes, use_bias=False, initializer=Variance(float(widths[-1]), "in"))(x) if classes else x
+    x = keras.layers.Rescaling(1 / 9, name="pool_scale")(x)
+    outputs = logits(classes, use_bias=False, initializer=Variance(1 / 3, "in", "uniform"))(x) if classes else x
     return keras.Model(inputs, outputs, name=name)
 
 

@@ -1,0 +1,58 @@
+"""Write the generated parts of the READMEs: `python docs/update.py`, from the top of the repository.
+
+The scores come from `docs/measured/*.json`, which are the metrics.json of runs; the models from the zoo; the weights from
+their manifests.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from kvision.weights import write_table
+from kvision.zoo import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def scores() -> str:
+    """The table of the measured runs."""
+    rows = [
+        "| app | model | data set | backend | test accuracy | training | images/s | start to first step | peak memory |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    machines = set()
+    for path in sorted((ROOT / "docs" / "measured").glob("*.json")):
+        run = json.loads(path.read_text())
+        hardware, versions = run["hardware"], run["versions"]
+        machines.add(
+            f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, "
+            f"Keras {versions['keras']}, Python {versions['python']}"
+        )
+        engine = ", ".join(f"{name} {versions[name]}" for name in versions if name.startswith(run["backend"]))
+        rows.append(
+            f"| {run['app']} | `{run['model']}` | {run['dataset']} | {engine} | {run['test_accuracy']:.2%} | "
+            f"{run['train_seconds']:.0f} s | {run['images_per_second']:,.0f} | {run['seconds_to_first_step']:.1f} s | "
+            f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+        )
+    note = f"One run each, seed 0, on {'; '.join(sorted(machines))}. The commands are in `docs/measured/*.json`."
+    return "\n".join([*rows, "", note])
+
+
+def put(text: str, mark: str, content: str) -> str:
+    """`text` with what stands between the two comments of `mark` replaced."""
+    pattern = rf"(<!-- {mark}:start -->\n).*?(<!-- {mark}:end -->)"
+    replaced, count = re.subn(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"expected one pair of comments <!-- {mark}:start --> and <!-- {mark}:end -->, found {count}")
+    return replaced
+
+
+def readme(text: str) -> str:
+    """The README with its generated parts as they should be."""
+    return put(put(text, "scores", scores()), "models", markdown_table(ROOT / "weights"))
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text()))
+    write_table(ROOT / "weights", ROOT / "weights" / "README.md")

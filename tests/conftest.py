@@ -1,0 +1,19 @@
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def numpy_seed():
+    """`kvision.layers.Variance`, called by Keras, draws from NumPy's global generator; each test starts it anew."""
+    np.random.seed(0)
+
+
+@pytest.fixture
+def pictures():
+    """`pictures(n, height, width, channels)`: uint8 noise, and labels 0, 1, 2, 0 ... as int32."""
+
+    def draw(n=12, height=8, width=8, channels=3, classes=3, seed=0):
+        images = np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)
+        return images, np.arange(n, dtype=np.int32) % classes
+
+    return draw
