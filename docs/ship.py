@@ -1,7 +1,7 @@
 """Put a run's weights into `weights/`: `python docs/ship.py RUN [EVALUATION ...]`, from the top of the repository.
 
-RUN is the folder of the training run; each EVALUATION that of a run with `--weights RUN/weights.npz --epochs 0` on another
-backend. The manifest gains the accuracy on those backends and the licence; the arrays stay bit for bit.
+RUN is the folder of the training run; each EVALUATION that of a run with `--weights RUN/weights.npz --epochs 0` on
+another backend. The manifest gains the accuracy on those backends and the licence; the arrays stay bit for bit.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Write the generated parts of the READMEs: `python docs/update.py`, from the top of the repository.
 
-The scores come from `docs/measured/*.json`, which are the metrics.json of runs; the models from the zoo; the weights from
-their manifests.
+The scores come from `docs/measured/*.json`, which are the metrics.json of runs; the models from the zoo; the weights
+from their manifests.
 """
 
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def scores() -> str:
     """The table of the measured runs."""
     rows = [
-        "| app | model | data set | backend | test accuracy | training | images/s | start to first step | peak memory |",
+        "| app | model | data set | backend | test accuracy | training | images/s | to first step | peak memory |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     machines = set()

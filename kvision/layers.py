@@ -12,6 +12,7 @@ The functions return layers (or a short chain of them) to be called on a tensor:
 """
 
 import math
+import zlib
 from collections.abc import Callable
 
 import keras
@@ -132,7 +133,10 @@ def max_pool(size: int, strides: int | None = None, *, name: str, padding: str =
 
 def dropout(rate: float, *, name: str) -> Callable:
     """Dropout (Srivastava et al. 2014); no layer at all where the rate is 0."""
-    return keras.layers.Dropout(rate, name=name) if rate else lambda x: x
+    if not rate:
+        return lambda x: x
+    # With no seed of its own, Keras's layer draws from PyTorch's global generator, which no checkpoint holds.
+    return keras.layers.Dropout(rate, seed=zlib.crc32(name.encode()), name=name)
 
 
 def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -> np.ndarray:

@@ -309,17 +309,14 @@ def train(
         f"{len(dataset.x_test):,} test images, {len(dataset.classes)} classes; {backend}, "
         f"{count_parameters(model):,} trainable parameters; run folder {folder}"
     )
-    trace = {}
-    if not (folder / "checkpoint.npz").exists():
-        trace["initial_logits"] = training.predict(
-            floors.create(model), dataset.x_test[:COMPARED_IMAGES], preprocessing
-        ).tolist()
+    # Before training goes on from a checkpoint the model has its initial weights, in a resumed run too.
+    compared = dataset.x_test[:COMPARED_IMAGES]
+    initial_logits = training.predict(floors.create(model), compared, preprocessing).tolist()
     store_config(config, folder)
 
     def on_epoch(history: training.History) -> None:
         write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
-        if trace:
-            write_json(folder / "trace.json", trace | {"step_losses": history.step_losses})
+        write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
 
     history = training.fit(
         model,

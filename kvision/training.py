@@ -94,7 +94,8 @@ def make_optimizer(
     else:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if decay:
-        optimizer.exclude_from_weight_decay(var_names=["^(bias|gamma|beta)$"])
+        # The pattern meets "gamma", or "stage1_bn/gamma:0" on TensorFlow.
+        optimizer.exclude_from_weight_decay(var_names=["(^|/)(bias|gamma|beta)(:0)?$"])
     return optimizer
 
 

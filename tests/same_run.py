@@ -24,7 +24,7 @@ def main() -> int:
     """The exit code."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = real_data() or write_shapes(folder / "shapes10.npz")
+        data = real_data() or write_shapes(folder / "shapes.npz")
         flags = ["--data", data, "--model", "resnet20", "--limit-test", "2000"]
         trained = compare(
             "cifar10", [*flags, "--steps", "20", "--learning-rate", "0.01", "--schedule", "constant"], folder / "train"

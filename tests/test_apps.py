@@ -26,7 +26,7 @@ FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> str:
-    return real_data() or write_shapes(tmp_path_factory.mktemp("data") / "shapes10.npz")
+    return real_data() or write_shapes(tmp_path_factory.mktemp("data") / "shapes.npz")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_its_folder(trained):
     assert {path.name for path in folder.iterdir()} == FILES
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == {key: value for key, value in trained.items() if key != "folder"}
-    assert metrics["dataset"] == ("cifar10" if real_data() else "shapes10")
+    assert metrics["dataset"] == ("cifar10" if real_data() else "shapes")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["test_accuracy"] == metrics["test_accuracy"]
@@ -78,7 +78,9 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     from kvision.data import download
 
-    monkeypatch.setattr(download, "REMOTES", {})
+    (remote,) = download.REMOTES["mnist"]
+    nowhere = replace(remote, url="http://127.0.0.1:9/mnist.npz")  # the discard port: refused at once
+    monkeypatch.setitem(download.REMOTES, "mnist", (nowhere,))
     config = replace(mnist.RECIPES["softmax"], limit=500, limit_test=200, epochs=8, out=str(tmp_path / "run"))
     result = mnist.main(config)
     assert result["dataset"] in ("digits", "drawn_digits")

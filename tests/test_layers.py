@@ -74,7 +74,7 @@ def test_fan_of_other_shapes(shape):
 
 @pytest.mark.parametrize("options", [{"fan": "both"}, {"distribution": "cauchy"}])
 def test_initialiser_refuses_what_it_does_not_know(options):
-    with pytest.raises(ValueError, match="must be 'in', 'out'|must be 'normal', 'truncated'"):
+    with pytest.raises(ValueError, match=r"must be 'in', 'out'|must be 'normal', 'truncated'"):
         Variance(**options)
 
 

@@ -2,8 +2,8 @@
 
 On a CPU two of XLA's gradients are slow: that of a convolution to its kernel takes 3 to 8 times the convolution's own
 time, that of max pooling 30 times. Cut into chunks of the batch and written as a convolution in XLA's own layout, the
-first takes once to twice that time; pooling as a maximum of slices, the second 4 times. So a functional model's graph is
-walked here with those two in place. Other devices keep XLA's.
+first takes once to twice that time; pooling as a maximum of slices, the second 4 times. So a functional model's graph
+is walked here with those two in place. Other devices keep XLA's.
 """
 
 from functools import partial
@@ -31,8 +31,8 @@ class Engine:
         return self.model._run_through_graph(images, operation_fn=lambda layer: _operation(layer, training))
 
     def _scope(self, trainable, fixed):
-        values = zip((*self.model.trainable_variables, *self.model.non_trainable_variables), (*trainable, *fixed))
-        return keras.StatelessScope(state_mapping=list(values))
+        variables = (*self.model.trainable_variables, *self.model.non_trainable_variables)
+        return keras.StatelessScope(state_mapping=list(zip(variables, (*trainable, *fixed), strict=True)))
 
     def _objective(self, trainable, fixed, images, labels):
         with self._scope(trainable, fixed) as scope:

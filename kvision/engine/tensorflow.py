@@ -1,7 +1,7 @@
 """TensorFlow: the step is one `tf.function`; the variables hold the state. XLA stays off: it is slower on a CPU.
 
-A functional model's graph is walked here instead of calling the model, so that batch norm can be TensorFlow's fused one,
-forward and backward; Keras composes it of a dozen operations, each a pass over the activations.
+A functional model's graph is walked here instead of calling the model. So batch norm can be TensorFlow's fused one,
+both ways; Keras composes it of a dozen operations, each a pass over the activations.
 """
 
 import keras

@@ -1,8 +1,8 @@
 """PyTorch: the step runs eagerly; the variables hold the state.
 
-A functional model's graph is walked here instead of calling the model, so that batch norm can be PyTorch's own (Keras
-composes it of a dozen operations, each a pass over the activations), and so that convolution and pooling see their input
-in PyTorch's channels_last format, which Keras's (n, h, w, c) is when looked at as (n, c, h, w); Keras copies it.
+A functional model's graph is walked here instead of calling the model. So batch norm can be PyTorch's own: Keras
+composes it of a dozen operations, each a pass over the activations. And convolution and pooling see channels_last
+format: Keras's (n, h, w, c), looked at as (n, c, h, w), is just that, but Keras copies it first.
 """
 
 import keras

@@ -51,5 +51,6 @@ def initialize(model: keras.Model, seed: int) -> None:
             variable.assign(_draw(initializer, tuple(variable.shape), generator, variable.path))
         # By number, not by name: Keras numbers the names of generators on through the whole process.
         for i, generator in enumerate(layer.__dict__.get("_seed_generators", ())):
-            draws = stream(seed, "generator", layer.path, i).integers(0, 2**32, 1, np.uint32)
-            generator.state.assign(np.array([draws[0], 0], np.uint32))
+            # Below 2**31, because the state is int32 on PyTorch.
+            draw = stream(seed, "generator", layer.name, i).integers(2**31)
+            generator.state.assign(np.array([draw, 0], np.uint32))

@@ -1,0 +1,188 @@
+"""Batches and augmentation against a slow, obvious reference: one image at a time."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from kvision.data.batches import Augmentation, Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.random import stream
+
+PREPROCESSING = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+def batches_of(pictures, augmentation=None, n=11, batch_size=4, seed=5, height=6, width=7):
+    images, _ = pictures(n, height, width)
+    return Batches(images, np.arange(n), batch_size, seed, PREPROCESSING, augmentation), images
+
+
+def raw(batches, epoch):
+    """The uint8 images of an epoch and the numbers of the images they show."""
+    shown, numbers = [], []
+    for images, labels in batches.epoch(epoch):
+        stored = (images * PREPROCESSING.std + np.array(PREPROCESSING.mean)) * 255
+        shown.append(np.rint(stored).astype(np.uint8))
+        numbers.append(labels)
+    return np.concatenate(shown), np.concatenate(numbers)
+
+
+def mirrored(index, size):
+    """The place in 0..size-1 that a mirror at each end shows at `index`."""
+    while not 0 <= index < size:
+        index = -index if index < 0 else 2 * (size - 1) - index
+    return index
+
+
+def reference(image, flipped, move, border, centre, cutout):
+    """One image, pixel by pixel: moved, then mirrored, then blanked."""
+    height, width = image.shape[:2]
+    moved = np.zeros_like(image)
+    for i, j in itertools.product(range(height), range(width)):
+        row, column = i + move[0], j + move[1]
+        if border == "reflect":
+            row, column = mirrored(row, height), mirrored(column, width)
+        if 0 <= row < height and 0 <= column < width:
+            moved[i, width - 1 - j if flipped else j] = image[row, column]
+    for i, j in itertools.product(range(height), range(width)):
+        if cutout and all(0 <= at - c + cutout // 2 < cutout for at, c in zip((i, j), centre, strict=True)):
+            moved[i, j] = 0
+    return moved
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("shift", "border"), [(0, "zero"), (2, "zero"), (2, "reflect"), (7, "reflect")])
+@pytest.mark.parametrize("cutout", [0, 3, 4])
+def test_an_epoch_is_what_the_reference_shows(pictures, flip, shift, border, cutout):
+    batches, images = batches_of(pictures, Augmentation(flip, shift, border, cutout))
+    mirror_first = stream(5, "flip").random(11) < 0.5
+    for epoch in (0, 3):
+        order = stream(5, "order", epoch).permutation(11)
+        steps = list(batches.epoch(epoch))
+        assert len(steps) == batches.steps == 2
+        for step, (shown, labels) in enumerate(steps):
+            indices = order[4 * step : 4 * step + 4]
+            np.testing.assert_array_equal(labels, indices)
+            assert (labels.dtype, shown.dtype) == (np.int32, np.float32)
+            draws = stream(5, "augment", epoch, step)
+            moves = draws.integers(0, 2 * shift + 1, (2, 4)).T - shift if shift else np.zeros((4, 2), int)
+            centres = draws.integers(0, (6, 7), (4, 2)) if cutout else np.zeros((4, 2), int)
+            for image, index, move, centre in zip(shown, indices, moves, centres, strict=True):
+                flipped = flip and mirror_first[index] != (epoch % 2 == 1)
+                expected = reference(images[index], flipped, move, border, centre, cutout)
+                np.testing.assert_array_equal(image, PREPROCESSING(expected[None])[0])
+
+
+def test_an_epoch_shows_every_image_once(pictures):
+    batches, images = batches_of(pictures, n=12)
+    shown, numbers = raw(batches, 0)
+    assert sorted(numbers) == list(range(12))
+    np.testing.assert_array_equal(shown, images[numbers])
+
+
+def test_every_epoch_leaves_out_other_images(pictures):
+    batches, _ = batches_of(pictures, n=11)
+    epochs = [set(raw(batches, epoch)[1]) for epoch in range(12)]
+    assert all(len(numbers) == 8 for numbers in epochs)
+    assert len({frozenset(numbers) for numbers in epochs}) > 6
+    assert set.union(*epochs) == set(range(11))
+
+
+def test_two_epochs_show_both_sides(pictures):
+    batches, images = batches_of(pictures, Augmentation(flip=True), n=12)
+    sides = []
+    for epoch in range(4):
+        shown, numbers = raw(batches, epoch)
+        plain = {i for image, i in zip(shown, numbers, strict=True) if (image == images[i]).all()}
+        turned = {i for image, i in zip(shown, numbers, strict=True) if (image == images[i, :, ::-1]).all()}
+        assert plain | turned == set(range(12)) and plain and turned
+        sides.append(plain)
+    assert sides[0] == sides[2] == set(range(12)) - sides[1] == set(range(12)) - sides[3]
+
+
+def test_half_of_the_images_are_mirrored(pictures):
+    batches, _ = batches_of(pictures, Augmentation(flip=True), n=4000, height=1, width=1)
+    assert abs(batches.flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("cutout", [1, 4, 5])
+def test_cutout_blanks_a_square(cutout):
+    white = np.full((200, 12, 9, 1), 255, np.uint8)
+    batches = Batches(white, np.zeros(200), 200, 0, Preprocessing(), Augmentation(cutout=cutout))
+    (images, _) = next(batches.epoch(0))
+    sizes = set()
+    for image in images[..., 0]:
+        rows, columns = np.nonzero(image == 0)
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert height * width == len(rows) and max(height, width) <= cutout
+        sizes.add((height, width))
+    # Whole in the middle, cut off at the border.
+    assert (cutout, cutout) in sizes and (cutout == 1 or min(sizes)[0] < cutout)
+
+
+def test_moves_take_every_place(pictures):
+    """Each of the 25 places of a shift by 2 about equally often: chi-squared with 24 degrees of freedom."""
+    image = np.zeros((1, 5, 5, 1), np.uint8)
+    image[0, 2, 2] = 255
+    batches = Batches(np.repeat(image, 5000, 0), np.zeros(5000), 5000, 0, Preprocessing(), Augmentation(shift=2))
+    (images, _) = next(batches.epoch(0))
+    counts = images.sum(axis=0).ravel()
+    assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
+
+
+def test_epochs_depend_on_seed_and_number_alone(pictures):
+    everything = Augmentation(True, 2, "reflect", 3)
+    first, second, other = (batches_of(pictures, everything, seed=seed)[0] for seed in (5, 5, 6))
+    for _ in second.epoch(0):
+        break  # a run that was stopped
+    list(second.epoch(2))
+    a, b, c = (raw(batches, 1) for batches in (first, second, other))
+    np.testing.assert_array_equal(a[0], b[0])
+    np.testing.assert_array_equal(a[1], b[1])
+    assert (a[1] != c[1]).any() and (a[1] != raw(first, 2)[1]).any()
+
+
+def test_stored_images_stay_as_they_are(pictures):
+    batches, images = batches_of(pictures, Augmentation(True, 0, "zero", 3))
+    kept = images.copy()
+    for epoch in range(2):
+        list(batches.epoch(epoch))
+    np.testing.assert_array_equal(images, kept)
+
+
+def test_a_batch_is_at_most_all_images(pictures):
+    batches, _ = batches_of(pictures, n=3, batch_size=100)
+    assert (batches.batch_size, batches.steps) == (3, 1)
+    assert len(next(batches.epoch(0))[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "batch_size", "message"),
+    [
+        (0, 0, 4, "got 0 and 4"),
+        (4, 4, 0, "got 4 and 0"),
+        (4, 3, 2, "a label for each image, got 4 and 3"),
+    ],
+)
+def test_batches_say_what_they_want(images, labels, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        Batches(np.zeros((images, 2, 2, 1), np.uint8), np.zeros(labels), batch_size, 0, Preprocessing())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"border": "wrap"}, "border must be one of zero, reflect, got 'wrap'"),
+        ({"shift": -1}, "got -1 and 0"),
+        ({"cutout": -2}, "got 0 and -2"),
+    ],
+)
+def test_augmentation_says_what_it_knows(options, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)
+
+
+def test_streams_are_keyed_by_all_of_their_purpose():
+    keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, "a", 12), (0, "a", 1, 2), (0,), (0, "a1")]
+    assert len({stream(*key).integers(2**63) for key in keys}) == len(keys)
+    assert stream(0, "a", 1).integers(2**63) == stream(0, "a", "1").integers(2**63)
