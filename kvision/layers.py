@@ -136,7 +136,7 @@ def dropout(rate: float, *, name: str) -> Callable:
     if not rate:
         return lambda x: x
     # With no seed of its own, Keras's layer draws from PyTorch's global generator, which no checkpoint holds.
-    return keras.layers.Dropout(rate, seed=zlib.crc32(name.encode()), name=name)
+    return keras.layers.Dropout(rate, seed=zlib.crc32(name.encode()) % 2**31, name=name)
 
 
 def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -> np.ndarray:

@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
@@ -20,7 +19,21 @@ from kvision.run import Config, command
 from kvision.weights import verify
 from tests.drawn import real_data, write_shapes
 
-BACKEND = keras.backend.backend()
+FLAGS = [
+    "model",
+    "epochs",
+    "batch-size",
+    "learning-rate",
+    "seed",
+    "data",
+    "out",
+    "limit",
+    "steps",
+    "resume",
+    "l1",
+    "l2",
+]
+FLAGS += ["dropout", "augment", "dtype"]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoint.npz", "report.html"}
 
 
@@ -182,9 +195,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         flags.parse(Config, ["--help"], prog="x", description="", defaults=cifar10.RECIPES["airbench_small"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for (
-        name
-    ) in "model epochs batch-size learning-rate seed data out limit steps resume l1 l2 dropout augment dtype".split():
+    for name in FLAGS:
         assert f"--{name}" in text
     assert "(default: 250)" in text
 

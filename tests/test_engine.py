@@ -1,0 +1,261 @@
+"""The floors: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kvision import engine, regularizers
+from kvision.data.preprocessing import Preprocessing
+from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.tasks.classification import cross_entropy
+from kvision.training import make_optimizer, predict
+
+layers = keras.layers
+
+
+def value(variable):
+    return np.array(ops.convert_to_numpy(variable.value))
+
+
+def values(model):
+    return {variable.path: value(variable) for variable in model.weights}
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def fill(model, seed=1):
+    """Values of no symmetry, variances positive."""
+    generator = np.random.default_rng(seed)
+    for variable in model.weights:
+        drawn = generator.normal(size=tuple(variable.shape)) / 3
+        variable.assign((abs(drawn) + 0.5 if "variance" in variable.path else drawn).astype(np.float32))
+    return model
+
+
+def floor_of(model, optimizer, loss=None):
+    optimizer.build(model.trainable_variables)
+    return engine.create(model, optimizer, loss or cross_entropy())
+
+
+def softmax_regression(features=5, classes=3):
+    inputs = keras.Input((features,))
+    return fill(keras.Model(inputs, logits(classes)(inputs)))
+
+
+class PlainSoftmax:
+    """The same in NumPy: SGD with Nesterov's momentum, and weight decay that acts before each step."""
+
+    def __init__(self, model, rate, momentum, decay):
+        self.kernel, self.bias = (value(variable).astype(np.float64) for variable in model.trainable_variables)
+        self.rate, self.momentum, self.decay = rate, momentum, decay
+        self.speeds = [np.zeros_like(self.kernel), np.zeros_like(self.bias)]
+
+    def step(self, x, labels):
+        scores = x.astype(np.float64) @ self.kernel + self.bias
+        exponents = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares = exponents / exponents.sum(axis=1, keepdims=True)
+        loss = -np.log(shares[range(len(x)), labels]).mean()
+        error = (shares - np.eye(3)[labels]) / len(x)
+        gradients = [x.T.astype(np.float64) @ error, error.sum(axis=0)]
+        self.kernel = self.kernel * (1 - self.rate * self.decay)
+        for weight, gradient, i in ((self.kernel, gradients[0], 0), (self.bias, gradients[1], 1)):
+            self.speeds[i] = self.momentum * self.speeds[i] - self.rate * gradient
+            weight += self.momentum * self.speeds[i] - self.rate * gradient
+        return loss, int((scores.argmax(axis=1) == labels).sum())
+
+
+def test_steps_are_those_of_the_closed_form():
+    """Loss, count of right answers and weights over four steps, with a `push` between them."""
+    model = softmax_regression()
+    floor = floor_of(model, make_optimizer("sgd", 0.5, momentum=0.9, weight_decay=0.1))
+    plain = PlainSoftmax(model, 0.5, 0.9, 0.1)
+    for step in range(4):
+        x, labels = noise(8, 5, seed=step), (np.arange(8, dtype=np.int32) + step) % 3
+        loss, correct = floor.train_step(x, labels)
+        expected = plain.step(x, labels)
+        assert float(loss) == pytest.approx(expected[0], rel=1e-5)
+        assert int(correct) == expected[1]
+        if step == 1:
+            floor.push()
+            np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
+    floor.push()
+    np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
+    np.testing.assert_allclose(value(model.trainable_variables[1]), plain.bias, atol=1e-6)
+    assert int(ops.convert_to_numpy(floor.optimizer.iterations)) == 4
+
+
+def test_predict_sees_the_last_step():
+    model = softmax_regression()
+    floor, x = floor_of(model, make_optimizer("sgd", 0.5)), noise(8, 5)
+    before = floor.predict(x)
+    floor.train_step(x, np.zeros(8, np.int32))
+    after = floor.predict(x)
+    kernel, bias = (value(variable) for variable in model.trainable_variables)
+    np.testing.assert_allclose(after, x @ kernel + bias, atol=1e-6)
+    assert abs(after - before).max() > 0.01
+
+
+def test_penalties_are_part_of_the_loss():
+    model = softmax_regression()
+    x, labels = noise(6, 5), np.arange(6, dtype=np.int32) % 3
+    kernel = value(model.trainable_variables[0]).astype(np.float64)
+    plain = PlainSoftmax(model, 1.0, 0.0, 0.0)
+    loss, _ = plain.step(x, labels)
+    regularizers.attach(model, keras.regularizers.L1L2(0.02, 0.03))
+    floor = floor_of(model, keras.optimizers.SGD(1.0))
+    penalised, _ = floor.train_step(x, labels)
+    floor.push()
+    assert float(penalised) == pytest.approx(loss + 0.02 * abs(kernel).sum() + 0.03 * (kernel**2).sum(), rel=1e-5)
+    step = 0.02 * np.sign(kernel) + 0.06 * kernel
+    np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel - step, atol=1e-6)
+
+
+BN_OPTIONS = [
+    {},
+    {"scale": False},
+    {"center": False, "epsilon": 1e-3},
+    {"momentum": 0.6, "epsilon": 1e-12, "scale": False},
+]
+
+
+def normalised(shape=(6, 5, 4), **options):
+    inputs = keras.Input(shape)
+    x = batch_norm(name="bn", **options)(inputs)
+    x = layers.Flatten(name="flatten")(x)
+    return fill(keras.Model(inputs, logits(3)(x)))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4), (4,)], ids=["images", "vectors"])
+@pytest.mark.parametrize("options", BN_OPTIONS, ids=str)
+def test_running_statistics_of_one_step(options, shape):
+    """`momentum` of the old and the rest of the batch's mean and biased variance."""
+    model = normalised(shape, **options)
+    bn, x = model.get_layer("bn"), 2 * noise(7, *shape) + 3
+    mean, variance = value(bn.moving_mean).astype(np.float64), value(bn.moving_variance).astype(np.float64)
+    floor = floor_of(model, keras.optimizers.SGD(0.1))
+    floor.train_step(x, np.zeros(7, np.int32))
+    floor.push()
+    pixels, keep = x.astype(np.float64).reshape(-1, 4), options.get("momentum", 0.9)
+    np.testing.assert_allclose(value(bn.moving_mean), keep * mean + (1 - keep) * pixels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(value(bn.moving_variance), keep * variance + (1 - keep) * pixels.var(axis=0), rtol=1e-5)
+
+
+def test_a_frozen_batch_norm_stays_as_it_is():
+    """It normalises with its running statistics in training too, so the loss is that of inference."""
+    model = normalised()
+    model.get_layer("bn").trainable = False
+    before = values(model)
+    floor, x, labels = floor_of(model, keras.optimizers.SGD(0.1)), noise(7, 6, 5, 4), np.arange(7, dtype=np.int32) % 3
+    scores = floor.predict(x).astype(np.float64)
+    expected = -(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))[range(7), labels].mean()
+    loss, _ = floor.train_step(x, labels)
+    floor.push()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    for path, now in values(model).items():
+        assert (now == before[path]).all() == path.startswith("bn/"), path
+
+
+def mixture():
+    """Every layer that a floor replaces, in the forms it must tell apart."""
+    inputs = keras.Input((13, 12, 3))
+    x = conv(6, 3, name="same_conv", use_bias=True)(inputs)
+    x = max_pool(3, 2, name="overlapping_pool")(x)
+    x = batch_norm(name="first_bn")(x)
+    x = conv(8, 3, 2, name="padded_conv")(activation("relu", name="first_relu")(x))
+    x = batch_norm(name="second_bn", scale=False, momentum=0.6)(x)
+    y = layers.Conv2D(8, 3, strides=2, padding="same", activation="tanh", name="lopsided_conv")(inputs)
+    y = layers.MaxPooling2D(2, padding="same", name="same_pool")(y)
+    y = layers.Conv2D(8, 2, padding="same", groups=2, name="even_conv")(y)
+    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, name="dilated_conv")(y)
+    y = layers.ZeroPadding2D(((0, 0), (0, 0)), name="nothing")(y)
+    y = layers.Resizing(3, 3, interpolation="nearest", name="resize")(y)
+    x = layers.Add(name="add")([x, y])
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = batch_norm(name="vector_bn", center=False)(x)
+    return fill(keras.Model(inputs, logits(4)(x)))
+
+
+def test_inference_is_kerass():
+    model, x = mixture(), noise(5, 13, 12, 3)
+    expected = model.predict_on_batch(x)
+    found = engine.create(model).predict(x)
+    assert (found.shape, found.dtype) == ((5, 4), np.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max())
+
+
+def test_a_training_step_is_kerass():
+    """Loss, every weight and every statistic after a step, against `train_on_batch` from the same start."""
+    x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
+    ours, theirs = mixture(), mixture()
+    floor = floor_of(ours, keras.optimizers.SGD(1.0))
+    loss, _ = floor.train_step(x, labels)
+    floor.push()
+    theirs.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert float(loss) == pytest.approx(float(theirs.train_on_batch(x, labels)), rel=1e-5)
+    before = values(mixture())
+    for path, expected in values(theirs).items():
+        step = abs(expected - before[path]).max()
+        np.testing.assert_allclose(values(ours)[path], expected, atol=2e-5 * max(step, 0.05), err_msg=path)
+    assert sum((values(ours)[path] != before[path]).any() for path in before) >= len(before) - 1
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (6, 3), (2, 500), (1, 1)])
+def test_predict_pads_the_last_batch(pictures, count, batch_size):
+    inputs = keras.Input((8, 8, 3))
+    model = fill(keras.Model(inputs, logits(3)(layers.Flatten()(batch_norm(name="bn")(inputs)))))
+    images, preprocessing = pictures(count)[0], Preprocessing(mean=(0.5,), std=(0.2,))
+    floor, sizes = engine.create(model), []
+    once = floor.predict
+    floor.predict = lambda batch: sizes.append(len(batch)) or once(batch)
+    found = predict(floor, images, preprocessing, batch_size)
+    assert (found.shape, found.dtype) == ((count, 3), np.float32)
+    expected = ops.convert_to_numpy(model(preprocessing(images), training=False))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max())
+    assert set(sizes) == {min(batch_size, count)}  # one shape is compiled
+
+
+def test_a_step_is_compiled_once():
+    """The loss is called while a step is traced, and a trace is what gets compiled; PyTorch calls it in every step."""
+    traces, loss = [], cross_entropy()
+    model = softmax_regression()
+    floor = floor_of(
+        model, make_optimizer("adamw", 0.1, weight_decay=0.1), lambda *both: traces.append(1) or loss(*both)
+    )
+    for _ in range(3):
+        for step in range(2):
+            floor.train_step(noise(8, 5, seed=step), np.zeros(8, np.int32))
+        floor.push()
+    assert len(traces) == (6 if keras.backend.backend() == "torch" else 1)
+
+
+def test_a_model_that_is_no_graph():
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="relu"), layers.Dense(3)])
+
+    class Wrapped(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def call(self, x, training=False):
+            return self.inner(x, training=training)
+
+    wrapped, x = Wrapped(), noise(6, 5)
+    expected = ops.convert_to_numpy(wrapped(x))
+    np.testing.assert_allclose(engine.create(wrapped).predict(x), expected, atol=1e-6)
+    floor = floor_of(wrapped, keras.optimizers.SGD(0.1))
+    losses = [float(floor.train_step(x, np.arange(6, dtype=np.int32) % 3)[0]) for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_floors():
+    assert engine.installed(keras.backend.backend()) and not engine.installed("no_backend_of_this_name")
+    assert engine.floor().__name__ == f"kvision.engine.{keras.backend.backend()}"
+
+
+def test_another_backend_of_keras_has_no_floor(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
+    with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
+        engine.floor()

@@ -1,0 +1,416 @@
+"""Schedules, optimizers, the loop, and runs that stop and go on."""
+
+import json
+import math
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kvision import training
+from kvision.data.batches import Augmentation, Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.layers import activation, batch_norm, conv, dropout, logits
+from kvision.tasks.classification import (
+    confusion_matrix,
+    cross_entropy,
+    log_probabilities,
+    score,
+    worst_mistakes,
+)
+from kvision.training import DivergedError, History, fit, load_checkpoint, make_optimizer, save_checkpoint, schedule
+from kvision.transfer import LearningRateFactors
+from kvision.weights import WeightsError
+from kvision.weights.archive import write
+from kvision.weights.initial import initialize
+
+layers = keras.layers
+
+
+def everything(model, optimizer):
+    """All arrays of a run, dropout's generators included."""
+    return [np.array(ops.convert_to_numpy(v.value)) for v in (*model.variables, *optimizer.variables)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)
+    )
+
+
+# Schedules
+
+
+def straight(step, peak, total, warmup):
+    return peak * (0.2 + 0.8 * step / warmup if step < warmup else (total - step) / (total - warmup))
+
+
+def half_cosine(step, peak, total, warmup):
+    if step < warmup:
+        return peak * (0.2 + 0.8 * step / warmup)
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def flat(step, peak, total, warmup):
+    return peak * (0.2 + 0.8 * step / warmup if step < warmup else 1)
+
+
+def stairs(step, peak, total, warmup):
+    return peak * (1 if step < total // 2 else 0.1 if step < total * 3 // 4 else 0.01)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+@pytest.mark.parametrize("total", [40, 41])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("linear", straight), ("cosine", half_cosine), ("constant", flat), ("steps", stairs)]
+)
+def test_schedules(kind, expected, total, warmup):
+    rate, steps = schedule(kind, 0.3, total, warmup), round(warmup * total)
+    for step in range(total):
+        wanted = expected(step, 0.3, total, steps)
+        assert float(ops.convert_to_numpy(rate(step))) == pytest.approx(wanted, rel=1e-5, abs=1e-7), step
+
+
+def test_a_schedule_ends_at_zero_and_stays():
+    rate = schedule("linear", 0.3, 10)
+    assert [float(ops.convert_to_numpy(rate(step))) for step in (10, 11, 50)] == [0, 0, 0]
+
+
+def test_schedules_survive_their_configuration():
+    rate = schedule("cosine", 0.3, 40, 0.25)
+    again = type(rate).from_config(json.loads(json.dumps(rate.get_config())))
+    assert float(ops.convert_to_numpy(again(17))) == float(ops.convert_to_numpy(rate(17)))
+
+
+def test_unknown_schedules_and_optimizers_are_named():
+    with pytest.raises(ValueError, match="schedule must be one of constant, cosine, linear, steps, got 'sawtooth'"):
+        schedule("sawtooth", 0.1, 10)
+    with pytest.raises(ValueError, match="'linear', 'cosine' or not"):
+        training.WarmUp(0.1, 10, kind="steps")
+    with pytest.raises(ValueError, match="optimizer must be one of sgd, adam, adamw, got 'lion'"):
+        make_optimizer("lion", 0.1)
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", training.OPTIMIZERS)
+def test_weight_decay_takes_kernels_alone(name):
+    """With gradients of zero nothing moves but what decays: by learning rate times decay of itself."""
+    x = inputs = keras.Input((4, 4, 2))
+    x = batch_norm(name="bn")(conv(3, 3, name="conv", use_bias=True)(x))
+    model = keras.Model(inputs, logits(3)(layers.Flatten()(x)))
+    for variable in model.trainable_variables:
+        variable.assign(np.full(tuple(variable.shape), 2.0, np.float32))
+    optimizer = make_optimizer(name, 0.5, weight_decay=0.1)
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([ops.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    for variable in model.trainable_variables:
+        expected = 2 * (1 - 0.5 * 0.1) if variable.name == "kernel" else 2
+        np.testing.assert_allclose(ops.convert_to_numpy(variable.value), expected, rtol=1e-6, err_msg=variable.path)
+
+
+def test_optimizers_take_their_momentum():
+    assert make_optimizer("sgd", 0.1, momentum=0.8).get_config()["nesterov"]
+    assert not make_optimizer("sgd", 0.1, momentum=0.0).get_config()["nesterov"]
+    assert make_optimizer("adam", 0.1, momentum=0.8).get_config()["beta_1"] == 0.8
+    assert make_optimizer("adamw", 0.1).get_config()["weight_decay"] is None
+
+
+# Scores
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy(smoothing):
+    generator = np.random.default_rng(0)
+    scores, labels = 3 * generator.normal(size=(7, 4)), np.arange(7) % 4
+    target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+    expected = -(target * (scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))).sum(axis=1).mean()
+    found = cross_entropy(smoothing)(ops.array(labels, "int32"), ops.array(scores, "float32"))
+    assert float(ops.convert_to_numpy(found)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_smoothing_is_a_share(smoothing):
+    with pytest.raises(ValueError, match="label smoothing must be at least 0 and below 1"):
+        cross_entropy(smoothing)
+
+
+def test_log_probabilities_of_large_logits():
+    found = log_probabilities(np.array([[1000.0, 0.0], [-1e4, -1e4], [0.0, math.log(3)]], np.float32))
+    expected = [[0, -1000], [-math.log(2)] * 2, [-math.log(4), math.log(3 / 4)]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+FOUR = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.0999, 0.8001], [0.25, 0.5, 0.25]]))
+
+
+def test_score():
+    found = score(FOUR, np.array([0, 1, 0, 1]))
+    assert found == {
+        "accuracy": 0.5,
+        "correct": 2,
+        "loss": pytest.approx(-np.log([0.7, 0.3, 0.1, 0.5]).mean()),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_confusion_matrix(dtype):
+    """Row the true class, column the predicted one; a hundred classes are more than a byte's worth of cells."""
+    labels, predicted = np.arange(300) % 100, (np.arange(300) * 7) % 100
+    expected = np.zeros((100, 100), int)
+    for row, column in zip(labels, predicted, strict=True):
+        expected[row, column] += 1
+    np.testing.assert_array_equal(confusion_matrix(np.eye(100)[predicted], labels.astype(dtype)), expected)
+
+
+def test_worst_mistakes():
+    found = worst_mistakes(FOUR, np.array([0, 1, 0, 2]))
+    assert [(index, predicted) for index, predicted, _ in found] == [(2, 2), (1, 0), (3, 1)]
+    assert [confidence for *_, confidence in found] == pytest.approx([0.8001, 0.6, 0.5])
+    assert worst_mistakes(FOUR, np.array([0, 1, 0, 2]), count=1) == found[:1]
+    assert worst_mistakes(FOUR, np.array([0, 0, 2, 1])) == []
+
+
+# Runs
+
+
+def network(width=4, name="net"):
+    x = inputs = keras.Input((6, 6, 3), name="image")
+    x = activation("relu", name="relu")(batch_norm(name="bn")(conv(width, 3, name="conv")(x)))
+    x = dropout(0.3, name="dropout")(layers.Flatten(name="flatten")(x))
+    return keras.Model(inputs, logits(3)(x), name=name)
+
+
+def run(pictures, width=4, rate=0.1, kind="sgd", seed=0, **batch_options):
+    """Model, optimizer and batches of a run with everything that has a state."""
+    model = network(width)
+    initialize(model, seed)
+    inner = make_optimizer(kind, schedule("cosine", rate, 12), weight_decay=0.01)
+    optimizer = LearningRateFactors(inner, {"bn/.*": 4.0})
+    images, labels = pictures(13, 6, 6)
+    options = {"batch_size": 4, "seed": 1, "augmentation": Augmentation(True, 1, "reflect", 2)} | batch_options
+    batches = Batches(images, labels, preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)), **options)
+    return model, optimizer, batches
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(epochs):
+    def on_epoch(history):
+        if len(history.epochs) == epochs:
+            raise Killed
+
+    return on_epoch
+
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def without_times(history):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in history.epochs]
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
+    """To the bit: weights, statistics, optimizer, dropout's generators, history."""
+    test = pictures(10, 6, 6, seed=2)
+    model, optimizer, batches = run(pictures)
+    whole = fit(model, optimizer, cross_entropy(0.1), batches, epochs=4, test=test)
+    expected = everything(model, optimizer)
+
+    path = tmp_path / "checkpoint.npz"
+    first, optimizer, batches = run(pictures)
+    with pytest.raises(Killed):
+        fit(first, optimizer, cross_entropy(0.1), batches, epochs=4, test=test, checkpoint=path, on_epoch=kill_after(2))
+    model, optimizer, batches = run(pictures, seed=99)  # whose own initial weights must not matter
+    seen = []
+    resumed = fit(
+        model,
+        optimizer,
+        cross_entropy(0.1),
+        batches,
+        epochs=4,
+        test=test,
+        checkpoint=path,
+        on_epoch=lambda history: seen.append(len(history.epochs)),
+    )
+    assert same(everything(model, optimizer), expected)
+    assert without_times(resumed) == without_times(whole)
+    assert resumed.step_losses == whole.step_losses and len(whole.step_losses) == 12
+    assert seen == [2, 3, 4]  # what was already there is shown at once
+    # A finished run does nothing more.
+    again = fit(model, optimizer, cross_entropy(0.1), batches, epochs=4, test=test, checkpoint=path)
+    assert vars(again) == vars(resumed) and same(everything(model, optimizer), expected)
+
+
+def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
+    """The comparison above would see other masks: with another state of the generator the next losses differ."""
+    losses = []
+    for touch in (False, True):
+        model, optimizer, batches = run(pictures)
+        if touch:
+            (state,) = [v for v in model.variables if "seed" in v.path]
+            state.assign(np.array([5, 7], np.uint32))
+        losses.append(fit(model, optimizer, cross_entropy(), batches, epochs=1).step_losses)
+    assert losses[0] != losses[1]
+
+
+def test_history_of_an_epoch(pictures):
+    """Against the same epoch taken by hand."""
+    test = pictures(10, 6, 6, seed=2)
+    model, optimizer, batches = run(pictures)
+    history = fit(model, optimizer, cross_entropy(), batches, epochs=1, test=test)
+    (row,) = history.epochs
+    twin, twin_optimizer, _ = run(pictures)
+    twin_optimizer.build(twin.trainable_variables)
+    floor = training.floors.create(twin, twin_optimizer, cross_entropy())
+    steps = [floor.train_step(*batch) for batch in batches.epoch(0)]
+    losses, correct = [float(loss) for loss, _ in steps], sum(int(count) for _, count in steps)
+    tested = score(training.predict(floor, test[0], batches.preprocessing), test[1])
+    assert history.step_losses == losses and len(losses) == 3
+    assert (row["epoch"], row["loss"], row["accuracy"]) == (1, pytest.approx(np.mean(losses)), correct / 12)
+    assert (row["test_accuracy"], row["test_loss"]) == (tested["accuracy"], pytest.approx(tested["loss"]))
+    assert row["learning_rate"] == pytest.approx(half_cosine(3, 0.1, 12, 0), rel=1e-5)
+    assert row["seconds"] > 0 and row["images_per_second"] > 0
+    assert history.seconds_to_first_step > 0 and history.compile_seconds >= 0
+    assert training.describe(row, 5).startswith("epoch 1/5  loss ") and "test accuracy" in training.describe(row, 5)
+
+
+@pytest.mark.parametrize(("epochs", "steps", "expected"), [(4, 5, 5), (1, 5, 3), (2, None, 6), (3, 3, 3), (0, None, 0)])
+def test_steps_bound_a_run(pictures, epochs, steps, expected):
+    model, optimizer, batches = run(pictures)
+    history = fit(model, optimizer, cross_entropy(), batches, epochs=epochs, steps=steps)
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == len(history.step_losses) == expected
+    assert [row["epoch"] for row in history.epochs] == list(range(1, math.ceil(expected / 3) + 1))
+    if expected == 5:  # the accuracy of a part of an epoch is over the images of that part
+        assert history.epochs[-1]["accuracy"] * 8 == int(history.epochs[-1]["accuracy"] * 8)
+
+
+def test_a_run_keeps_its_first_losses_alone(pictures, monkeypatch):
+    monkeypatch.setattr(training, "TRACED_STEPS", 4)
+    model, optimizer, batches = run(pictures)
+    assert len(fit(model, optimizer, cross_entropy(), batches, epochs=3).step_losses) == 4
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_diverged_run_says_where(pictures, tmp_path, at):
+    """The step whose batch holds the poisoned image, of 3 in each of 2 epochs; the last checkpoint stays."""
+    images, _ = pictures(12, 6, 6)
+    labels = np.zeros(12)
+    labels[0] = 1
+    model, optimizer, _ = run(pictures)
+    make = lambda seed: Batches(images, labels, 4, seed, Preprocessing())  # noqa: E731
+    where = lambda seed: [labels.any() for epoch in (0, 1) for _, labels in make(seed).epoch(epoch)]  # noqa: E731
+    # The second epoch is poisoned by the loss below; in the first, another seed has the image in each place.
+    epoch, place = divmod(at, 3)
+    seed = next(seed for seed in range(100) if where(seed)[at])
+    batches = make(seed)
+    shown = batches.epoch
+
+    def tame(number):
+        return ((x, labels if number == epoch else labels * 0) for x, labels in shown(number))
+
+    batches.epoch = tame
+    plain = cross_entropy()
+
+    def loss(labels, scores):
+        return plain(labels, scores) + ops.where(ops.max(labels) > 0, float("nan"), 0.0)
+
+    path = tmp_path / "checkpoint.npz"
+    message = f"at step {at + 1}: try a smaller" if place < 2 else f"at the end of epoch {epoch + 1}: try a smaller"
+    with pytest.raises(DivergedError, match=f"the loss is nan {message}"):
+        fit(model, optimizer, loss, batches, epochs=2, checkpoint=path)
+    assert path.exists() == bool(epoch)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoint(pictures, tmp_path):
+    model, optimizer, batches = run(pictures)
+    path = tmp_path / "checkpoint.npz"
+    history = fit(model, optimizer, cross_entropy(), batches, epochs=1, checkpoint=path)
+    return path, everything(model, optimizer), history
+
+
+def test_a_checkpoint_comes_back(pictures, checkpoint):
+    path, expected, history = checkpoint
+    model, optimizer, _ = run(pictures, seed=5)
+    optimizer.build(model.trainable_variables)
+    assert vars(load_checkpoint(path, model, optimizer)) == vars(history)
+    assert same(everything(model, optimizer), expected)
+    first = path.read_bytes()
+    save_checkpoint(path, model, optimizer, history)
+    assert path.read_bytes() == first
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 16
+    path.write_bytes(damaged)
+
+
+def text(path):
+    path.write_text("not a checkpoint")
+
+
+def weights_file(path):
+    write(path, {"conv/kernel": np.zeros(3, np.float32)})
+
+
+def other_manifest(content):
+    def change(path):
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        write(path, arrays | {"manifest": np.frombuffer(json.dumps(content).encode(), np.uint8)})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (cut, {}, ""),
+        (flip, {}, ""),
+        (text, {}, ""),
+        (weights_file, {}, "not a checkpoint of a training run"),
+        (other_manifest([]), {}, "not a checkpoint of net"),
+        (other_manifest({"format": "something else"}), {}, "not a checkpoint of net"),
+        (lambda path: None, {"kind": "adam"}, "not a checkpoint of net with this optimizer"),
+        (lambda path: None, {"width": 5}, r"conv/kernel has shape \(3, 3, 3, 4\), not \(3, 3, 3, 5\)"),
+    ],
+    ids=["cut", "flip", "text", "weights", "list", "format", "optimizer", "width"],
+)
+def test_a_broken_or_foreign_checkpoint_is_refused(pictures, checkpoint, damage, options, message):
+    path, _, _ = checkpoint
+    damage(path)
+    model, optimizer, batches = run(pictures, **options)
+    optimizer.build(model.trainable_variables)
+    before, kept = everything(model, optimizer), path.read_bytes()
+    with pytest.raises(WeightsError, match=f"checkpoint.npz.*{message}"):
+        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=path)
+    assert same(everything(model, optimizer), before) and path.read_bytes() == kept
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(pictures, checkpoint, monkeypatch):
+    path, _, _ = checkpoint
+    kept = path.read_bytes()
+    model, optimizer, _ = run(pictures)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(WeightsError, match="No space left"):
+        save_checkpoint(path, model, optimizer, History())
+    assert path.read_bytes() == kept and [file.name for file in path.parent.iterdir()] == [path.name]
+    shutil.rmtree(path.parent)
