@@ -18,7 +18,7 @@ RECIPES = {
     for config in (
         Config(
             model="airbench_small",
-            epochs=14,
+            epochs=12,
             batch_size=250,
             learning_rate=0.29,
             momentum=0.85,

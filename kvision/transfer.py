@@ -46,7 +46,7 @@ def freeze(model: keras.Model, until: str | None = None, *, except_: str | None 
     frozen = []
     for i, layer in enumerate(model.layers):
         layer.trainable = i >= last or bool(except_ and re.fullmatch(except_, layer.name))
-        if not layer.trainable and layer.variables:
+        if not layer.trainable and layer.weights:
             frozen.append(layer.name)
     return frozen
 
@@ -60,7 +60,7 @@ def unfreeze(model: keras.Model, pattern: str) -> list[str]:
     Raises:
         ValueError: no layer with weights matches.
     """
-    released = [layer for layer in model.layers if layer.variables and re.match(rf"(?:{pattern})(?![0-9])", layer.name)]
+    released = [layer for layer in model.layers if layer.weights and re.match(rf"(?:{pattern})(?![0-9])", layer.name)]
     if not released:
         raise ValueError(f"no layer with weights of {model.name} has a name that begins with {pattern!r}")
     for layer in released:
