@@ -173,6 +173,8 @@ def mixture():
     y = layers.ZeroPadding2D(((0, 0), (0, 0)), name="nothing")(y)
     y = layers.Resizing(3, 3, interpolation="nearest", name="resize")(y)
     x = layers.Add(name="add")([x, y])
+    x = conv(8, 5, 2, name="wide_conv")(x)
+    x = conv(8, 3, name="conv_wider_than_its_map", use_bias=True)(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     x = batch_norm(name="vector_bn", center=False)(x)
     return fill(keras.Model(inputs, logits(4)(x)))
@@ -195,11 +197,11 @@ def test_a_training_step_is_kerass():
     floor.push()
     theirs.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     assert float(loss) == pytest.approx(float(theirs.train_on_batch(x, labels)), rel=1e-5)
-    before = values(mixture())
+    before, found = values(mixture()), values(ours)
     for path, expected in values(theirs).items():
         step = abs(expected - before[path]).max()
-        np.testing.assert_allclose(values(ours)[path], expected, atol=2e-5 * max(step, 0.05), err_msg=path)
-    assert sum((values(ours)[path] != before[path]).any() for path in before) >= len(before) - 1
+        assert step > 0.01 or path.endswith("bias"), path  # a batch norm takes the bias before it away
+        np.testing.assert_allclose(found[path], expected, atol=2e-5 * max(step, 0.05), err_msg=path)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (6, 3), (2, 500), (1, 1)])

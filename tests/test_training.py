@@ -180,12 +180,12 @@ def network(width):
     x = inputs = keras.Input((6, 6, 3), name="image")
     if width:
         x = activation("relu", name="relu")(batch_norm(name="bn")(conv(width, 3, name="conv")(x)))
-        x = dropout(0.3, name="dropout")(x)
-    return keras.Model(inputs, logits(3)(layers.Flatten(name="flatten")(x)), name="net")
+    x = dropout(0.3, name="dropout")(layers.Flatten(name="flatten")(x))
+    return keras.Model(inputs, logits(3)(x), name="net")
 
 
 def run(pictures, width=4, kind="sgd", seed=0):
-    """Model, optimizer and batches of a run with everything that has a state; a linear one where `width` is 0."""
+    """Model, optimizer and batches of a run with everything that has a state; one layer where `width` is 0."""
     model = network(width)
     initialize(model, seed)
     inner = make_optimizer(kind, schedule("cosine", 0.1, 12), weight_decay=0.01)
@@ -251,7 +251,7 @@ def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
     """The comparison above would see other masks: with another state of the generator the next losses differ."""
     losses = []
     for touch in (False, True):
-        model, optimizer, batches = run(pictures)
+        model, optimizer, batches = run(pictures, width=0)
         if touch:
             (state,) = [v for v in model.variables if "seed" in v.path]
             state.assign(np.array([5, 7], np.uint32))
@@ -262,10 +262,10 @@ def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
 def test_history_of_an_epoch(pictures):
     """Against the same epoch taken by hand."""
     test = pictures(10, 6, 6, seed=2)
-    model, optimizer, batches = run(pictures)
+    model, optimizer, batches = run(pictures, width=0)
     history = fit(model, optimizer, cross_entropy(), batches, epochs=1, test=test)
     (row,) = history.epochs
-    twin, twin_optimizer, _ = run(pictures)
+    twin, twin_optimizer, _ = run(pictures, width=0)
     twin_optimizer.build(twin.trainable_variables)
     floor = training.floors.create(twin, twin_optimizer, cross_entropy())
     steps = [floor.train_step(*batch) for batch in batches.epoch(0)]

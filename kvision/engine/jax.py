@@ -1,9 +1,10 @@
 """JAX: the step is one compiled function from state to state; the state's memory is reused.
 
-On a CPU two of XLA's gradients are slow: that of a convolution to its kernel takes 3 to 8 times the convolution's own
-time, that of max pooling 30 times. Cut into chunks of the batch and written as a convolution in XLA's own layout, the
-first takes once to twice that time; pooling as a maximum of slices, the second 4 times. So a functional model's graph
-is walked here with those two in place. Other devices keep XLA's.
+On a CPU two of XLA's gradients are slow: that of a convolution to its kernel takes 2.5 to 5 times the convolution's own
+time, that of 2x2 max pooling 31 times. Cut into chunks of the batch and written as a convolution in XLA's own layout,
+the first takes 1.1 to 3 times; as a maximum of slices, pooling and its gradient take 1.6 times the plain pooling. So a
+functional model's graph is walked here with those two in place; other devices keep XLA's. (Least of 5 to 7 timings on
+two cores of a Xeon with AVX-512, JAX 0.10.2, shapes of ResNet-20 and airbench_small at batch 128 and 240.)
 """
 
 from functools import partial, reduce
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 from jax import lax
 
-CHUNKS = 16  # measured best of 4, 16, 48 on two cores, over the shapes of ResNet-20 and airbench at batch 128 to 250
+CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -93,7 +94,7 @@ def _conv(layer, x):
         return layer(x)
     strides, window = layer.strides, layer.kernel_size
     padding = lax.padtype_to_pads(x.shape[1:3], window, strides, layer.padding.upper())
-    # XLA takes 300 times as long for a window larger than the image (3x3 on the last maps of a VGG, 2x2 pixels).
+    # XLA takes 290 times as long for a window larger than the image (3x3 on the last maps of a VGG, 2x2 pixels).
     compute = _multiply_windows if min(x.shape[1:3]) < max(window) else convolve
     y = compute(x, layer.kernel.value, tuple(strides), tuple(map(tuple, padding)))
     if layer.use_bias:
