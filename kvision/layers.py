@@ -153,8 +153,13 @@ def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -
         (size, size, c, 2 * size * size * c) float32, a Keras convolution kernel.
     """
     windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))  # (n, h', w', c, size, size)
-    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * images.shape[-1]).astype(np.float64)
-    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    windows = windows.transpose(0, 1, 2, 4, 5, 3)
+    features = size * size * images.shape[-1]
+    covariance = np.zeros((features, features))
+    for start in range(0, len(windows), 500):  # all patches at once would fill a gigabyte
+        patches = windows[start : start + 500].reshape(-1, features).astype(np.float64)
+        covariance += patches.T @ patches
+    values, vectors = np.linalg.eigh(covariance / math.prod(windows.shape[:3]))
     # An eigenvector's sign is the library's whim; fix it, so that every machine starts from the same kernel.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])
     kernel = (vectors / np.sqrt(values + epsilon)).reshape(size, size, images.shape[-1], -1)

@@ -215,27 +215,29 @@ def fit(
         losses, hits, started = [], [], time.perf_counter()
         with Progress(count, f"{label} {epoch + 1}/{math.ceil(total / batches.steps)}") as progress:
             clock = started
-            for step, (images, labels) in zip(range(count), batches.epoch(epoch), strict=False):
-                value, correct = engine.train_step(images, labels)
-                losses.append(value)
-                hits.append(correct)
-                if first_step_seconds is None:
-                    float(value)  # waits for the device
-                    first_step_seconds = time.perf_counter() - clock
-                    if history.seconds_to_first_step is None:
-                        history.seconds_to_first_step = seconds_since_process_start()
-                # The last step's loss is read, not this one's: the device always has work.
-                latest = float(losses[max(0, step - 1)])
-                if not math.isfinite(latest):
-                    at = epoch * batches.steps + max(1, step)
-                    raise DivergedError(f"the loss is {latest} at step {at}: {DIVERGED}")
-                now = time.perf_counter()
-                durations.append(now - clock)
-                clock = now
-                progress.update(step + 1, (step + 1) * batches.batch_size, latest)
+            try:
+                for step, (images, labels) in zip(range(count), batches.epoch(epoch), strict=False):
+                    value, correct = engine.train_step(images, labels)
+                    losses.append(value)
+                    hits.append(correct)
+                    if first_step_seconds is None:
+                        float(value)  # waits for the device
+                        first_step_seconds = time.perf_counter() - clock
+                        if history.seconds_to_first_step is None:
+                            history.seconds_to_first_step = seconds_since_process_start()
+                    # The last step's loss is read, not this one's: the device always has work.
+                    latest = float(losses[max(0, step - 1)])
+                    if not math.isfinite(latest):
+                        at = epoch * batches.steps + max(1, step)
+                        raise DivergedError(f"the loss is {latest} at step {at}: {DIVERGED}")
+                    now = time.perf_counter()
+                    durations.append(now - clock)
+                    clock = now
+                    progress.update(step + 1, (step + 1) * batches.batch_size, latest)
+            finally:
+                engine.push()  # after an error or Ctrl-C too: until then JAX's variables are empty
             losses = [float(value) for value in losses]
             seconds = time.perf_counter() - started
-            engine.push()
             row = {
                 "epoch": epoch + 1,
                 "loss": float(np.mean(losses)),

@@ -7,7 +7,7 @@ from keras import ops
 
 from kvision import engine, regularizers
 from kvision.data.preprocessing import Preprocessing
-from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import make_optimizer, predict
 
@@ -166,14 +166,16 @@ def mixture():
     x = batch_norm(name="first_bn")(x)
     x = conv(8, 3, 2, name="padded_conv")(activation("relu", name="first_relu")(x))
     x = batch_norm(name="second_bn", scale=False, momentum=0.6)(x)
-    y = layers.Conv2D(8, 3, strides=2, padding="same", activation="tanh", name="lopsided_conv")(inputs)
+    y = layers.Conv2D(
+        8, 3, strides=2, padding="same", activation="tanh", name="lopsided_conv", kernel_initializer=Variance()
+    )(inputs)
     y = layers.MaxPooling2D(2, padding="same", name="same_pool")(y)
-    y = layers.Conv2D(8, 2, padding="same", groups=2, name="even_conv")(y)
-    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, name="dilated_conv")(y)
+    y = layers.Conv2D(8, 2, padding="same", groups=2, name="even_conv", kernel_initializer=Variance())(y)
+    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, name="dilated_conv", kernel_initializer=Variance())(y)
     y = layers.ZeroPadding2D(((0, 0), (0, 0)), name="nothing")(y)
     y = layers.Resizing(3, 3, interpolation="nearest", name="resize")(y)
-    x = layers.Add(name="add")([x, y])
-    x = conv(8, 5, 2, name="wide_conv")(x)
+    x = layers.Add(name="add")([activation("gelu", name="gelu")(x), y])
+    x = activation("tanh", name="tanh")(conv(8, 5, 2, name="wide_conv")(x))
     x = conv(8, 3, name="conv_wider_than_its_map", use_bias=True)(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     x = batch_norm(name="vector_bn", center=False)(x)

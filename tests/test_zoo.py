@@ -92,7 +92,6 @@ TRAINED = {
     "airbench_small": {},
     "resnet20": {"depth": 8},
     "wide_resnet_16_4": {"depth": 10},
-    "vgg11": {"convolutions": (1, 1, 1, 1, 1)},
     "vgg11_bn": {"convolutions": (1, 1, 1, 1, 1)},
 }
 

@@ -6,7 +6,7 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device.
 - `predict(images) -> logits`: NumPy in, NumPy out, in inference mode.
 - `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
-  between steps (JAX), they are stale until then.
+  between steps (JAX), they cannot be read until then.
 """
 
 import importlib

@@ -90,7 +90,11 @@ def _operation(layer, training):
 
 def _conv(layer, x):
     """What `layer(x)` computes."""
-    if x.dtype != jnp.float32 or layer.data_format != "channels_last" or layer.padding not in ("same", "valid"):
+    if (
+        layer.compute_dtype != "float32"
+        or layer.data_format != "channels_last"
+        or layer.padding not in ("same", "valid")
+    ):
         return layer(x)
     strides, window = layer.strides, layer.kernel_size
     padding = lax.padtype_to_pads(x.shape[1:3], window, strides, layer.padding.upper())
@@ -120,7 +124,9 @@ def _slices(x, window, strides):
 
 def _max_pool(x, window, strides):
     """The maximum of each window; on a tie the gradient goes to the first, as XLA's and PyTorch's do."""
-    return reduce(lambda best, values: jnp.where(best >= values, best, values), _slices(x, window, strides))
+    return reduce(
+        lambda best, values: jnp.where((best >= values) | jnp.isnan(best), best, values), _slices(x, window, strides)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -53,7 +53,7 @@ def _operation(layer, training):
 def _conv(layer, x):
     """What `layer(x)` computes."""
     even = any(size % 2 == 0 for size in layer.kernel_size)
-    if x.dtype != torch.float32 or (layer.padding != "valid" and (even or max(layer.strides) > 1)):
+    if layer.compute_dtype != "float32" or (layer.padding != "valid" and (even or max(layer.strides) > 1)):
         return layer(x)  # other precisions, and "same" where it pads one side more than the other
     y = torch.nn.functional.conv2d(
         x.permute(0, 3, 1, 2),
