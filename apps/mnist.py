@@ -12,9 +12,9 @@ RECIPES = {
         Config(
             app="mnist",
             model="mnist_cnn",
-            epochs=6,
+            epochs=10,
             batch_size=128,
-            learning_rate=0.02,
+            learning_rate=0.05,
             warmup=0.1,
             shift=2,
             label_smoothing=0.05,

@@ -118,9 +118,9 @@ class Dataset:
         for count in (train, test):
             if count is not None and count < 1:
                 raise DataError(f"a subset wants at least 1 image, got {count}")
-        rng = np.random.default_rng(seed)
-        train_part = _balanced(self.y_train, train, rng)
-        test_part = _balanced(self.y_test, test, rng)
+        # Each part draws for itself, so that how many train does not change which test.
+        train_part = _balanced(self.y_train, train, np.random.default_rng([seed, 0]))
+        test_part = _balanced(self.y_test, test, np.random.default_rng([seed, 1]))
         if len(train_part) == len(self.y_train) and len(test_part) == len(self.y_test):
             return self
         note = (
