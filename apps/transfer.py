@@ -22,7 +22,7 @@ class TransferConfig(Config):
 
     per_class: int = flag(50, "training images of each new class")
     source_classes: str | None = flag(None, "comma-separated classes to learn first; none takes the first half")
-    source_epochs: int = flag(6, "epochs on the source classes; --weights leaves them out")
+    source_epochs: int = flag(3, "epochs on the source classes; --weights leaves them out")
     source_learning_rate: float = flag(0.05, "the largest learning rate on the source classes")
     unfreeze: str | None = flag(None, "then release the layers whose name begins so, such as stage5", metavar="PATTERN")
     unfreeze_epochs: int = flag(10, "epochs with the released layers")

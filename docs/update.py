@@ -1,7 +1,8 @@
 """Write the generated parts of the READMEs: `python docs/update.py`, from the top of the repository.
 
 The scores come from `docs/measured/*.json`, which are the metrics.json of runs; the models from the zoo; the weights
-from their manifests.
+from their manifests. A measured run has no "source" (a path of somebody's machine), and "shared_machine": true where
+other work ran beside it.
 """
 
 import json
@@ -20,7 +21,7 @@ def scores() -> str:
         "| app | model | data set | backend | test accuracy | training | images/s | to first step | peak memory |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    machines = set()
+    machines, shared = set(), []
     for path in sorted((ROOT / "docs" / "measured").glob("*.json")):
         run = json.loads(path.read_text())
         hardware, versions = run["hardware"], run["versions"]
@@ -28,6 +29,8 @@ def scores() -> str:
             f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, "
             f"Keras {versions['keras']}, Python {versions['python']}"
         )
+        if run.get("shared_machine"):
+            shared.append(f"{run['model']} on {run['backend']}")
         engine = ", ".join(f"{name} {versions[name]}" for name in versions if name.startswith(run["backend"]))
         rows.append(
             f"| {run['app']} | `{run['model']}` | {run['dataset']} | {engine} | {run['test_accuracy']:.2%} | "
@@ -35,6 +38,8 @@ def scores() -> str:
             f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )
     note = f"One run each, seed 0, on {'; '.join(sorted(machines))}. The commands are in `docs/measured/*.json`."
+    if shared:
+        note += f" Other work ran on the machine meanwhile, so these times are too long: {', '.join(shared)}."
     return "\n".join([*rows, "", note])
 
 
