@@ -1,6 +1,8 @@
 """Classify CIFAR-10: `KERAS_BACKEND=torch python -m apps.cifar10`.
 
-The default, airbench_small, is a first run for two CPU cores. `--model resnet20` is the recipe of He et al. 2015.
+The default, airbench_small, is a first run for two CPU cores: expect 89.7 to 89.9 % of the 10,000 test images (seed 0,
+one run on each backend). On two cores of a Xeon with AVX-512 it trains in 400 s on PyTorch; the README has the others.
+`--model resnet20` is the recipe of He et al. 2015, 164 epochs, for a GPU: not measured yet.
 """
 
 import sys
