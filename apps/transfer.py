@@ -38,6 +38,7 @@ RECIPE = TransferConfig(
     app="transfer",
     model="vgg11_bn",
     epochs=40,
+    test_every=10,
     batch_size=50,
     learning_rate=0.05,
     warmup=0.1,
@@ -71,7 +72,9 @@ def main(config: TransferConfig = RECIPE) -> dict:
     weights = config.weights
     if weights is None:
         print(f"1. {config.model} learns {', '.join(source.classes)}")
-        first = replace(config, epochs=config.source_epochs, learning_rate=config.source_learning_rate, batch_size=125)
+        first = replace(
+            config, epochs=config.source_epochs, learning_rate=config.source_learning_rate, batch_size=125, test_every=1
+        )
         train(first, source, folder / "source", note=note)
         weights = str(folder / "source" / "weights.npz")
     print(f"2. a new head for {', '.join(target.classes)}, the rest frozen, {config.per_class} images a class")

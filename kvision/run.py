@@ -71,6 +71,7 @@ class Config:
     out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
     limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
     limit_test: int | None = flag(None, "test on so many images; none takes all")
+    test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
     steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
     resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last finished epoch")
     dtype: str = flag("float32", "float32, or bfloat16 for the layers with float32 weights", choices=tuple(DTYPES))
@@ -83,7 +84,7 @@ class Config:
     def __post_init__(self):
         expect = flags.expect
         expect(self, "epochs", lambda value: value >= 0, "0 or more")
-        expect(self, "batch_size", lambda value: value >= 1, "at least 1")
+        expect(self, "batch_size test_every", lambda value: value >= 1, "at least 1")
         expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
         expect(self, "weight_decay l1 l2", lambda value: 0 <= value < np.inf, "0 or a positive number")
         expect(
@@ -325,6 +326,7 @@ def train(
         batches,
         epochs=config.epochs,
         test=(dataset.x_test, dataset.y_test),
+        test_every=config.test_every,
         steps=config.steps,
         checkpoint=folder / "checkpoint.npz",
         on_epoch=on_epoch,

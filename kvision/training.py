@@ -181,6 +181,7 @@ def fit(
     *,
     epochs: int,
     test: tuple[np.ndarray, np.ndarray] | None = None,
+    test_every: int = 1,
     steps: int | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[History], None] = lambda history: None,
@@ -190,7 +191,7 @@ def fit(
 
     Args:
         loss: `loss(labels, logits)`, a scalar tensor; penalties on weights (`model.losses`) are added to it.
-        test: uint8 images and integer labels to score after every epoch.
+        test: uint8 images and integer labels to score after every `test_every` epochs.
         checkpoint: file that is written after every epoch; where it exists, the run goes on from it and ends with the
             weights of an uninterrupted one.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
@@ -248,7 +249,7 @@ def fit(
             }
             if not math.isfinite(row["loss"]):
                 raise DivergedError(f"the loss is {losses[-1]} at the end of epoch {epoch + 1}: {DIVERGED}")
-            if test is not None:
+            if test is not None and (epoch + 1) % test_every == 0:
                 result = score(predict(engine, test[0], batches.preprocessing), test[1])
                 row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
             progress.close(describe(row, math.ceil(total / batches.steps)))
