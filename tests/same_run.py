@@ -1,6 +1,6 @@
 """ResNet-20 on every backend from the same start, checked; then one backend's weights scored by the others.
 
-    python tests/same_run.py
+    python -m tests.same_run
 
 With KVISION_DATA set the images are CIFAR-10's, else drawn. The rate is small, so that 20 steps part by rounding alone.
 """
