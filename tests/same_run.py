@@ -27,7 +27,7 @@ def main() -> int:
         data = real_data() or write_shapes(folder / "shapes.npz")
         flags = ["--data", data, "--model", "resnet20", "--limit-test", "2000"]
         trained = compare(
-            "cifar10", [*flags, "--steps", "20", "--learning-rate", "0.01", "--schedule", "constant"], folder / "train"
+            "cifar10", [*flags, "--steps", "20", "--learning-rate", "0.001", "--schedule", "constant"], folder / "train"
         )
         print(comparison_table(trained))
         for check in trained["checks"]:
