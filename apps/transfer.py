@@ -4,8 +4,8 @@ The network learns the first half of the classes from all their images (or comes
 replaced, the rest is frozen, and the new head learns the other half from 50 images a class; `--unfreeze stage5` goes on
 with that stage at a tenth of the rate. The same network trained from scratch on the same few images is the yardstick.
 
-Expect 54.0 % with the new head, 56.5 % with `--unfreeze stage5`, 39.8 % from scratch (PyTorch, seed 0, one run): a margin of
-16.7 points. On one core of a Xeon with AVX-512 it takes about 25 minutes, 15 of them for the source classes.
+Expect 54.0 % with the new head, 56.5 % with `--unfreeze stage5`, 39.8 % from scratch (PyTorch, seed 0, one run): a
+margin of 16.7 points. On one core of a Xeon with AVX-512 it takes about 25 minutes, 15 of them for the source classes.
 """
 
 import sys
