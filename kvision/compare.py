@@ -18,6 +18,7 @@ from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
 from kvision.tracking.compare_report import comparison_table, write_compare_report
 from kvision.tracking.environment import hardware
+from kvision.tracking.page import write
 
 APPS = ("cifar10", "mnist", "transfer")
 
@@ -104,7 +105,7 @@ def compare(app: str, arguments: Sequence[str], out: Path, backends: Sequence[st
         "checks": differences(rows),
         "rows": rows,
     }
-    (out / "compare.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    write(out / "compare.json", json.dumps(comparison, indent=1) + "\n")
     write_compare_report(out, comparison)
     return comparison
 

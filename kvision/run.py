@@ -7,7 +7,6 @@ command line replaces single fields of it.
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import whitening_kernel
 from kvision.tasks import classification
 from kvision.tracking import environment
+from kvision.tracking.page import write
 from kvision.tracking.report import Mistake, write_report
 from kvision.transfer import LearningRateFactors
 from kvision.weights import WeightsError, inspect, save
@@ -160,16 +160,9 @@ def preprocessing_of(dataset: Dataset) -> Preprocessing:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, content) -> None:
     """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def run_folder(config: Config) -> Path:
@@ -316,7 +309,7 @@ def train(
     store_config(config, folder)
 
     def on_epoch(history: training.History) -> None:
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
+        write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
         write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
 
     history = training.fit(

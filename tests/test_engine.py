@@ -10,20 +10,9 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import make_optimizer, predict
+from tests.arrays import noise, value, values
 
 layers = keras.layers
-
-
-def value(variable):
-    return np.array(ops.convert_to_numpy(variable.value))
-
-
-def values(model):
-    return {variable.path: value(variable) for variable in model.weights}
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def fill(model, seed=1):

@@ -12,20 +12,9 @@ from kvision import engine, regularizers, zoo
 from kvision.tasks.classification import cross_entropy
 from kvision.training import make_optimizer
 from kvision.transfer import LearningRateFactors, freeze, swap_head, unfreeze
+from tests.arrays import noise, values
 
 layers = keras.layers
-
-
-def value(variable):
-    return np.array(ops.convert_to_numpy(variable.value))
-
-
-def values(model):
-    return {variable.path: value(variable) for variable in model.weights}
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def small_vgg(classes=4):
