@@ -14,6 +14,7 @@ The functions return layers (or a short chain of them) to be called on a tensor:
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import keras
 import numpy as np
@@ -63,9 +64,55 @@ class Variance(keras.initializers.Initializer):
         return {"scale": self.scale, "fan": self.fan, "distribution": self.distribution}
 
 
+@keras.saving.register_keras_serializable("kvision")
+class Border(keras.layers.Layer):
+    """Pads images with a constant: `pads` is ((above, below), (left, right)). Keras's own layer pads with 0 alone."""
+
+    def __init__(self, pads: tuple[tuple[int, int], tuple[int, int]], value: float = 0.0, **options):
+        super().__init__(**options)
+        self.pads, self.value = tuple(map(tuple, pads)), value
+
+    def call(self, x):
+        return ops.pad(x, ((0, 0), *self.pads, (0, 0)), constant_values=self.value)
+
+    def compute_output_shape(self, input_shape):
+        n, *sizes, channels = input_shape
+        grow = lambda size, pads: None if size is None else size + sum(pads)  # noqa: E731
+        return (n, *map(grow, sizes, self.pads), channels)
+
+    def get_config(self):
+        return {**super().get_config(), "pads": self.pads, "value": self.value}
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _padded(layer: keras.layers.Layer, size: tuple[int, int], value: float = 0.0) -> Callable:
+    """`layer` behind a border of half a window on every side; the window's sides must be odd."""
+    if any(side % 2 == 0 for side in size):
+        raise ValueError(f"{layer.name}: symmetric padding wants an odd window, got {size}; give padding='valid'")
+    pads = tuple((side // 2, side // 2) for side in size)
+    border = Border(pads, value, name=f"{layer.name}_pad")
+    return lambda x: layer(border(x))
+
+
+PADDINGS = {"same": "valid", "valid": "valid", "tensorflow": "same"}  # and what Keras's layer is told
+
+
+def _convolution(make: Callable, size, strides, padding: str, name: str) -> Callable:
+    size, strides = _pair(size), _pair(strides)
+    if padding not in PADDINGS:
+        raise ValueError(f"{name}: padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+    if padding == "same" and strides == (1, 1) and all(side % 2 for side in size):
+        return make(size, strides, padding="same", name=name)  # then Keras's is symmetric
+    layer = make(size, strides, padding=PADDINGS[padding], name=name)
+    return _padded(layer, size) if padding == "same" and size != (1, 1) else layer
+
+
 def conv(
     filters: int,
-    kernel_size: int,
+    kernel_size: int | tuple[int, int],
     strides: int = 1,
     *,
     name: str,
@@ -77,30 +124,26 @@ def conv(
     """A 2-D convolution with symmetric padding: (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), filters).
 
     Args:
-        padding: "same", `kernel_size // 2` zeros on every side, or "valid", none.
+        padding: "same", `kernel_size // 2` zeros on every side; "valid", none; "tensorflow", that of TensorFlow's and
+            Keras's "same", which at stride 2 pads one more below than above: for lineages trained there.
         initializer: of the kernel; the default is He's normal initialiser over the outputs, as in torchvision.
         options: further arguments of `keras.layers.Conv2D`.
 
     Raises:
-        ValueError: "same" with an even kernel, which has no centre.
+        ValueError: "same" with an even kernel, which has no centre; an unknown padding.
     """
-    if padding == "same" and kernel_size % 2 == 0:
-        raise ValueError(f"{name}: symmetric padding wants an odd kernel, got {kernel_size}; give padding='valid'")
-    pad = kernel_size // 2 if padding == "same" and strides > 1 else 0
-    layer = keras.layers.Conv2D(
-        filters,
-        kernel_size,
-        strides,
-        padding="valid" if pad else padding,
-        use_bias=use_bias,
-        kernel_initializer=initializer or Variance(2.0, "out"),
-        name=name,
-        **options,
-    )
-    if not pad:
-        return layer
-    border = keras.layers.ZeroPadding2D(pad, name=f"{name}_pad")
-    return lambda x: layer(border(x))
+    initializer = initializer or Variance(2.0, "out")
+    make = partial(keras.layers.Conv2D, filters, use_bias=use_bias, kernel_initializer=initializer, **options)
+    return _convolution(make, kernel_size, strides, padding, name)
+
+
+def depthwise_conv(
+    kernel_size: int, strides: int = 1, *, name: str, use_bias: bool = False, padding: str = "same", **options
+) -> Callable:
+    """A convolution of each channel by itself; padding as `conv` has it."""
+    initializer = Variance(2.0, "out")  # of the kernel (h, w, c, 1): 2 / (h w)
+    make = partial(keras.layers.DepthwiseConv2D, use_bias=use_bias, depthwise_initializer=initializer, **options)
+    return _convolution(make, kernel_size, strides, padding, name)
 
 
 def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **options) -> keras.layers.Layer:
@@ -126,9 +169,50 @@ def logits(classes: int, *, name: str = "logits", **options) -> keras.layers.Lay
     return dense(classes, name=name, **options)
 
 
-def max_pool(size: int, strides: int | None = None, *, name: str, padding: str = "valid") -> keras.layers.Layer:
-    """Max pooling; a window that does not fit at the border is dropped, as in torchvision."""
-    return keras.layers.MaxPooling2D(size, strides, padding=padding, name=name)
+def max_pool(
+    size: int, strides: int | None = None, *, name: str, padding: str = "valid", ceil: bool = False
+) -> Callable:
+    """Max pooling; a window that does not fit at the border is dropped, as in torchvision.
+
+    Args:
+        strides: the default is `size`.
+        padding: "valid"; "same", half a window on every side, which no maximum sees; "tensorflow" as for `conv`.
+        ceil: keep a last window that reaches over the lower and right border, where it starts inside the image
+            (torchvision's `ceil_mode`).
+    """
+    strides = strides or size
+    if padding not in PADDINGS:
+        raise ValueError(f"{name}: padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+    layer = keras.layers.MaxPooling2D(size, strides, padding=PADDINGS[padding], name=name)
+    if padding == "same":
+        return _padded(layer, (size, size), -math.inf)
+    if not ceil:
+        return layer
+
+    def pool(x):
+        beyond = [max(0, -(-(side - size) // strides) * strides + size - side) for side in x.shape[1:3]]
+        if any(beyond):
+            x = Border(tuple((0, side) for side in beyond), -math.inf, name=f"{name}_pad")(x)
+        return layer(x)
+
+    return pool
+
+
+def avg_pool(size: int, strides: int | None = None, *, name: str, padding: str = "valid") -> Callable:
+    """Average pooling.
+
+    Args:
+        strides: the default is `size`.
+        padding: "valid"; "same", half a window of zeros on every side, which count, as in torchvision; "tensorflow",
+            where only the image's own pixels count.
+    """
+    layer = keras.layers.AveragePooling2D(size, strides or size, padding=PADDINGS[padding], name=name)
+    return _padded(layer, (size, size)) if padding == "same" else layer
+
+
+def global_pool(*, name: str = "pool") -> keras.layers.Layer:
+    """The mean over all pixels: (n, h, w, c) to (n, c)."""
+    return keras.layers.GlobalAveragePooling2D(name=name)
 
 
 def dropout(rate: float, *, name: str) -> Callable:

@@ -145,7 +145,7 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, strides, height, width
 
 
 def test_same_convolution_wants_a_centre():
-    with pytest.raises(ValueError, match="middle: symmetric padding wants an odd kernel, got 2"):
+    with pytest.raises(ValueError, match=r"middle: symmetric padding wants an odd window, got \(2, 2\)"):
         conv(4, 2, name="middle")
 
 
