@@ -76,6 +76,39 @@ def test_steps_are_those_of_the_closed_form():
     assert int(ops.convert_to_numpy(floor.optimizer.iterations)) == 4
 
 
+def test_targets_may_be_soft():
+    """Steps on one-hot targets are those on integers; on mixed targets the loss is linear in them."""
+    x, labels = noise(6, 5), np.arange(6, dtype=np.int32) % 3
+    one_hot = np.eye(3, dtype=np.float32)
+    losses = []
+    for given in (
+        labels,
+        one_hot[labels],
+        one_hot[::-1][labels],
+        0.25 * one_hot[labels] + 0.75 * one_hot[::-1][labels],
+    ):
+        floor = floor_of(softmax_regression(), make_optimizer("sgd", 0.5))
+        loss, correct = floor.train_step(x, given)
+        losses.append((float(loss), int(correct)))
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[3][0] == pytest.approx(0.25 * losses[1][0] + 0.75 * losses[2][0], rel=1e-5)
+    assert losses[3][1] == losses[2][1]
+
+
+def test_auxiliary_heads_add_three_tenths_of_their_loss():
+    inputs = keras.Input((5,))
+    heads = [logits(3, name=name)(inputs) for name in ("logits", "aux1_logits", "aux2_logits")]
+    model = fill(keras.Model(inputs, heads))
+    x, labels = noise(6, 5), np.arange(6, dtype=np.int32) % 3
+    outputs = [x @ value(layer.kernel) + value(layer.bias) for layer in model.layers[1:]]
+    losses = [np.log(np.exp(y).sum(1)).mean() - y[range(6), labels].mean() for y in outputs]
+    floor = floor_of(model, make_optimizer("sgd", 0.5))
+    np.testing.assert_allclose(floor.predict(x), outputs[0], rtol=1e-5)
+    loss, correct = floor.train_step(x, labels)
+    assert float(loss) == pytest.approx(losses[0] + 0.3 * losses[1] + 0.3 * losses[2], rel=1e-5)
+    assert int(correct) == (outputs[0].argmax(1) == labels).sum()
+
+
 def test_predict_sees_the_last_step():
     model = softmax_regression()
     floor, x = floor_of(model, make_optimizer("sgd", 0.5)), noise(8, 5)

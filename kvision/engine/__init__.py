@@ -3,8 +3,10 @@
 Each floor has a class `Engine` with the same methods, so that nothing above knows which it stands on:
 
 - `Engine(model, optimizer, loss)`; `optimizer` and `loss` may be None where only `predict` is wanted.
-- `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device.
-- `predict(images) -> logits`: NumPy in, NumPy out, in inference mode.
+- `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
+  (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
+- `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
+  heads) the first is predicted; the loss sees them all.
 - `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
   between steps (JAX), they cannot be read until then.
 """
@@ -34,6 +36,11 @@ def floor():
             f"kvision trains on {', '.join(FLOORS)}, and KERAS_BACKEND is {name!r}: set it to one of them"
         )
     return importlib.import_module(f"kvision.engine.{name}")
+
+
+def main_output(outputs):
+    """The logits of a model that may have auxiliary heads: its only output, or the first of several."""
+    return outputs[0] if isinstance(outputs, list | tuple) else outputs
 
 
 def create(model, optimizer=None, loss=None):

@@ -15,6 +15,8 @@ import keras
 import numpy as np
 from jax import lax
 
+from kvision.engine import main_output
+
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -37,22 +39,23 @@ class Engine:
 
     def _objective(self, trainable, fixed, images, labels):
         with self._scope(trainable, fixed) as scope:
-            logits = self._call(images, training=True)
-            loss = self.loss(labels, logits) + sum(self.model.losses)
+            outputs = self._call(images, training=True)
+            loss = self.loss(labels, outputs) + sum(self.model.losses)
         fixed = [scope.get_current_value(variable) for variable in self.model.non_trainable_variables]
-        return loss, (fixed, logits)
+        return loss, (fixed, main_output(outputs))
 
     def _train(self, state, images, labels):
         trainable, fixed, slots = state
         gradient = jax.value_and_grad(self._objective, has_aux=True)
         (loss, (fixed, logits)), gradients = gradient(trainable, fixed, images, labels)
         trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+        classes = jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == classes)
         return (trainable, fixed, slots), (loss, correct)
 
     def _infer(self, trainable, fixed, images):
         with self._scope(trainable, fixed):
-            return self._call(images, training=False)
+            return main_output(self._call(images, training=False))
 
     def _variables(self):
         slots = self.optimizer.variables if self.optimizer else []

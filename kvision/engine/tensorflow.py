@@ -7,6 +7,8 @@ both ways; Keras composes it of a dozen operations, each a pass over the activat
 import keras
 import tensorflow as tf
 
+from kvision.engine import main_output
+
 
 class Engine:
     def __init__(self, model, optimizer=None, loss=None):
@@ -21,16 +23,17 @@ class Engine:
 
     def _train(self, images, labels):
         with tf.GradientTape() as tape:
-            logits = self._call(images, training=True)
-            loss = self.loss(labels, logits) + sum(self.model.losses)
+            outputs = self._call(images, training=True)
+            loss = self.loss(labels, outputs) + sum(self.model.losses)
         variables = self.model.trainable_variables
         gradients = tape.gradient(loss, [variable.value for variable in variables])
         self.optimizer.apply(gradients, variables)
-        correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1, output_type=labels.dtype) == labels, tf.int32))
+        classes = tf.argmax(labels, axis=-1) if labels.shape.rank == 2 else tf.cast(labels, tf.int64)
+        correct = tf.reduce_sum(tf.cast(tf.argmax(main_output(outputs), axis=-1) == classes, tf.int32))
         return loss, correct
 
     def _infer(self, images):
-        return self._call(images, training=False)
+        return main_output(self._call(images, training=False))
 
     def train_step(self, images, labels):
         return self._step(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))

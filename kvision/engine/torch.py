@@ -9,6 +9,8 @@ import keras
 import torch
 from keras import ops
 
+from kvision.engine import main_output
+
 
 class Engine:
     def __init__(self, model, optimizer=None, loss=None):
@@ -21,18 +23,19 @@ class Engine:
         return self.model._run_through_graph(images, operation_fn=lambda layer: _operation(layer, training))
 
     def train_step(self, images, labels):
-        logits, labels = self._call(images, training=True), ops.convert_to_tensor(labels)
-        loss = self.loss(labels, logits) + sum(self.model.losses)
+        outputs, labels = self._call(images, training=True), ops.convert_to_tensor(labels)
+        loss = self.loss(labels, outputs) + sum(self.model.losses)
         variables = self.model.trainable_variables
         gradients = torch.autograd.grad(loss, [variable.value for variable in variables])
         with torch.no_grad():
             self.optimizer.apply(gradients, variables)
-            correct = (logits.argmax(dim=-1) == labels).sum()
+            classes = labels.argmax(dim=-1) if labels.ndim == 2 else labels
+            correct = (main_output(outputs).argmax(dim=-1) == classes).sum()
         return loss.detach(), correct
 
     def predict(self, images):
         with torch.inference_mode():
-            return ops.convert_to_numpy(self._call(images, training=False))
+            return ops.convert_to_numpy(main_output(self._call(images, training=False)))
 
     def push(self):
         pass

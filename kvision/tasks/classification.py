@@ -6,9 +6,15 @@ import keras
 import numpy as np
 from keras import ops
 
+# Of each auxiliary head's loss (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, section 5).
+AUXILIARY_WEIGHT = 0.3
+
 
 def cross_entropy(smoothing: float = 0.0) -> Callable:
-    """The mean cross-entropy `loss(labels, logits)` of integer labels (n,) and logits (n, classes), in nats.
+    """The mean cross-entropy `loss(labels, logits)` in nats.
+
+    Labels are integers (n,) or targets (n, classes) that sum to 1 in each row. Logits are (n, classes), or a list of
+    such from a network with auxiliary heads: the first counts whole, the others by `AUXILIARY_WEIGHT`.
 
     Args:
         smoothing: the share of each target that is spread over all classes (Szegedy et al. 2015,
@@ -20,7 +26,13 @@ def cross_entropy(smoothing: float = 0.0) -> Callable:
     if not 0 <= smoothing < 1:
         raise ValueError(f"label smoothing must be at least 0 and below 1, got {smoothing}")
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
-    return lambda labels, logits: loss(ops.one_hot(labels, logits.shape[-1]), logits)
+
+    def of(labels, outputs):
+        main, *auxiliary = outputs if isinstance(outputs, list | tuple) else [outputs]
+        targets = labels if len(labels.shape) == 2 else ops.one_hot(labels, main.shape[-1])
+        return loss(targets, main) + AUXILIARY_WEIGHT * sum(loss(targets, logits) for logits in auxiliary)
+
+    return of
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
