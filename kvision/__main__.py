@@ -13,8 +13,24 @@ def _models(arguments: argparse.Namespace) -> int:
     if arguments.table:
         print(zoo.markdown_table())
         return 0
-    for name in zoo.list_models(arguments.pattern):
-        print(name)
+    names = zoo.list_models(arguments.pattern)
+    width = max(map(len, names), default=0)
+    for name in names:
+        published = zoo.paper(name)
+        shape = "x".join(map(str, zoo.default_shape(name)))
+        print(f"{name:<{width}}  {shape:<11}  {published.authors} {published.year}, {published.title}")
+    if not names:
+        raise zoo.UnknownModelError(
+            f"no model matches {arguments.pattern!r}; the zoo has {', '.join(zoo.list_models())}"
+        )
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from kvision import zoo
+
+    for name in arguments.names:
+        print(zoo.model_info(name))
     return 0
 
 
@@ -23,14 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvision import compare
     from kvision.flags import UsageError
     from kvision.weights import WeightsError, cli
+    from kvision.zoo import UnknownModelError
 
     parser = argparse.ArgumentParser(prog="kvision", description=kvision.__doc__)
     parser.add_argument("--version", action="version", version=f"kvision {kvision.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    models = commands.add_parser("models", help="list the zoo")
+    models = commands.add_parser("models", help="list the zoo: name, size of its images, paper")
     models.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'resnet*'")
-    models.add_argument("--table", action="store_true", help="print the README's table, parameters and scores")
+    models.add_argument(
+        "--table", action="store_true", help="print the README's table: parameters, multiply-adds, scores"
+    )
     models.set_defaults(handler=_models)
+    info = commands.add_parser("info", help="print a network's paper, parameters, multiply-adds, stages, preprocessing")
+    info.add_argument("names", nargs="+", metavar="NAME")
+    info.set_defaults(handler=_info)
     cli.add_commands(commands)
     compare.add_commands(commands)
     arguments, others = parser.parse_known_args(argv)
@@ -42,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
-    except (UsageError, WeightsError) as error:
+    except (UsageError, WeightsError, UnknownModelError) as error:
         print(f"kvision: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -13,12 +13,26 @@ The functions return layers (or a short chain of them) to be called on a tensor:
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import keras
 import numpy as np
 from keras import ops
+
+_blank = ContextVar("blank", default=False)
+
+
+@contextmanager
+def blank() -> Iterator[None]:
+    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time."""
+    token = _blank.set(True)
+    try:
+        yield
+    finally:
+        _blank.reset(token)
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -56,6 +70,8 @@ class Variance(keras.initializers.Initializer):
         return values * np.float32(deviation)
 
     def __call__(self, shape, dtype=None):
+        if _blank.get():
+            return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype=dtype)
         # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
         generator = np.random.default_rng(np.random.randint(2**31))
         return ops.convert_to_tensor(self.draw(tuple(shape), generator), dtype=dtype)

@@ -185,7 +185,7 @@ def floors():
     @cache
     def floor(name):
         shape, own, _ = SMALL[family(name)]
-        model = zoo.create_model(name, shape, **own | TRAINED[name])
+        model = zoo.create_model(name, shape, 10, **own | TRAINED[name])
         initialize(model, 0)
         optimizer = keras.optimizers.SGD(1.0, momentum=0.9)
         optimizer.build(model.trainable_variables)
@@ -251,7 +251,7 @@ def test_what_cannot_be_built_is_said(name, options, message):
 
 def test_the_smallest_images_that_fit():
     assert zoo.create_model("airbench_small", (9, 9, 3)).output_shape == (None, 10)
-    assert zoo.create_model("vgg11", (32, 32, 1), hidden=4).output_shape == (None, 10)
+    assert zoo.create_model("vgg11", (32, 32, 1), 10, hidden=4).output_shape == (None, 10)
     assert zoo.create_model("resnet20", (1, 1, 1)).output_shape == (None, 10)
 
 
@@ -275,7 +275,7 @@ def test_dropout_is_where_the_rate_says():
 
     assert dropouts(zoo.create_model("cifar_cnn", (10, 10, 3), dropout_rate=0.2)) == [0.2, 0.2, 0.4]
     assert dropouts(zoo.create_model("cifar_cnn", (10, 10, 3), dropout_rate=0.0)) == []
-    assert dropouts(zoo.create_model("vgg11", hidden=4)) == [0.5, 0.5]
+    assert dropouts(zoo.create_model("vgg11", (32, 32, 3), hidden=4)) == [0.5, 0.5]
     assert dropouts(zoo.create_model("wide_resnet_16_4", (8, 8, 3), dropout_rate=0.3, width=1)) == [0.3] * 6
 
 

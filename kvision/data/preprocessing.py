@@ -4,9 +4,11 @@ Preprocessing belongs to the weights, not to the model: the same VGG wants Image
 and Caffe's BGR when Caffe did. So it is data: it travels in the manifest of a weights file and comes back from there.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+from PIL import Image
 
 CHANNEL_ORDERS = ("rgb", "bgr", "grey")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -66,6 +68,43 @@ class Preprocessing:
         factor = np.asarray(self.scale / np.asarray(self.std), dtype)
         offset = np.asarray(np.asarray(self.mean) / np.asarray(self.std), dtype)
         return images.astype(dtype) * factor - offset
+
+    def images(self, pictures: Iterable[np.ndarray], dtype: str = "float32") -> np.ndarray:
+        """Network input, (n, *size, channels) in `dtype`, of uint8 pictures (height, width, channels) of any size.
+
+        As in torchvision's evaluation: the shorter side becomes `size / crop` pixels, with anti-aliasing, and the
+        centre is cut out. Where `size` is None the pictures must have one size, and nothing is resized.
+
+        Raises:
+            ValueError: pictures of other kinds or, without `size`, of different sizes.
+        """
+        pictures = [np.asarray(picture) for picture in pictures]
+        for i, picture in enumerate(pictures):
+            if picture.ndim != 3 or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"expected pictures of uint8 (height, width, channels), got {picture.dtype} {picture.shape} at {i}"
+                )
+        if self.size is not None:
+            pictures = [self._cut(picture) for picture in pictures]
+        elif len({picture.shape for picture in pictures}) > 1:
+            raise ValueError(f"pictures of different sizes need a `size`: {sorted({p.shape for p in pictures})[:4]}")
+        return self(np.stack(pictures), dtype)
+
+    def _cut(self, picture: np.ndarray) -> np.ndarray:
+        height, width = self.size
+        rows, columns = picture.shape[:2]
+        # The shorter side in the proportion of what is cut out; the longer one rounded down, as torchvision does.
+        factor = max(round(height / self.crop) / rows, round(width / self.crop) / columns)
+        target = max(height, int(rows * factor + 1e-9)), max(width, int(columns * factor + 1e-9))
+        if target != (rows, columns):
+            method = Image.Resampling[self.interpolation.upper()]
+            planes = [  # plane by plane, because Pillow knows images of 1 and 3 channels alone
+                np.asarray(Image.fromarray(np.ascontiguousarray(picture[..., i])).resize(target[::-1], method))
+                for i in range(picture.shape[-1])
+            ]
+            picture = np.stack(planes, axis=-1)
+        top, left = (round((side - wanted) / 2) for side, wanted in zip(target, self.size, strict=True))
+        return picture[top : top + height, left : left + width]
 
     def to_json(self) -> dict:
         """A dictionary of plain JSON values; `from_json` is its inverse."""

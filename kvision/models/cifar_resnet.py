@@ -13,6 +13,11 @@ import keras
 from keras import ops
 
 from kvision.layers import activation, batch_norm, conv, logits
+from kvision.models import Paper
+
+PAPER = Paper(
+    "Deep residual learning for image recognition", "He, Zhang, Ren and Sun", 2015, "https://arxiv.org/abs/1512.03385"
+)
 
 
 @keras.saving.register_keras_serializable("kvision")

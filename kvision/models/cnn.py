@@ -13,6 +13,15 @@ from functools import partial
 import keras
 
 from kvision.layers import Variance, activation, conv, dense, dropout, logits, max_pool
+from kvision.models import Paper
+
+PAPER = Paper(
+    "Gradient-based learning applied to document recognition",
+    "LeCun, Bottou, Bengio and Haffner",
+    1998,
+    "https://doi.org/10.1109/5.726791",
+    shapes={"mnist_cnn": (28, 28, 1)},
+)
 
 
 def convolutional_network(

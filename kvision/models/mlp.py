@@ -12,6 +12,15 @@ from functools import partial
 import keras
 
 from kvision.layers import activation, dense, dropout, logits
+from kvision.models import Paper
+
+PAPER = Paper(
+    "Learning representations by back-propagating errors",
+    "Rumelhart, Hinton and Williams",
+    1986,
+    "https://doi.org/10.1038/323533a0",
+    input_shape=(28, 28, 1),
+)
 
 
 def multilayer_perceptron(

@@ -14,6 +14,16 @@ from functools import partial
 import keras
 
 from kvision.layers import Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
+from kvision.models import Paper
+
+PAPER = Paper(
+    "Very deep convolutional networks for large-scale image recognition",
+    "Simonyan and Zisserman",
+    2014,
+    "https://arxiv.org/abs/1409.1556",
+    input_shape=(224, 224, 3),
+    classes=1000,
+)
 
 
 def vgg(

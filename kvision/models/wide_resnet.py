@@ -11,6 +11,9 @@ from functools import partial
 import keras
 
 from kvision.layers import activation, batch_norm, conv, dropout, logits
+from kvision.models import Paper
+
+PAPER = Paper("Wide residual networks", "Zagoruyko and Komodakis", 2016, "https://arxiv.org/abs/1605.07146")
 
 
 def block(x, filters: int, strides: int, dropout_rate: float, *, name: str, tap: str):

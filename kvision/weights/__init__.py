@@ -1,8 +1,10 @@
 """Weights as plain `.npz` files that any framework reads: docs/npz.md describes the format in one page."""
 
+from kvision.weights.adapt import adapt_kernel
 from kvision.weights.archive import WeightsError
 from kvision.weights.folder import table, write_table
 from kvision.weights.npz import FORMAT_VERSION, inspect, load, named_variables, probe_images, save
+from kvision.weights.shipped import find, preprocess, published_preprocessing, shipped
 from kvision.weights.verify import Difference, Verification, diff, verify
 
 __all__ = [
@@ -10,12 +12,17 @@ __all__ = [
     "Difference",
     "Verification",
     "WeightsError",
+    "adapt_kernel",
     "diff",
+    "find",
     "inspect",
     "load",
     "named_variables",
+    "preprocess",
     "probe_images",
+    "published_preprocessing",
     "save",
+    "shipped",
     "table",
     "verify",
     "write_table",

@@ -12,6 +12,7 @@ from types import NoneType
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
+from kvision.weights.adapt import adapt_kernel, adaptable
 from kvision.weights.archive import Archive, WeightsError, digest, dtype_fault, listed, refusal, write
 
 FORMAT = "kvision-npz"
@@ -106,6 +107,7 @@ def probe_logits(model, shape: tuple[int, int, int], preprocessing: dict | None)
     prepare = Preprocessing() if preprocessing is None else Preprocessing.from_json(preprocessing)
     with _full_precision(model):
         logits = model(prepare(probe_images(shape)), training=False)
+    logits = logits[0] if isinstance(logits, list) else logits  # auxiliary heads follow the first
     return np.asarray(keras.ops.convert_to_numpy(logits), np.float32)
 
 
@@ -182,7 +184,7 @@ def _completed(model, path, stated: dict) -> dict:
     shape = _image_shape(model)
     if shape is not None:
         arguments["input_shape"], input_size = shape, shape[:2] if all(shape[:2]) else None
-    if isinstance(outputs := getattr(model, "output_shape", None), tuple) and len(outputs) == 2:
+    if (outputs := _logits_shape(model)) is not None:
         arguments["classes"] = outputs[-1]
     manifest = {
         "format": FORMAT,
@@ -215,11 +217,19 @@ def _image_shape(model) -> list[int | None] | None:
     return list(shape[1:]) if isinstance(shape, tuple) and len(shape) == 4 and None not in shape[3:] else None
 
 
+def _logits_shape(model) -> tuple | None:
+    """(None, classes) of a model that gives one row of logits an image, as its only or its first output."""
+    shape = getattr(model, "output_shape", None)
+    if isinstance(shape, list) and shape:
+        shape = shape[0]
+    return shape if isinstance(shape, tuple) and len(shape) == 2 else None
+
+
 def _probe(model, path, manifest: dict, allow_nonfinite: bool) -> dict | None:
-    shape, outputs = _image_shape(model), getattr(model, "output_shape", None)
+    shape, outputs = _image_shape(model), _logits_shape(model)
     if shape is not None and not all(shape[:2]) and manifest["input_size"]:
         shape = [*manifest["input_size"], shape[2]]
-    if shape is None or None in shape or not isinstance(outputs, tuple) or len(outputs) != 2:
+    if shape is None or None in shape or outputs is None:
         return None
     try:
         logits = probe_logits(model, shape, manifest["preprocessing"])
@@ -353,6 +363,7 @@ def load(
     *,
     manifest_required: bool = True,
     allow_nonfinite: bool = False,
+    adapt_input: bool = False,
 ) -> dict:
     """Set a model's variables to the arrays of a weights file; names and shapes must agree both ways.
 
@@ -367,6 +378,8 @@ def load(
         manifest_required: False takes a file without manifest, whose arrays only the zip's checksums vouch
             for.
         allow_nonfinite: take NaN and infinite values too.
+        adapt_input: where the model reads images of other channels, change the kernels that read them, see
+            `kvision.weights.adapt_kernel`.
 
     Returns:
         The manifest; {} if the file has none.
@@ -388,7 +401,8 @@ def load(
         manifest = read_manifest(archive, manifest_required)
         variables = kept(_named_variables(model, path))
         members = kept({key: member for key, member in archive.members.items() if key != MANIFEST})
-        if fault := _misfit(variables, members):
+        channels = (_image_shape(model) or [0])[-1] if adapt_input else 0
+        if fault := _misfit(variables, members, channels):
             made_for = f"a file of {manifest['architecture']}" if manifest else "the file"
             raise refusal(path, f"{made_for} does not fit the model {model.name}: {fault}")
         arrays = {}
@@ -398,12 +412,13 @@ def load(
                 raise refusal(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
             arrays[key] = array
     for key, array in arrays.items():
-        variables[key].assign(array)
+        variable = variables[key]
+        variable.assign(array if array.shape == tuple(variable.shape) else adapt_kernel(array, channels))
     return manifest
 
 
-def _misfit(variables: dict, members: dict) -> str | None:
-    """What keeps the arrays from being the variables, or None."""
+def _misfit(variables: dict, members: dict, channels: int = 0) -> str | None:
+    """What keeps the arrays from being the variables, or None; kernels that read `channels` may be of others."""
     faults = []
     if missing := [key for key in variables if key not in members]:
         faults.append(f"{len(missing)} of {len(variables)} variables are missing ({listed(missing)})")
@@ -413,7 +428,7 @@ def _misfit(variables: dict, members: dict) -> str | None:
     for key in variables.keys() & members.keys():
         wanted, got = tuple(variables[key].shape), members[key].shape
         dtype, stored = np.dtype(str(variables[key].dtype)), members[key].dtype
-        if wanted != got:
+        if wanted != got and not adaptable(got, wanted, channels):
             shapes.append(f"{key}: file {got}, model {wanted}")
         # A float16 array loses nothing in a float32 variable; the other way round it would, without a word.
         if stored.kind != dtype.kind or stored.itemsize > dtype.itemsize:

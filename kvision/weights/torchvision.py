@@ -52,6 +52,15 @@ def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
     return {key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64) for key in means}
 
 
-def preprocessing(size: tuple[int, int]) -> Preprocessing:
-    """How torchvision prepares images for its ImageNet weights: resized, cropped to 7/8, whitened by channel."""
-    return Preprocessing(mean=MEAN, std=STD, size=size, crop=0.875)
+def preprocessing(name: str) -> Preprocessing:
+    """How images were prepared for the published weights of a network: whitened by channel.
+
+    For ImageNet they are resized and the centre 7/8 is cut out; the CIFAR ResNets read whole images.
+
+    Raises:
+        WeightsError: torchvision has no such network.
+    """
+    rows_of(name)
+    if re.fullmatch(r"resnet(20|32|44|56|110)", name):
+        return Preprocessing(mean=MEAN, std=STD, size=(32, 32))
+    return Preprocessing(mean=MEAN, std=STD, size=(224, 224), crop=0.875)
