@@ -1,10 +1,12 @@
-"""Epochs, learning rates and checkpoints."""
+"""Epochs, learning rates, averages of the weights, early stopping and checkpoints."""
 
+import itertools
 import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from keras import ops
 from kvision import engine as floors
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
 from kvision.tracking.environment import seconds_since_process_start
 from kvision.tracking.progress import Progress
@@ -23,6 +26,8 @@ from kvision.weights.archive import Archive, WeightsError, write
 SCHEDULES = ("constant", "cosine", "linear", "steps")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
+# Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
+RECALIBRATION_IMAGES = 10_000
 
 DIVERGED = "try a smaller --learning-rate, or --dtype float32; the last checkpoint is intact"
 
@@ -77,26 +82,192 @@ def schedule(kind: str, peak: float, total: int, warmup: float = 0.0):
 
 
 def make_optimizer(
-    name: str, learning_rate, *, momentum: float = 0.9, weight_decay: float = 0.0
+    name: str,
+    learning_rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    clip_value: float | None = None,
+    clip_norm: float | None = None,
+    clip_global_norm: float | None = None,
 ) -> keras.optimizers.Optimizer:
     """A Keras optimizer whose decoupled weight decay leaves biases and batch norms alone.
+
+    See `kvision.regularizers.decay` for other variables.
 
     Args:
         name: "sgd" (with Nesterov momentum), "adam" or "adamw" (the same with weight decay).
         learning_rate: a number or a Keras schedule.
         weight_decay: each step takes `learning_rate * weight_decay` of every kernel away.
+        clip_value: each number of a gradient is brought between minus this and this.
+        clip_norm: the gradient of each variable is scaled down to this length where it is longer.
+        clip_global_norm: all gradients are scaled down together where they are longer than this as one vector (Pascanu,
+            Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063, algorithm 1). One of the three, or none.
     """
-    decay = weight_decay or None
+    options = {
+        "weight_decay": weight_decay or None,
+        "clipvalue": clip_value,
+        "clipnorm": clip_norm,
+        "global_clipnorm": clip_global_norm,
+    }
     if name == "sgd":
-        optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
+        optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=momentum > 0, **options)
     elif name in ("adam", "adamw"):
-        optimizer = keras.optimizers.Adam(learning_rate, beta_1=momentum, weight_decay=decay)
+        optimizer = keras.optimizers.Adam(learning_rate, beta_1=momentum, **options)
     else:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
-    if decay:
+    if weight_decay:
         # The pattern meets "gamma", or "stage1_bn/gamma:0" on TensorFlow.
         optimizer.exclude_from_weight_decay(var_names=["(^|/)(bias|gamma|beta)(:0)?$"])
     return optimizer
+
+
+class WeightAverage(keras.optimizers.Optimizer):
+    """An optimizer that keeps an average of the weights beside them.
+
+    After each step of the inner optimizer, constraints included, `average = (1 - share) average + share weight`.
+    Training does not see the average; `fit` scores it, and leaves it in the model at the end. (Keras's own `use_ema`
+    has no warm-up, averages before constraints are applied, and leaves batch norm the other weights' statistics.)
+
+    Args:
+        inner: any Keras optimizer.
+    """
+
+    def __init__(self, inner: keras.optimizers.Optimizer, **options):
+        super().__init__(learning_rate=0.0, **options)
+        self.inner = inner
+
+    def share(self, step):
+        """The newest weights' share in the average after step `step`, an integer tensor from 0."""
+        raise NotImplementedError
+
+    def build(self, variables):
+        if not self.inner.built:
+            self.inner.build(variables)
+        self.averages = self.add_optimizer_variables(variables, "average")
+        super().build(variables)
+
+    @property
+    def variables(self):
+        return self._variables[:] + self.inner.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.inner.learning_rate = value
+
+    @property
+    def iterations(self):
+        return self.inner.iterations
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(trainable_variables)
+        share = self.share(ops.convert_to_tensor(self.iterations))
+        self.inner.apply(grads, trainable_variables)
+        for variable, average in zip(self._trainable_variables, self.averages, strict=True):
+            part = ops.cast(share, variable.dtype)
+            average.assign((1 - part) * average.value + part * variable.value)
+
+    def get_config(self):
+        return {"inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        inner = keras.saving.deserialize_keras_object(config.pop("inner"), custom_objects=custom_objects)
+        return cls(inner, **config)
+
+
+@keras.saving.register_keras_serializable("kvision")
+class ExponentialAverage(WeightAverage):
+    """The exponential moving average of the weights (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
+
+    Args:
+        decay: what is kept of the average at each step. The first steps keep less, `t / (9 + t)` after t steps, so that
+            the initial weights are forgotten soon.
+
+    Raises:
+        ValueError: a decay outside 0 to 1.
+    """
+
+    def __init__(self, inner: keras.optimizers.Optimizer, decay: float = 0.999, **options):
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of the weights' average must be at least 0 and below 1, got {decay}")
+        super().__init__(inner, **options)
+        self.decay = decay
+
+    def share(self, step):
+        step = ops.cast(step, keras.config.floatx())
+        return 1 - ops.minimum(self.decay, step / (9 + step))
+
+    def get_config(self):
+        return super().get_config() | {"decay": self.decay}
+
+
+@keras.saving.register_keras_serializable("kvision")
+class StochasticAverage(WeightAverage):
+    """The plain average of the weights after `start` steps, `start + every`, and so on (stochastic weight averaging,
+    Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, algorithm 1); until then the weights themselves.
+
+    It gains most where the learning rate stays high while it averages.
+
+    Raises:
+        ValueError: `start` or `every` below 1.
+    """
+
+    def __init__(self, inner: keras.optimizers.Optimizer, start: int, every: int = 1, **options):
+        if start < 1 or every < 1:
+            raise ValueError(f"averaging starts after at least 1 step, every at least 1; got {start} and {every}")
+        super().__init__(inner, **options)
+        self.start, self.every = start, every
+
+    def share(self, step):
+        past = ops.cast(step, "int32") + 1 - self.start  # steps since the first of the averaged weights
+        count = ops.cast(past // self.every + 1, keras.config.floatx())
+        fresh = ops.where(past % self.every == 0, 1 / ops.maximum(count, 1), 0.0)
+        return ops.where(past <= 0, 1.0, fresh)
+
+    def get_config(self):
+        return super().get_config() | {"start": self.start, "every": self.every}
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stop where the loss on validation images has not fallen for some epochs; the best epoch's weights come back
+    (Prechelt 1998, https://doi.org/10.1007/3-540-49430-8_3).
+
+    Args:
+        patience: how many epochs without improvement end the run.
+        min_delta: an improvement is a fall by more than this, in nats.
+
+    Raises:
+        ValueError: a patience below 1, a negative `min_delta`.
+    """
+
+    patience: int
+    min_delta: float = 0.0
+
+    def __post_init__(self):
+        if self.patience < 1 or self.min_delta < 0:
+            raise ValueError(
+                "early stopping wants a patience of at least 1 and no negative min_delta, "
+                f"got {self.patience} and {self.min_delta}"
+            )
+
+    def best(self, epochs: list[dict]) -> int:
+        """The place of the best epoch in a history that has one."""
+        best = 0
+        for i, row in enumerate(epochs):
+            if row["validation_loss"] < epochs[best]["validation_loss"] - self.min_delta:
+                best = i
+        return best
+
+    def over(self, epochs: list[dict]) -> bool:
+        """Whether a run with this history ends here."""
+        return bool(epochs) and len(epochs) - 1 - self.best(epochs) >= self.patience
 
 
 def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500) -> np.ndarray:
@@ -118,7 +289,8 @@ class History:
 
     Attributes:
         epochs: a dictionary an epoch: epoch (from 1), loss and accuracy on the training images as shown, learning_rate,
-            seconds, images_per_second (of a median step); test_loss and test_accuracy where a test set was given.
+            seconds, images_per_second (of a median step); test_loss and test_accuracy where a test set was given,
+            validation_loss and validation_accuracy where validation images were.
         step_losses: the losses of the first steps.
         seconds_to_first_step: from the start of the process to the end of the first step, seconds.
         compile_seconds: what the first step took beyond a median one, seconds.
@@ -135,18 +307,23 @@ def _names(model, optimizer) -> list[str]:
     return [re.sub(r"_\d+/", "/", v.path, count=1) for v in (*model.variables, *optimizer.variables)]
 
 
-def save_checkpoint(path: Path, model, optimizer, history: History) -> None:
-    """Write everything that a run needs to go on into one npz file, whole or not at all."""
+def save_checkpoint(path: Path, model, optimizer, history: History, best: list[np.ndarray] | None = None) -> None:
+    """Write everything that a run needs to go on into one npz file, whole or not at all.
+
+    Args:
+        best: the model's variables after the best epoch, for early stopping.
+    """
     arrays = {f"model/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(model.variables)}
     arrays |= {f"optimizer/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(optimizer.variables)}
+    arrays |= {f"best/{i:04d}": value for i, value in enumerate(best or [])}
     names = _names(model, optimizer)
     manifest = {"format": "kvision-checkpoint", "names": names, "history": vars(history)}
     arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     write(path, arrays)
 
 
-def load_checkpoint(path: Path, model, optimizer) -> History:
-    """Set model and optimizer to the state of a checkpoint; returns the history until then.
+def load_checkpoint(path: Path, model, optimizer) -> tuple[History, list[np.ndarray] | None]:
+    """Set model and optimizer to the state of a checkpoint; returns the history until then, and the best variables.
 
     Raises:
         kvision.weights.WeightsError: the file is broken, or of another network or optimizer. Nothing was changed.
@@ -161,6 +338,7 @@ def load_checkpoint(path: Path, model, optimizer) -> History:
     keys = [f"model/{i:04d}" for i in range(len(model.variables))]
     keys += [f"optimizer/{i:04d}" for i in range(len(optimizer.variables))]
     names = _names(model, optimizer)
+    best = {key: arrays.pop(key) for key in sorted(arrays) if key.startswith("best/")}
     if not isinstance(manifest, dict):
         manifest = {}
     if manifest.get("format") != "kvision-checkpoint" or set(arrays) != set(keys) or manifest.get("names") != names:
@@ -170,7 +348,42 @@ def load_checkpoint(path: Path, model, optimizer) -> History:
             raise WeightsError(f"{path}: {variable.path} has shape {arrays[key].shape}, not {tuple(variable.shape)}")
     for key, variable in zip(keys, variables, strict=True):
         variable.assign(arrays[key])
-    return History(**manifest["history"])
+    return History(**manifest["history"]), list(best.values()) or None
+
+
+def _values(variables) -> list[np.ndarray]:
+    return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
+
+
+def _assign(variables, values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+class _Average:
+    """Puts the averaged weights into a model, with the statistics that its batch norms have under them."""
+
+    def __init__(self, model, optimizer, batches: Batches):
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.count = math.ceil(RECALIBRATION_IMAGES / batches.batch_size)
+        statistics = moments(model)
+        self.engine = statistics and floors.create(statistics)
+
+    def put(self, epoch: int) -> None:
+        _assign(self.optimizer._trainable_variables, _values(self.optimizer.averages))
+        if self.engine:
+            shown = itertools.islice(self.batches.epoch(epoch), self.count)
+            recalibrate(self.model, [self.engine.predict(images) for images, _ in shown])
+
+    @contextmanager
+    def inside(self, epoch: int) -> Iterator[None]:
+        """The average inside, the model's own weights again after."""
+        kept = _values(self.model.variables)
+        self.put(epoch)
+        try:
+            yield
+        finally:
+            _assign(self.model.variables, kept)
 
 
 def fit(
@@ -183,6 +396,8 @@ def fit(
     test: tuple[np.ndarray, np.ndarray] | None = None,
     test_every: int = 1,
     steps: int | None = None,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    early_stopping: EarlyStopping | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[History], None] = lambda history: None,
     label: str = "epoch",
@@ -191,27 +406,36 @@ def fit(
 
     Args:
         loss: `loss(labels, logits)`, a scalar tensor; penalties on weights (`model.losses`) are added to it.
+        batches: what is shown, a `kvision.regularizers.samples.Mixed` too.
         test: uint8 images and integer labels to score after every `test_every` epochs.
+        validation: the like, scored after every epoch; what `early_stopping` goes by.
         checkpoint: file that is written after every epoch; where it exists, the run goes on from it and ends with the
             weights of an uninterrupted one.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
     Returns:
-        The history; the model and the optimizer hold the final state.
+        The history; the optimizer holds the final state, and the model too: where the optimizer is a `WeightAverage` it
+        has the average instead, and with `early_stopping` what was scored after the best epoch.
 
     Raises:
         DivergedError: the loss became infinite or not a number; the message says at which step.
         kvision.weights.WeightsError: the checkpoint is not of this run.
+        ValueError: early stopping without validation images.
     """
+    if early_stopping and validation is None:
+        raise ValueError("early stopping goes by validation images: give validation=")
     optimizer.build(model.trainable_variables)
-    history = History()
+    history, best = History(), None
     if checkpoint is not None and checkpoint.exists():
-        history = load_checkpoint(checkpoint, model, optimizer)
+        history, best = load_checkpoint(checkpoint, model, optimizer)
         on_epoch(history)
+    average = _Average(model, optimizer, batches) if isinstance(optimizer, WeightAverage) else None
     engine = floors.create(model, optimizer, loss)
     total = min(epochs * batches.steps, steps or math.inf)
     first_step_seconds, durations = None, []
     for epoch in range(len(history.epochs), math.ceil(total / batches.steps)):
+        if early_stopping and early_stopping.over(history.epochs):
+            break
         count = min(batches.steps, total - epoch * batches.steps)
         losses, hits, started = [], [], time.perf_counter()
         with Progress(count, f"{label} {epoch + 1}/{math.ceil(total / batches.steps)}") as progress:
@@ -249,17 +473,26 @@ def fit(
             }
             if not math.isfinite(row["loss"]):
                 raise DivergedError(f"the loss is {losses[-1]} at the end of epoch {epoch + 1}: {DIVERGED}")
-            if test is not None and (epoch + 1) % test_every == 0:
-                result = score(predict(engine, test[0], batches.preprocessing), test[1])
-                row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
+            scored = {"test": test if (epoch + 1) % test_every == 0 else None, "validation": validation}
+            scored = {name: images for name, images in scored.items() if images is not None}
+            with average.inside(epoch) if average and scored else nullcontext():
+                for name, (images, labels) in scored.items():
+                    result = score(predict(engine, images, batches.preprocessing), labels)
+                    row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
+                if early_stopping and early_stopping.best([*history.epochs, row]) == epoch:
+                    best = _values(model.variables)
             progress.close(describe(row, math.ceil(total / batches.steps)))
         history.step_losses += losses[: TRACED_STEPS - len(history.step_losses)]
         if history.compile_seconds is None:
             history.compile_seconds = max(0.0, first_step_seconds - float(np.median(durations)))
         history.epochs.append(row)
         if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer, history)
+            save_checkpoint(checkpoint, model, optimizer, history, best)
         on_epoch(history)
+    if best is not None:
+        _assign(model.variables, best)
+    elif average and history.epochs:
+        average.put(len(history.epochs) - 1)
     return history
 
 

@@ -1,29 +1,11 @@
-"""Penalties on weights, attached from outside by the names of variables. Model files hold none."""
+"""What keeps a network from learning its training images by heart.
 
-import re
+On weights (`weights`): penalties, constraints, decay, by the names of variables. On samples (`samples`): mixup, CutMix,
+random erasing. Batch norm's other forms (`batch_norm`): frozen, folded, synchronised, recalibrated. What works through
+the loss, the optimizer or the epochs is in `kvision.tasks.classification` (label smoothing) and `kvision.training`
+(clipping, averages of the weights, early stopping); Cutout, as a shift or a flip, is in `kvision.data.batches`.
+"""
 
-import keras
+from kvision.regularizers.weights import KERNELS, MaxNorm, Orthogonal, attach, constrain, decay
 
-KERNELS = r".*/kernel"
-
-
-def attach(model: keras.Model, regularizer, pattern: str = KERNELS) -> list[str]:
-    """Add `regularizer` (a `keras.regularizers.Regularizer`) to the loss, for each variable whose path matches.
-
-    Args:
-        pattern: a regular expression that must match the whole path; the default takes every kernel and leaves biases
-            and batch norms free.
-
-    Returns:
-        The paths of the variables that got it.
-
-    Raises:
-        ValueError: no trainable variable matches.
-    """
-    matched = [variable for variable in model.trainable_variables if re.fullmatch(pattern, variable.path)]
-    if not matched:
-        paths = ", ".join(variable.path for variable in model.trainable_variables[:5])
-        raise ValueError(f"no trainable variable of {model.name} matches {pattern!r}; it has {paths} ...")
-    for variable in matched:
-        variable.regularizer = regularizer
-    return [variable.path for variable in matched]
+__all__ = ["KERNELS", "MaxNorm", "Orthogonal", "attach", "constrain", "decay"]

@@ -1,0 +1,215 @@
+"""Batch norm's other forms: frozen, folded into the layer before it, synchronised over replicas, recalibrated.
+
+Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. What works on a model changes the layers of functional models,
+nested ones included where said.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+BatchNorm = keras.layers.BatchNormalization
+FOLDABLE = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Dense,
+)
+
+
+def batch_norms(model: keras.Model) -> list[keras.layers.Layer]:
+    """The batch norms of a model, nested models' too, in the network's order."""
+    nested = [(layer, batch_norms(layer) if hasattr(layer, "layers") else []) for layer in model.layers]
+    return [norm for layer, inner in nested for norm in ([layer] if isinstance(layer, BatchNorm) else inner)]
+
+
+def freeze(model: keras.Model) -> list[str]:
+    """Freeze every batch norm: in training too it normalises with its running statistics and leaves them, its scale
+    and its offset alone.
+
+    Returns:
+        The names of the frozen layers.
+    """
+    for layer in batch_norms(model):
+        layer.trainable = False
+    return [layer.name for layer in batch_norms(model)]
+
+
+def _pairs(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """The batch norm behind a convolution or dense layer that it can be folded into, by that layer's name."""
+    uses, calls, maker = Counter(map(id, model.outputs)), Counter(), {}
+    nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
+    for node in nodes:
+        uses.update(map(id, node.arguments.keras_tensors))
+        calls[id(node.operation)] += 1
+        maker |= {id(tensor): node.operation for tensor in node.outputs}
+    pairs = {}
+    for node in nodes:
+        norm = node.operation
+        if not isinstance(norm, BatchNorm) or norm.renorm or len(node.arguments.keras_tensors) != 1:
+            continue
+        (x,) = node.arguments.keras_tensors
+        layer = maker[id(x)]
+        alone = uses[id(x)] == 1 and calls[id(layer)] == calls[id(norm)] == 1
+        last = norm.axis in (-1, len(x.shape) - 1) and getattr(layer, "data_format", "channels_last") == "channels_last"
+        if alone and last and type(layer) in FOLDABLE and layer.activation is keras.activations.linear:
+            pairs[layer.name] = norm
+    return pairs
+
+
+def fold(model: keras.Model) -> keras.Model:
+    """The same network for inference with each batch norm folded into the convolution or dense layer before it.
+
+    With `scale = gamma / sqrt(variance + epsilon)` the kernel becomes `kernel * scale` and the bias
+    `(bias - mean) * scale + beta`, computed in float64 (Jacob et al. 2017, https://arxiv.org/abs/1712.05877, section
+    3.2). Names stay; the folded batch norms are gone.
+
+    A batch norm stays where it does not follow such a layer at once (pre-activation, DenseNet), where somebody else
+    reads that layer's output, where the layer has an activation or is shared, and in nested models:
+    `batch_norms(folded)` names those.
+
+    Raises:
+        ValueError: the model is not functional: its graph cannot be read.
+    """
+    if not hasattr(model, "_nodes_by_depth"):
+        raise ValueError(f"only a functional model's graph can be read, and {model.name} is a {type(model).__name__}")
+    pairs = _pairs(model)
+    gone = {norm.name for norm in pairs.values()}
+
+    def clone(layer):
+        biased = {"use_bias": True} if layer.name in pairs else {}
+        return type(layer).from_config(layer.get_config() | biased)
+
+    def call(layer, *arguments, **options):
+        return arguments[0] if layer.name in gone else layer(*arguments, **options)
+
+    folded = keras.models.clone_model(model, clone_function=clone, call_function=call)
+    for layer in folded.layers:
+        old = model.get_layer(layer.name)
+        layer.trainable = old.trainable
+        if layer.name in pairs:
+            layer.set_weights(_folded(old, pairs[layer.name]))
+        else:
+            layer.set_weights(old.get_weights())
+    return folded
+
+
+def _folded(layer, norm) -> list[np.ndarray]:
+    """Kernel and bias of `layer` with `norm` in them, float32."""
+    kernel, *bias = (weights.astype(np.float64) for weights in layer.get_weights())
+    read = lambda variable: np.asarray(ops.convert_to_numpy(variable.value), np.float64)  # noqa: E731
+    scale = (read(norm.gamma) if norm.scale else 1.0) / np.sqrt(read(norm.moving_variance) + norm.epsilon)
+    offset = (bias[0] if bias else 0.0) - read(norm.moving_mean)
+    offset = offset * scale + (read(norm.beta) if norm.center else 0.0)
+    # A depthwise kernel (h, w, channels, multiplier) makes channels * multiplier outputs.
+    depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+    kernel = kernel * (scale.reshape(kernel.shape[-2:]) if depthwise else scale)
+    return [kernel.astype(np.float32), offset.astype(np.float32)]
+
+
+@keras.saving.register_keras_serializable("kvision")
+class Moments(keras.layers.Layer):
+    """What a batch norm does to a batch in training, and the batch's mean and biased variance: three outputs."""
+
+    def __init__(self, norm: BatchNorm, **options):
+        super().__init__(**options)
+        self.norm = norm
+
+    def call(self, x):
+        norm, axes = self.norm, [axis for axis in range(len(x.shape)) if axis != self.norm.axis % len(x.shape)]
+        mean, variance = ops.moments(ops.cast(x, "float32"), axes)
+        gamma, beta = (norm.gamma if norm.scale else None), (norm.beta if norm.center else None)
+        y = ops.batch_normalization(ops.cast(x, "float32"), mean, variance, norm.axis, beta, gamma, norm.epsilon)
+        return ops.cast(y, x.dtype), mean[None], variance[None]
+
+    def compute_output_spec(self, x):
+        statistics = keras.KerasTensor((1, x.shape[self.norm.axis]), "float32")
+        return keras.KerasTensor(x.shape, x.dtype), statistics, statistics
+
+
+def moments(model: keras.Model) -> keras.Model | None:
+    """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels, then
+    the variances, where each batch norm before uses the batch's. All other layers work as at inference, dropout is off.
+
+    Shares the layers of `model`, which must be functional; None where it has no batch norm of its own.
+    """
+    means, variances = [], []
+
+    def call(layer, *arguments, **options):
+        if not isinstance(layer, BatchNorm):
+            return layer(*arguments, **options)
+        y, mean, variance = Moments(layer, name=f"{layer.name}_moments")(arguments[0])
+        means.append(mean)
+        variances.append(variance)
+        return y
+
+    clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
+    if not means:
+        return None
+    return keras.Model(clone.inputs, ops.concatenate([*means, *variances], axis=-1))
+
+
+def recalibrate(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
+    """Set the running statistics to those of many images instead of the last few batches', as weights that were
+    averaged need (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2).
+
+    The batches' moments are pooled: the variance is that within the batches plus that of their means (Wu and Johnson
+    2021, https://arxiv.org/abs/2105.07576).
+
+    Args:
+        seen: what `moments(model)` predicts of batches of equal size.
+    """
+    means, variances = np.split(np.concatenate(seen).astype(np.float64), 2, axis=1)
+    mean = means.mean(axis=0)
+    variance = variances.mean(axis=0) + means.var(axis=0)
+    at = 0
+    for layer in model.layers:
+        if isinstance(layer, BatchNorm):
+            stop = at + layer.moving_mean.shape[0]
+            layer.moving_mean.assign(mean[at:stop].astype(np.float32))
+            layer.moving_variance.assign(variance[at:stop].astype(np.float32))
+            at = stop
+
+
+@keras.saving.register_keras_serializable("kvision")
+class SynchronisedBatchNorm(BatchNorm):
+    """Batch norm over the images of all replicas, which must have equally many.
+
+    Args:
+        average: the mean over the replicas of a tensor, differentiable; None leaves the replica alone. Not saved.
+    """
+
+    def __init__(self, average: Callable | None = None, **options):
+        super().__init__(**options)
+        self.average = average or (lambda x: x)
+
+    def _moments(self, inputs, mask):
+        if mask is not None:
+            raise ValueError(f"{self.name}: synchronised batch norm takes no mask")
+        # Twice over the replicas, because E[x^2] - E[x]^2 would lose the variance where the mean is large.
+        mean = self.average(ops.mean(inputs, self._reduction_axes))
+        shape = [-1 if axis == self.axis % len(inputs.shape) else 1 for axis in range(len(inputs.shape))]
+        apart = inputs - ops.reshape(mean, shape)
+        return mean, self.average(ops.mean(ops.square(apart), self._reduction_axes))
+
+
+def synchronise(model: keras.Model, average: Callable) -> keras.Model:
+    """The same network, weights included, whose batch norms take their moments over all replicas.
+
+    Args:
+        average: see `SynchronisedBatchNorm`. For replicas under PyTorch's `torch.distributed` or TensorFlow's
+            `MirroredStrategy`; a JAX program on a sharded batch is one program, whose batch norms see the whole batch.
+    """
+
+    def clone(layer):
+        if isinstance(layer, BatchNorm):
+            return SynchronisedBatchNorm(average, **layer.get_config())
+        return type(layer).from_config(layer.get_config())
+
+    synchronised = keras.models.clone_model(model, clone_function=clone)
+    synchronised.set_weights(model.get_weights())
+    return synchronised

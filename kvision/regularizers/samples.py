@@ -1,0 +1,179 @@
+"""Regularizers on samples: what a batch shows and what it is told are changed together.
+
+Each is a dataclass with two methods. `draw(generator, shape)` makes the random numbers of a batch in NumPy, and
+`apply(images, targets, draws)` is a pure function of tensors on Keras ops, which differs between backends by rounding
+alone. `Mixed` lays them over the batches of a run, with draws keyed by seed, epoch and step: the same on every backend,
+and in a run that was stopped and goes on.
+
+Targets are probabilities (n, classes). Of each image's label something is mixed with another's, so accuracy on the
+images as shown says little.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from kvision.random import stream
+
+ATTEMPTS = 10  # to find a rectangle that fits into the image; without one the image stays whole
+
+
+def _expect_positive(name: str, alpha: float) -> None:
+    if not 0 < alpha < np.inf:
+        raise ValueError(f"{name}: alpha, of the distribution Beta(alpha, alpha), must be positive, got {alpha}")
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """Each image is blended with another of the batch: `x = share x_i + (1 - share) x_j`, targets likewise (Zhang et
+    al. 2017, https://arxiv.org/abs/1710.09412); one share for the batch, from Beta(alpha, alpha), as in the authors'
+    code.
+
+    Args:
+        alpha: the paper has 1 for CIFAR-10, 0.2 for ImageNet.
+
+    Raises:
+        ValueError: alpha is not positive.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        _expect_positive("mixup", self.alpha)
+
+    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """The share, a float32 scalar, and each image's partner, (n,), for images of `shape`."""
+        share = np.float32(generator.beta(self.alpha, self.alpha))
+        return {"share": share, "partner": generator.permutation(shape[0]).astype(np.int32)}
+
+    def apply(self, images, targets, draws):
+        """Images (n, h, w, c) and targets (n, classes), mixed."""
+        share, partner = float(draws["share"]), draws["partner"]
+        return _blend(images, partner, share), _blend(targets, partner, share)
+
+
+def _blend(x, partner, share):
+    return share * x + (1 - share) * ops.take(x, partner, axis=0)
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """A rectangle of each image is another image's, and the target is mixed by area (Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899, section 3.1): one rectangle for the batch, around a uniform centre, cut off at the
+    border. Its sides are `sqrt(1 - share)` of the image's, share from Beta(alpha, alpha).
+
+    Args:
+        alpha: the paper has 1.
+
+    Raises:
+        ValueError: alpha is not positive.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        _expect_positive("CutMix", self.alpha)
+
+    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rectangle (top, bottom, left, right) and each image's partner, (n,), for images of `shape`."""
+        n, height, width = shape[:3]
+        side = np.sqrt(1 - generator.beta(self.alpha, self.alpha))
+        partner = generator.permutation(n).astype(np.int32)
+        box = []
+        for size in (height, width):
+            centre, half = generator.integers(size), int(size * side) // 2
+            box += [max(0, centre - half), min(size, centre + half)]
+        return {"box": np.array(box, np.int32), "partner": partner}
+
+    def apply(self, images, targets, draws):
+        """Images (n, h, w, c) and targets (n, classes), mixed."""
+        box, partner = draws["box"], draws["partner"]
+        height, width = images.shape[1:3]
+        inside = _inside(box[None], height, width)
+        share = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of what was left, after cutting off
+        return ops.where(inside, ops.take(images, partner, axis=0), images), _blend(targets, partner, share)
+
+
+def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Truth values (n, h, w, 1): whether a pixel lies in its image's rectangle (top, bottom, left, right)."""
+    top, bottom, left, right = (boxes[:, i, None] for i in range(4))
+    rows, columns = np.arange(height)[None], np.arange(width)[None]
+    rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """A rectangle of some images is noise (Zhong et al. 2017, https://arxiv.org/abs/1708.04896, algorithm 1).
+
+    The paper's noise is uniform over a pixel's range; here the images are preprocessed and it is normal with deviation
+    1, theirs. The label stays.
+
+    Args:
+        probability: the share of the images; the paper has 0.5.
+        area: smallest and largest share of the image's area; the paper has 0.02 and 0.4.
+        aspect: smallest height over width, and the inverse of the largest; the paper has 0.3.
+
+    Raises:
+        ValueError: a probability outside 0 to 1, areas out of order, an aspect above 1.
+    """
+
+    probability: float = 0.5
+    area: tuple[float, float] = (0.02, 0.4)
+    aspect: float = 0.3
+
+    def __post_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"random erasing: the probability must be from 0 to 1, got {self.probability}")
+        if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.aspect <= 1:
+            raise ValueError(
+                "random erasing: areas must be in order between 0 and 1 and the smallest aspect at most 1, "
+                f"got {self.area} and {self.aspect}"
+            )
+
+    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rectangles (n, 4), empty where the image stays whole, and the noise, for images of `shape`."""
+        n, height, width = shape[:3]
+        chosen = generator.random(n) < self.probability
+        area = generator.uniform(*self.area, (n, ATTEMPTS)) * height * width
+        aspect = generator.uniform(self.aspect, 1 / self.aspect, (n, ATTEMPTS))
+        sides = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], axis=-1).astype(np.int32)
+        fits = (sides < (height, width)).all(axis=-1)
+        sides = sides[np.arange(n), fits.argmax(axis=1)] * (chosen & fits.any(axis=1))[:, None]
+        corner = (generator.random((n, 2)) * ((height, width) - sides)).astype(np.int32)
+        boxes = np.stack([corner, corner + sides], axis=-1).reshape(n, 4)  # top, bottom, left, right
+        return {"box": boxes, "noise": generator.standard_normal(tuple(shape), np.float32)}
+
+    def apply(self, images, targets, draws):
+        """Images (n, h, w, c) with their rectangles erased, and the targets as they are."""
+        inside = _inside(draws["box"], *images.shape[1:3])
+        return ops.where(inside, draws["noise"], images), targets
+
+
+class Mixed:
+    """The batches of a run with samples regularized: to `training.fit` what `kvision.data.batches.Batches` is.
+
+    Args:
+        batches: what is shown.
+        classes: how many.
+        mixers: Mixup or CutMix; of several each batch gets one, all equally often.
+        erasing: applied after the mixing.
+    """
+
+    def __init__(self, batches, classes: int, mixers: Sequence = (), erasing: RandomErasing | None = None):
+        self.batches, self.classes = batches, classes
+        self.mixers, self.erasing = tuple(mixers), erasing
+        self.steps, self.batch_size, self.preprocessing = batches.steps, batches.batch_size, batches.preprocessing
+
+    def epoch(self, epoch: int) -> Iterator[tuple]:
+        """Pairs of images (n, h, w, c) and targets (n, classes), tensors of float32, of one epoch from 0."""
+        for step, (images, labels) in enumerate(self.batches.epoch(epoch)):
+            generator = stream(self.batches.seed, "samples", epoch, step)
+            targets = np.eye(self.classes, dtype=np.float32)[labels]
+            kinds = [self.mixers[generator.integers(len(self.mixers))]] if self.mixers else []
+            for kind in [*kinds, *([self.erasing] if self.erasing else [])]:
+                draws = kind.draw(generator, images.shape)
+                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), draws)
+            yield images, targets
