@@ -18,7 +18,7 @@ STOREYS = (
     {"layers"},
     {"models"},
     {"zoo", "weights", "tasks", "engine"},
-    {"tracking", "transfer", "flags"},
+    {"tracking", "transfer", "flags", "applications"},
     {"training"},
     {"run", "compare"},
     {"__main__"},

@@ -1,0 +1,120 @@
+"""Networks by name with weights by name, what is known of them, and images of other channels."""
+
+import numpy as np
+import pytest
+
+import kvision
+from kvision import engine, weights, zoo
+from kvision.__main__ import main
+from kvision.data.preprocessing import Preprocessing
+from kvision.weights.initial import initialize
+from tests.arrays import noise, values
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A file of resnet20's short form, for 8x8 images of 3 channels and 4 classes."""
+    model = zoo.create_model("resnet20", (8, 8, 3), 4, depth=8)
+    initialize(model, 0)
+    path = tmp_path_factory.mktemp("weights") / "resnet20.shapes.npz"
+    weights.save(
+        model, path, arguments={"depth": 8}, preprocessing=Preprocessing(size=(8, 8), crop=0.5), dataset="shapes"
+    )
+    return path, model
+
+
+def test_the_file_says_how_its_network_is_built(stored):
+    path, model = stored
+    again = kvision.create_model("resnet20", weights=path)
+    assert again.input_shape == (None, 8, 8, 3) and again.output_shape == (None, 4)
+    for key, array in values(model).items():
+        np.testing.assert_array_equal(values(again)[key], array)
+    larger = kvision.create_model("resnet20", (16, 12, 3), weights=path)
+    assert larger.input_shape == (None, 16, 12, 3)
+    with pytest.raises(weights.WeightsError, match=r"logits/kernel: file \(64, 4\), model \(64, 5\)"):
+        kvision.create_model("resnet20", classes=5, weights=path)
+    with pytest.raises(weights.WeightsError, match="a file of resnet20 does not fit the model resnet32"):
+        kvision.create_model("resnet32", weights=path)
+
+
+def test_a_network_without_head_takes_the_rest(stored):
+    path, model = stored
+    headless = kvision.create_model("resnet20", classes=0, weights=path)
+    images = noise(2, 8, 8, 3)
+    features, logits = engine.create(headless).predict(images), engine.create(model).predict(images)
+    head = model.get_layer("logits")
+    np.testing.assert_allclose(features @ np.array(head.kernel) + np.array(head.bias), logits, atol=1e-5)
+
+
+def test_weights_for_other_channels(stored):
+    """A grey image means what it meant as three equal channels, and so does one of six."""
+    path, model = stored
+    grey = noise(2, 8, 8, 1)
+    expected = engine.create(model).predict(np.repeat(grey, 3, axis=-1))
+    for channels in (1, 6):
+        adapted = kvision.create_model("resnet20", (8, 8, channels), weights=path, adapt_input=True)
+        logits = engine.create(adapted).predict(np.repeat(grey, channels, axis=-1))
+        np.testing.assert_allclose(logits, expected, atol=1e-5 * abs(expected).max())
+    with pytest.raises(weights.WeightsError, match=r"stem_conv/kernel: file \(3, 3, 3, 16\), model \(3, 3, 1, 16\)"):
+        kvision.create_model("resnet20", (8, 8, 1), weights=path)
+    kernel = np.arange(2 * 3, dtype=np.float32).reshape(1, 1, 3, 2)
+    np.testing.assert_array_equal(weights.adapt_kernel(kernel, 4)[0, 0, :, 0], np.array([0, 2, 4, 0]) * 0.75)
+    with pytest.raises(ValueError, match="expected a kernel"):
+        weights.adapt_kernel(kernel, 0)
+
+
+def test_weights_by_name():
+    assert weights.find("airbench_small.cifar10") == weights.shipped()["airbench_small.cifar10"]
+    assert weights.find("softmax.mnist.npz").name == "softmax.mnist.npz"
+    with pytest.raises(
+        weights.WeightsError, match=r"airbench_smal\.cifar10: .* did you mean airbench_small\.cifar10\?"
+    ):
+        weights.find("airbench_smal.cifar10")
+    model = kvision.create_model("softmax", weights="softmax.mnist")
+    assert model.input_shape == (None, 28, 28, 1)
+    prepare = kvision.preprocess("softmax.mnist")
+    assert prepare.size == (28, 28) and len(prepare.mean) == 1
+
+
+def test_preprocessing_of_a_file_takes_pictures_of_any_size(stored):
+    prepare = kvision.preprocess(stored[0])
+    assert prepare == Preprocessing(size=(8, 8), crop=0.5)
+    generator = np.random.default_rng(0)
+    pictures = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
+    cut = prepare.images(pictures)
+    assert cut.shape == (3, 8, 8, 3) and cut.dtype == np.float32
+    # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the centre is cut out.
+    np.testing.assert_array_equal(cut[0], prepare(pictures[0][None, 4:12, 4:12])[0])
+    np.testing.assert_array_equal(cut[2], prepare(pictures[2][None, 4:12, 16:24])[0])
+    # A ramp stays a ramp when it is made smaller: 32 steps of 8 become 16 of 16.
+    ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))[..., None].repeat(3, axis=-1)
+    middle = prepare.images([ramp])[0, 0, :, 0] * 255
+    np.testing.assert_allclose(np.diff(middle), 16, atol=1)
+    with pytest.raises(
+        ValueError, match=r"expected pictures of uint8 \(height, width, channels\), got float32 \(4, 4, 3\)"
+    ):
+        prepare.images([np.zeros((4, 4, 3), np.float32)])
+    with pytest.raises(ValueError, match="pictures of different sizes need a `size`"):
+        Preprocessing().images(pictures)
+
+
+def test_what_is_known_of_a_network(capsys):
+    info = kvision.model_info("resnet20")
+    assert (info.year, info.address, info.input_shape) == (2015, "https://arxiv.org/abs/1512.03385", (32, 32, 3))
+    # Counted by hand: 3 stages of 6 convolutions, the first of stages 2 and 3 with half the inputs; stem; head.
+    stem, head = 32 * 32 * 9 * 3 * 16, 64 * 10
+    stages = 6 * 32 * 32 * 9 * 16 * 16, 5.5 * 16 * 16 * 9 * 32 * 32, 5.5 * 8 * 8 * 9 * 64 * 64
+    assert info.flops == stem + sum(stages) + head
+    assert info.parameters == 269_722
+    assert info.stages == {"stage1": (32, 32, 16), "stage2": (16, 16, 32), "stage3": (8, 8, 64)}
+    assert info.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert "airbench_small.cifar10" in kvision.model_info("airbench_small").weights
+    assert main(["info", "resnet20"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{info}\n" and "269,722" in printed and "stage2 16x16x32" in printed
+    assert main(["info", "resnet21"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["models", "resnet2?"]) == 0
+    assert capsys.readouterr().out.startswith("resnet20  32x32x3")
+    assert main(["models", "x*"]) == 2
+    assert "no model matches 'x*'" in capsys.readouterr().err
