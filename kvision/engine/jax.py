@@ -18,6 +18,7 @@ from jax import lax
 from kvision.engine import main_output
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
+CHUNK = 8  # images in one at least: fewer gain nothing, and every loop costs compilation
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -152,7 +153,7 @@ def _backward(strides, padding, saved, gradient):
 def _kernel_gradient(x, gradient, shape, strides, padding):
     # The kernel's gradient is a convolution of the images by the output's gradient, batch and channels changing places.
     n = len(x)
-    chunks = next(count for count in range(min(CHUNKS, n), 0, -1) if n % count == 0)
+    chunks = next(count for count in range(max(1, min(CHUNKS, n // CHUNK)), 0, -1) if n % count == 0)
 
     def add(total, chunk):
         images, gradients = chunk
@@ -166,6 +167,8 @@ def _kernel_gradient(x, gradient, shape, strides, padding):
         )
         return total + part[:, : shape[0], : shape[1]], None
 
+    if chunks == 1:
+        return add(0, (x, gradient))[0].transpose(1, 2, 0, 3)
     start = jnp.zeros((shape[2], shape[0], shape[1], shape[3]), x.dtype)
     pieces = (array.reshape(chunks, n // chunks, *array.shape[1:]) for array in (x, gradient))
     total, _ = lax.scan(add, start, tuple(pieces))
