@@ -22,6 +22,8 @@ from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import whitening_kernel
+from kvision.random import stream
+from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.page import write
@@ -33,6 +35,7 @@ from kvision.weights.initial import initialize
 
 ERRORS = (DataError, WeightsError, training.DivergedError)
 DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+HELD_OUT = 0.1  # share of the training images that early stopping goes by
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
 
 
@@ -58,6 +61,20 @@ class Config:
     label_smoothing: float = flag(0.0, "share of the target that is spread over all classes")
     l1: float = flag(0.0, "penalty on the sum of the kernels' absolute values")
     l2: float = flag(0.0, "penalty on the sum of the kernels' squares")
+    orthogonal: float = flag(0.0, "penalty on what keeps the kernels' columns from being orthonormal")
+    max_norm: float | None = flag(None, "largest length of the weights of one output; none sets no bound")
+    clip: float | None = flag(None, "largest length of all gradients as one vector; none clips nothing")
+    ema: float | None = flag(
+        None, "decay of a moving average of the weights, which is scored and saved; none takes none"
+    )
+    swa: float | None = flag(None, "share of the epochs, the last, whose weights are averaged; none averages none")
+    early_stopping: int | None = flag(
+        None,
+        f"end after so many epochs without a smaller loss on {HELD_OUT:.0%} of the training images, held out for it",
+    )
+    mixup: float | None = flag(None, "alpha of mixup; with --cutmix each batch gets one of the two")
+    cutmix: float | None = flag(None, "alpha of CutMix")
+    erasing: float = flag(0.0, "share of the images that get a rectangle of noise")
     dropout: float | None = flag(None, "dropout rate of a network that has dropout; none keeps the network's own")
     augment: bool = flag(True, "flip, shift and blank the training images as the recipe says")
     flip: bool = flag(False, "mirror half of the images, the other half in the next epoch")
@@ -86,13 +103,19 @@ class Config:
         expect(self, "epochs", lambda value: value >= 0, "0 or more")
         expect(self, "batch_size test_every", lambda value: value >= 1, "at least 1")
         expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
-        expect(self, "weight_decay l1 l2", lambda value: 0 <= value < np.inf, "0 or a positive number")
+        expect(self, "max_norm clip mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
+        expect(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
         expect(
             self,
-            "momentum label_smoothing warmup dropout",
+            "momentum label_smoothing warmup dropout ema",
             lambda value: 0 <= value < 1,
             "at least 0 and below 1",
         )
+        expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
+        expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
+        expect(self, "early_stopping", lambda value: value >= 1, "at least 1")
+        if self.ema is not None and self.swa is not None:
+            raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
         expect(self, "limit limit_test steps hidden", lambda value: value >= 1, "at least 1")
         expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
@@ -292,10 +315,11 @@ def train(
     dataset = full.subset(train=config.limit, test=config.limit_test, seed=config.seed)
     model, preprocessing, own = build(config, full, skip)
     prepare(model)
-    if config.l1 or config.l2:
-        regularizers.attach(model, keras.regularizers.L1L2(config.l1, config.l2))
-    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
-    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
+    regularize_weights(config, model)
+    validation = None
+    if config.early_stopping:
+        dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
+    batches = batches_of(config, dataset, preprocessing)
     optimizer = optimizer_of(config, batches.steps, factors or {})
     command = f"KERAS_BACKEND={backend} python -m apps.{config.app} {shlex.join(arguments_of(config))}"
     log(
@@ -321,6 +345,8 @@ def train(
         test=(dataset.x_test, dataset.y_test),
         test_every=config.test_every,
         steps=config.steps,
+        validation=validation,
+        early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         checkpoint=folder / "checkpoint.npz",
         on_epoch=on_epoch,
     )
@@ -391,11 +417,57 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
         training.schedule(config.schedule, config.learning_rate, max(1, total), config.warmup),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        clip_global_norm=config.clip,
     )
     factors = dict(factors)
     if config.bias_factor != 1:
         factors[r".*bn/beta"] = config.bias_factor
-    return LearningRateFactors(optimizer, factors) if factors else optimizer
+    if factors:
+        optimizer = LearningRateFactors(optimizer, factors)
+    if config.ema is not None:
+        return training.ExponentialAverage(optimizer, config.ema)
+    if config.swa is not None:
+        first = max(1, config.epochs - round(config.swa * config.epochs))
+        return training.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
+    return optimizer
+
+
+def regularize_weights(config: Config, model: keras.Model) -> None:
+    """Lay the configuration's penalties and bounds on the model's kernels."""
+    if config.l1 or config.l2:
+        regularizers.attach(model, keras.regularizers.L1L2(config.l1, config.l2))
+    if config.orthogonal:
+        regularizers.attach(model, regularizers.Orthogonal(config.orthogonal))
+    if config.max_norm is not None:
+        regularizers.constrain(model, regularizers.MaxNorm(config.max_norm))
+
+
+def batches_of(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | Mixed:
+    """The training images as the configuration shows them."""
+    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
+    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
+    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
+    erasing = RandomErasing(config.erasing) if config.erasing else None
+    if not mixers and not erasing:
+        return batches
+    return Mixed(batches, len(dataset.classes), mixers, erasing)
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+    """The data set without a share of its training images, drawn from each class, and those images and labels.
+
+    Raises:
+        flags.UsageError: the share is less than an image, or all of them.
+    """
+    labels, generator = dataset.y_train, stream(seed, "hold out")
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = generator.permutation(np.flatnonzero(labels == label))
+        held[places[: round(share * len(places))]] = True
+    if not held.any():
+        raise flags.UsageError(f"{len(labels)} training images are too few to hold out {share:.0%} of each class")
+    part = replace(dataset, x_train=dataset.x_train[~held], y_train=dataset.y_train[~held])
+    return part, (dataset.x_train[held], dataset.y_train[held])
 
 
 def whiten(model: keras.Model, images: np.ndarray) -> None:

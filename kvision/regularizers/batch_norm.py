@@ -88,13 +88,12 @@ def fold(model: keras.Model) -> keras.Model:
         return arguments[0] if layer.name in gone else layer(*arguments, **options)
 
     folded = keras.models.clone_model(model, clone_function=clone, call_function=call)
-    for layer in folded.layers:
-        old = model.get_layer(layer.name)
-        layer.trainable = old.trainable
-        if layer.name in pairs:
-            layer.set_weights(_folded(old, pairs[layer.name]))
-        else:
-            layer.set_weights(old.get_weights())
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.InputLayer) or layer.name in gone:
+            continue
+        new, norm = folded.get_layer(layer.name), pairs.get(layer.name)
+        new.trainable = layer.trainable
+        new.set_weights(_folded(layer, norm) if norm else layer.get_weights())
     return folded
 
 
@@ -120,15 +119,18 @@ class Moments(keras.layers.Layer):
         self.norm = norm
 
     def call(self, x):
-        norm, axes = self.norm, [axis for axis in range(len(x.shape)) if axis != self.norm.axis % len(x.shape)]
-        mean, variance = ops.moments(ops.cast(x, "float32"), axes)
+        norm, y = self.norm, ops.cast(x, "float32")
+        axes = [axis for axis in range(len(x.shape)) if axis != norm.axis % len(x.shape)]
+        mean = ops.mean(y, axes, keepdims=True)
+        variance = ops.mean(ops.square(y - mean), axes)  # E[x^2] - E[x]^2 loses it where the mean is large
+        mean = ops.squeeze(mean, axes)
         gamma, beta = (norm.gamma if norm.scale else None), (norm.beta if norm.center else None)
-        y = ops.batch_normalization(ops.cast(x, "float32"), mean, variance, norm.axis, beta, gamma, norm.epsilon)
+        y = ops.batch_normalization(y, mean, variance, norm.axis, beta, gamma, norm.epsilon)
         return ops.cast(y, x.dtype), mean[None], variance[None]
 
     def compute_output_spec(self, x):
-        statistics = keras.KerasTensor((1, x.shape[self.norm.axis]), "float32")
-        return keras.KerasTensor(x.shape, x.dtype), statistics, statistics
+        statistics = [keras.KerasTensor((1, x.shape[self.norm.axis]), "float32") for _ in range(2)]
+        return keras.KerasTensor(x.shape, x.dtype), *statistics
 
 
 def moments(model: keras.Model) -> keras.Model | None:
@@ -190,7 +192,7 @@ class SynchronisedBatchNorm(BatchNorm):
     def _moments(self, inputs, mask):
         if mask is not None:
             raise ValueError(f"{self.name}: synchronised batch norm takes no mask")
-        # Twice over the replicas, because E[x^2] - E[x]^2 would lose the variance where the mean is large.
+        # Two averages, because E[x^2] - E[x]^2 loses the variance where the mean is large.
         mean = self.average(ops.mean(inputs, self._reduction_axes))
         shape = [-1 if axis == self.axis % len(inputs.shape) else 1 for axis in range(len(inputs.shape))]
         apart = inputs - ops.reshape(mean, shape)

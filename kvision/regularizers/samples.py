@@ -142,7 +142,7 @@ class RandomErasing:
         sides = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], axis=-1).astype(np.int32)
         fits = (sides < (height, width)).all(axis=-1)
         sides = sides[np.arange(n), fits.argmax(axis=1)] * (chosen & fits.any(axis=1))[:, None]
-        corner = (generator.random((n, 2)) * ((height, width) - sides)).astype(np.int32)
+        corner = (generator.random((n, 2)) * ((height + 1, width + 1) - sides)).astype(np.int32)
         boxes = np.stack([corner, corner + sides], axis=-1).reshape(n, 4)  # top, bottom, left, right
         return {"box": boxes, "noise": generator.standard_normal(tuple(shape), np.float32)}
 

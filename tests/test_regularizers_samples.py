@@ -1,0 +1,217 @@
+"""Mixup, CutMix and random erasing against loops in NumPy; their draws, frozen; and in training."""
+
+import hashlib
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kvision import engine
+from kvision.data.batches import Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.layers import logits
+from kvision.random import stream
+from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
+from kvision.tasks.classification import cross_entropy
+from kvision.training import fit, make_optimizer
+from kvision.weights.initial import initialize
+from tests.arrays import noise
+
+TARGETS = np.eye(3, dtype=np.float32)[np.arange(7) % 3]
+
+
+def applied(kind, images, targets, draws):
+    found = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), draws)
+    return [ops.convert_to_numpy(tensor) for tensor in found]
+
+
+# The closed forms
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixup_blends_images_and_targets(share):
+    images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
+    found, targets = applied(Mixup(), images, TARGETS, {"share": np.float32(share), "partner": partner})
+    for i, j in enumerate(partner):
+        np.testing.assert_allclose(found[i], share * images[i] + (1 - share) * images[j], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
+    assert found.dtype == targets.dtype == np.float32
+
+
+@pytest.mark.parametrize("box", [(1, 3, 2, 6), (0, 5, 0, 6), (2, 2, 3, 3), (4, 5, 0, 1)])
+def test_cutmix_pastes_a_rectangle_and_shares_by_area(box):
+    images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
+    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "partner": partner})
+    top, bottom, left, right = box
+    share = 1 - (bottom - top) * (right - left) / 30
+    for i, j in enumerate(partner):
+        expected = images[i].copy()
+        expected[top:bottom, left:right] = images[j, top:bottom, left:right]
+        np.testing.assert_array_equal(found[i], expected)
+        np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
+
+
+def test_erasing_puts_noise_into_each_rectangle():
+    images, grain = noise(7, 5, 6, 3), noise(7, 5, 6, 3, seed=1)
+    boxes = np.array([[0, 0, 0, 0], [1, 3, 2, 6], [0, 5, 0, 6], [4, 5, 5, 6], [2, 2, 1, 4], [0, 1, 0, 6], [3, 5, 0, 2]])
+    found, targets = applied(RandomErasing(), images, TARGETS, {"box": boxes.astype(np.int32), "noise": grain})
+    for i, (top, bottom, left, right) in enumerate(boxes):
+        expected = images[i].copy()
+        expected[top:bottom, left:right] = grain[i, top:bottom, left:right]
+        np.testing.assert_array_equal(found[i], expected)
+    np.testing.assert_array_equal(targets, TARGETS)
+
+
+# The draws
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_mixup_draws_from_beta(alpha):
+    """Mean 1/2 and variance 1 / (4 (2 alpha + 1)); partners are a permutation."""
+    generator = np.random.default_rng(0)
+    draws = [Mixup(alpha).draw(generator, (6, 4, 4, 3)) for _ in range(4000)]
+    shares = np.array([draw["share"] for draw in draws], np.float64)
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert shares.mean() == pytest.approx(0.5, abs=4 * np.sqrt(variance / 4000))
+    assert shares.var() == pytest.approx(variance, rel=0.1)
+    assert all(sorted(draw["partner"]) == list(range(6)) for draw in draws[:50])
+    assert len({tuple(draw["partner"]) for draw in draws}) > 600  # of 720
+
+
+def test_cutmix_draws_rectangles_around_uniform_centres():
+    generator = np.random.default_rng(0)
+    boxes = np.array([CutMix().draw(generator, (2, 32, 16, 3))["box"] for _ in range(4000)])
+    top, bottom, left, right = boxes.T
+    assert (top >= 0).all() and (bottom <= 32).all() and (left >= 0).all() and (right <= 16).all()
+    assert (top <= bottom).all() and (left <= right).all()
+    # What is inside the border on all sides has the image's proportions, to whole pixels.
+    whole = (top > 0) & (bottom < 32) & (left > 0) & (right < 16)
+    assert (abs((bottom - top)[whole] / 2 - (right - left)[whole]) <= 2).all() and whole.sum() > 500
+    # The centre is uniform and the side's share sqrt(1 - uniform), of density 2 s: 1/4 are below half of the image.
+    middle = whole & (bottom - top < 16)
+    assert (bottom - top < 15).mean() > 0.25  # cutting off makes some smaller
+    assert np.corrcoef(top[middle] + bottom[middle], left[middle] + right[middle])[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_erasing_draws_areas_and_aspects_in_their_range():
+    kind, generator = RandomErasing(0.5), np.random.default_rng(0)
+    boxes = kind.draw(generator, (4000, 40, 60, 1))["box"]
+    top, bottom, left, right = boxes.T
+    height, width = bottom - top, right - left
+    erased = height * width > 0
+    assert erased.mean() == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / 4000))
+    height, width = height[erased], width[erased]
+    # Sides are cut down to whole pixels.
+    assert ((height + 1) * (width + 1) > 0.02 * 2400).all() and (height * width <= 0.4 * 2400).all()
+    assert ((height + 1) / width > 0.3).all() and (height / (width + 1) < 1 / 0.3).all()
+    assert (top >= 0).all() and (left >= 0).all() and (bottom <= 40).all() and (right <= 60).all()
+    assert top[erased].min() == 0 and bottom[erased].max() == 40 and right[erased].max() == 60
+
+
+def test_erased_areas_are_uniform():
+    boxes = RandomErasing(1.0, aspect=1.0).draw(np.random.default_rng(0), (2000, 400, 400, 1))["box"]
+    areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / 400**2
+    np.testing.assert_allclose(np.quantile(areas, [0, 0.25, 0.5, 0.75, 1]), [0.02, 0.115, 0.21, 0.305, 0.4], atol=0.015)
+
+
+def test_an_image_that_no_rectangle_fits_stays():
+    boxes = RandomErasing(1.0, area=(0.7, 0.9)).draw(np.random.default_rng(0), (2000, 10, 10, 1))["box"]
+    fits = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) > 0
+    assert 1000 < fits.sum() < 2000 and (boxes >= 0).all() and (boxes <= 10).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Mixup(0.4), "5cf048c46a5b6a42"),
+        (CutMix(1.0), "8e2020a4e31cf6ad"),
+        (RandomErasing(0.7), "06db14cb9c86971d"),
+    ],
+    ids=["mixup", "cutmix", "erasing"],
+)
+def test_draws_are_frozen(kind, expected):
+    """The same numbers on every backend and every machine."""
+    draws = kind.draw(stream(3, "samples", 1, 2), (16, 8, 8, 3))
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(draws[name]).tobytes() for name in sorted(draws)))
+    assert digest.hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mixup(0), "mixup: alpha, of the distribution .* must be positive, got 0"),
+        (lambda: CutMix(-1.0), "CutMix: alpha.* got -1.0"),
+        (lambda: RandomErasing(1.5), "the probability must be from 0 to 1, got 1.5"),
+        (lambda: RandomErasing(area=(0.5, 0.1)), r"areas must be in order.*got \(0.5, 0.1\) and 0.3"),
+        (lambda: RandomErasing(aspect=3.0), "got .* and 3.0"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# In a run
+
+
+def batches(pictures, n=13):
+    return Batches(*pictures(n, 6, 6), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
+
+
+def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
+    plain = batches(pictures)
+    mixed = Mixed(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
+    assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
+    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
+    second = to_numpy(mixed.epoch(1))
+    for (found, targets), (images, labels), step in zip(second, plain.epoch(1), range(3), strict=True):
+        generator = stream(1, "samples", 1, step)
+        one_hot = np.eye(3, dtype=np.float32)[labels]
+        kind = (Mixup(1.0), CutMix(1.0))[generator.integers(2)]
+        for one in (kind, RandomErasing(0.5)):
+            images, one_hot = applied(one, images, one_hot, one.draw(generator, images.shape))
+        np.testing.assert_array_equal(found, images)
+        np.testing.assert_array_equal(targets, one_hot)
+        np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
+        assert found.shape == images.shape and targets.dtype == found.dtype == np.float32
+    for again, first in zip(to_numpy(mixed.epoch(1)), second, strict=True):
+        np.testing.assert_array_equal(again[0], first[0])
+        np.testing.assert_array_equal(again[1], first[1])
+
+
+def test_of_two_mixers_each_batch_gets_one(pictures):
+    mixed = Mixed(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
+    plain = [np.sort(images.ravel()) for images, _ in batches(pictures, 400).epoch(0)]
+    pairs = zip(mixed.epoch(0), plain, strict=True)
+    # CutMix shows values that were there; mixup's are new.
+    cut = [np.isin(ops.convert_to_numpy(images).ravel(), values).all() for (images, _), values in pairs]
+    assert 30 < sum(cut) < 70
+
+
+def test_a_run_sees_them(pictures):
+    """Steps of softmax regression on mixed batches are those of the closed form."""
+    inputs = keras.Input((6, 6, 3), name="image")
+    model = keras.Model(inputs, logits(3)(keras.layers.Flatten(name="flatten")(inputs)), name="net")
+    initialize(model, 0)
+    mixed = Mixed(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
+    weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
+    losses, hits = [], 0
+    for images, targets in mixed.epoch(0):
+        x, t = (ops.convert_to_numpy(tensor).astype(np.float64) for tensor in (images, targets))
+        x = x.reshape(4, -1)
+        scores = x @ weights + bias
+        p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        losses.append(-(t * np.log(p)).sum(axis=1).mean())
+        hits += (scores.argmax(axis=1) == t.argmax(axis=1)).sum()
+        weights, bias = weights - 0.01 * x.T @ (p - t) / 4, bias - 0.01 * (p - t).mean(axis=0)
+    optimizer = make_optimizer("sgd", 0.01, momentum=0.0)
+    history = fit(model, optimizer, cross_entropy(), mixed, epochs=1)
+    np.testing.assert_allclose(history.step_losses, losses, rtol=1e-4)
+    assert history.epochs[0]["accuracy"] == hits / 12
+    found = ops.convert_to_numpy(model.trainable_variables[0].value)
+    np.testing.assert_allclose(found, weights, rtol=1e-3, atol=1e-5)
+    # Inference does not mix.
+    images = noise(5, 6, 6, 3)
+    again = [engine.create(model).predict(images) for _ in range(2)]
+    np.testing.assert_array_equal(*again)
