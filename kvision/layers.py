@@ -12,7 +12,6 @@ The functions return layers (or a short chain of them) to be called on a tensor:
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,9 @@ from functools import partial
 import keras
 import numpy as np
 from keras import ops
+
+from kvision.random import key
+from kvision.regularizers.activations import Dropout
 
 _blank = ContextVar("blank", default=False)
 
@@ -232,11 +234,10 @@ def global_pool(*, name: str = "pool") -> keras.layers.Layer:
 
 
 def dropout(rate: float, *, name: str) -> Callable:
-    """Dropout (Srivastava et al. 2014); no layer at all where the rate is 0."""
+    """`kvision.regularizers.activations.Dropout`, keyed by its name; no layer at all where the rate is 0."""
     if not rate:
         return lambda x: x
-    # With no seed of its own, Keras's layer draws from PyTorch's global generator, which no checkpoint holds.
-    return keras.layers.Dropout(rate, seed=zlib.crc32(name.encode()) % 2**31, name=name)
+    return Dropout(rate, seed=key(0, name), name=name)
 
 
 def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -> np.ndarray:
