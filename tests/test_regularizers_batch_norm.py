@@ -222,8 +222,23 @@ def test_recalibration_pools_the_moments_of_all_images():
         assert ("moving" in path) != np.array_equal(array, before[path]), path
 
 
+def test_recalibration_leaves_frozen_ones_alone():
+    model = chain(conv(4, 3, name="a_conv"), batch_norm(name="a_bn"), batch_norm(name="b_bn"))
+    model.get_layer("a_bn").trainable = False
+    before, images = values(model), noise(4, 6, 6, 3)
+    norms.recalibrate(model, [engine.create(norms.moments(model)).predict(images)])
+    # What the second sees is what the first makes with its running statistics.
+    seen = predict(keras.Model(model.input, model.get_layer("a_bn").output), images)
+    after = values(model)
+    np.testing.assert_allclose(after["b_bn/moving_mean"], seen.mean(axis=(0, 1, 2)), rtol=1e-4, atol=1e-5)
+    assert all(np.array_equal(after[path], before[path]) for path in after if not path.startswith("b_bn/moving"))
+
+
 def test_a_network_without_batch_norm_has_no_moments():
     assert norms.moments(chain(conv(4, 3, name="a_conv"))) is None
+    model = small()
+    norms.freeze(model)
+    assert norms.moments(model) is None
 
 
 def test_moments_leave_the_model_as_it_was():

@@ -12,6 +12,8 @@ from kvision import training
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
+from kvision.regularizers import MaxNorm, constrain
+from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks.classification import (
     confusion_matrix,
     cross_entropy,
@@ -19,7 +21,18 @@ from kvision.tasks.classification import (
     score,
     worst_mistakes,
 )
-from kvision.training import DivergedError, History, fit, load_checkpoint, make_optimizer, save_checkpoint, schedule
+from kvision.training import (
+    DivergedError,
+    EarlyStopping,
+    ExponentialAverage,
+    History,
+    StochasticAverage,
+    fit,
+    load_checkpoint,
+    make_optimizer,
+    save_checkpoint,
+    schedule,
+)
 from kvision.transfer import LearningRateFactors
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
@@ -116,6 +129,182 @@ def test_optimizers_take_their_momentum():
     assert not make_optimizer("sgd", 0.1, momentum=0.0).get_config()["nesterov"]
     assert make_optimizer("adam", 0.1, momentum=0.8).get_config()["beta_1"] == 0.8
     assert make_optimizer("adamw", 0.1).get_config()["weight_decay"] is None
+
+
+CLIPS = {
+    "clip_value": lambda gradients, limit: [np.clip(g, -limit, limit) for g in gradients],
+    "clip_norm": lambda gradients, limit: [g * min(1, limit / np.linalg.norm(g.ravel())) for g in gradients],
+    "clip_global_norm": lambda gradients, limit: [
+        g * min(1, limit / np.sqrt(sum((g**2).sum() for g in gradients))) for g in gradients
+    ],
+}
+
+
+@pytest.mark.parametrize("limit", [0.05, 100.0])
+@pytest.mark.parametrize("kind", CLIPS)
+def test_gradients_are_clipped(kind, limit):
+    """A step of the engine on softmax regression; a large limit changes nothing."""
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, logits(3)(inputs))
+    initialize(model, 0)
+    x, labels = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
+    before = [array.astype(np.float64) for array in training._values(model.variables)]
+    scores = x @ before[0] + before[1]
+    apart = (np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 6
+    expected = CLIPS[kind]([x.T.astype(np.float64) @ apart, apart.sum(axis=0)], limit)
+    optimizer = make_optimizer("sgd", 1.0, momentum=0.0, **{kind: limit})
+    optimizer.build(model.trainable_variables)
+    floor = training.floors.create(model, optimizer, cross_entropy())
+    floor.train_step(x, labels)
+    floor.push()
+    for old, new, gradient in zip(before, training._values(model.variables), expected, strict=True):
+        np.testing.assert_allclose(old - new, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_one_way_of_clipping():
+    with pytest.raises(ValueError, match="Only one of `clipnorm`, `clipvalue` and `global_clipnorm`"):
+        make_optimizer("sgd", 0.1, clip_value=1.0, clip_norm=1.0)
+
+
+# Averages of the weights
+
+
+AVERAGES = {
+    "ema": (lambda inner: ExponentialAverage(inner, 0.3), [1, 0.9, 9 / 11, 9 / 12, 0.7, 0.7, 0.7]),
+    "swa": (lambda inner: StochasticAverage(inner, 3, 2), [1, 1, 1, 0, 1 / 2, 0, 1 / 3]),
+    "swa_each": (lambda inner: StochasticAverage(inner, 1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7]),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
+    """Beside a training that does not know of it; the newest weights' share after each step stands in the table."""
+    make, shares = AVERAGES[kind]
+    (model, inner, batches), (twin, plain, _) = run(pictures, width=0), run(pictures, width=0)
+    optimizer = make(inner)
+    floors = []
+    for one, of in ((model, optimizer), (twin, plain)):
+        of.build(one.trainable_variables)
+        floors.append(training.floors.create(one, of, cross_entropy()))
+    expected = [np.zeros(tuple(v.shape)) for v in model.trainable_variables]
+    steps = (batch for epoch in range(3) for batch in batches.epoch(epoch))
+    for share, batch in zip(shares, steps, strict=False):
+        for floor in floors:
+            floor.train_step(*batch)
+            floor.push()
+        weights = training._values(model.trainable_variables)
+        assert same(weights, training._values(twin.trainable_variables))
+        expected = [(1 - share) * old + share * new for old, new in zip(expected, weights, strict=True)]
+        for average, wanted in zip(training._values(optimizer.averages), expected, strict=True):
+            np.testing.assert_allclose(average, wanted, rtol=1e-5, atol=1e-7)
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == len(shares)
+    assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(half_cosine(7, 0.1, 12, 0), rel=1e-5)
+
+
+def test_an_average_is_taken_after_constraints(pictures):
+    model, inner, batches = run(pictures, width=0)
+    constrain(model, MaxNorm(0.1))
+    optimizer = StochasticAverage(inner, 1)
+    fit(model, optimizer, cross_entropy(), batches, epochs=1)
+    (kernel, _) = training._values(optimizer.averages)
+    assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
+
+
+def test_fit_scores_and_leaves_the_average(pictures):
+    """With the batch norm's statistics under it, pooled over the epoch's batches; training is what it would be."""
+    test = pictures(10, 6, 6, seed=2)
+    (model, inner, batches), (twin, plain, _) = run(pictures), run(pictures)
+    optimizer = ExponentialAverage(inner, 0.9)
+    history = fit(model, optimizer, cross_entropy(), batches, epochs=2, test=test)
+    other = fit(twin, plain, cross_entropy(), batches, epochs=2, test=test)
+    assert history.step_losses == other.step_losses
+    assert history.epochs[-1]["test_loss"] != other.epochs[-1]["test_loss"]
+    assert same(training._values(model.trainable_variables), training._values(optimizer.averages))
+    scores = training.predict(training.floors.create(model), test[0], batches.preprocessing)
+    assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
+    maps = keras.Model(model.input, model.get_layer("conv").output)
+    seen = np.concatenate([training.floors.create(maps).predict(images) for images, _ in batches.epoch(1)])
+    for name, wanted in (("mean", seen.mean(axis=(0, 1, 2))), ("variance", seen.var(axis=(0, 1, 2)))):
+        (found,) = training._values([getattr(model.get_layer("bn"), f"moving_{name}")])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_is_no_part_of_a_run_without_steps(pictures):
+    model, inner, batches = run(pictures, width=0)
+    before = training._values(model.trainable_variables)
+    fit(model, ExponentialAverage(inner), cross_entropy(), batches, epochs=0)
+    assert same(training._values(model.trainable_variables), before)
+
+
+def test_averages_survive_their_configuration():
+    inner = make_optimizer("sgd", 0.1, momentum=0.7)
+    for optimizer in (ExponentialAverage(inner, 0.5), StochasticAverage(inner, 4, 3)):
+        again = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(optimizer))))
+        assert type(again) is type(optimizer) and again.get_config() == optimizer.get_config()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda inner: ExponentialAverage(inner, 1.0), "decay .* must be at least 0 and below 1, got 1.0"),
+        (lambda inner: StochasticAverage(inner, 0), "at least 1 step, every at least 1; got 0 and 1"),
+    ],
+)
+def test_bad_averages_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(make_optimizer("sgd", 0.1))
+
+
+# Early stopping
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "best", "over"),
+    [
+        ([3], 1, 0, 0, False),
+        ([3, 2, 1], 1, 0, 2, False),
+        ([3, 2, 2], 1, 0, 1, True),
+        ([3, 2, 2.5, 2.1], 3, 0, 1, False),
+        ([3, 2, 2.5, 2.1, 2.2], 3, 0, 1, True),
+        ([3, 2.9, 2.8, 2.7], 3, 0.5, 0, True),
+        ([3, 2.9, 2.4, 2.3], 3, 0.5, 2, False),
+        ([3, float("nan"), 2], 2, 0, 2, False),
+    ],
+)
+def test_early_stopping_waits_for_the_best(losses, patience, min_delta, best, over):
+    rows, stopping = [{"validation_loss": loss} for loss in losses], EarlyStopping(patience, min_delta)
+    assert (stopping.best(rows), stopping.over(rows)) == (best, over)
+
+
+def test_early_stopping_brings_the_best_epoch_back(pictures):
+    """Labels that are wrong on the validation images: the loss there soon rises."""
+    images, labels = pictures(13, 6, 6)
+    model, optimizer, batches = run(pictures, width=0)
+    states = []
+    history = fit(
+        model,
+        optimizer,
+        cross_entropy(),
+        batches,
+        epochs=20,
+        validation=(images, (labels + 1) % 3),
+        early_stopping=EarlyStopping(2),
+        on_epoch=lambda history: states.append(training._values(model.variables)),
+    )
+    losses = [row["validation_loss"] for row in history.epochs]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 3 < 20 and "test_loss" not in history.epochs[0]
+    assert same(training._values(model.variables), states[best]) and not same(states[best], states[-1])
+    scores = training.predict(training.floors.create(model), images, batches.preprocessing)
+    assert score(scores, (labels + 1) % 3)["loss"] == losses[best]
+
+
+def test_early_stopping_wants_images_of_its_own(pictures):
+    model, optimizer, batches = run(pictures, width=0)
+    with pytest.raises(ValueError, match="goes by validation images: give validation="):
+        fit(model, optimizer, cross_entropy(), batches, epochs=1, early_stopping=EarlyStopping(1))
+    with pytest.raises(ValueError, match="patience of at least 1 and no negative min_delta, got 0 and 0"):
+        EarlyStopping(0)
 
 
 # Scores
@@ -245,6 +434,41 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
     # A finished run does nothing more.
     again = fit(model, optimizer, cross_entropy(0.1), batches, epochs=4, test=test, checkpoint=path)
     assert vars(again) == vars(resumed) and same(everything(model, optimizer), expected)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa", "early_stopping"])
+def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
+    """Averages, the best epoch so far and mixed samples too, with clipped gradients and a bound on the norms."""
+    wrap = {"ema": lambda o: ExponentialAverage(o, 0.9), "swa": lambda o: StochasticAverage(o, 6, 3)}
+    images, labels = pictures(10, 6, 6, seed=2)
+
+    def start(seed=0, checkpoint=None, on_epoch=lambda history: None):
+        model, _, batches = run(pictures, seed=seed)
+        constrain(model, MaxNorm(0.5))
+        optimizer = make_optimizer("adam", 0.01, clip_global_norm=0.5)
+        optimizer = wrap.get(kind, wrap["ema"])(optimizer)
+        stopping = {"validation": (images, labels), "early_stopping": EarlyStopping(1)} if kind not in wrap else {}
+        batches = Mixed(batches, 3, [Mixup(), CutMix()], RandomErasing())
+        history = fit(
+            model,
+            optimizer,
+            cross_entropy(0.1),
+            batches,
+            epochs=4,
+            test=(images, labels),
+            **stopping,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+        return everything(model, optimizer), without_times(history)
+
+    whole, rows = start()
+    path = tmp_path / "checkpoint.npz"
+    with pytest.raises(KilledError):
+        start(checkpoint=path, on_epoch=kill_after(2))
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed, again = start(seed=99, checkpoint=path)
+        assert same(resumed, whole) and again == rows
 
 
 def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):

@@ -137,12 +137,13 @@ def moments(model: keras.Model) -> keras.Model | None:
     """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels, then
     the variances, where each batch norm before uses the batch's. All other layers work as at inference, dropout is off.
 
-    Shares the layers of `model`, which must be functional; None where it has no batch norm of its own.
+    Shares the layers of `model`, which must be functional. A frozen batch norm counts as another layer; None where
+    there is no other.
     """
     means, variances = [], []
 
     def call(layer, *arguments, **options):
-        if not isinstance(layer, BatchNorm):
+        if not isinstance(layer, BatchNorm) or not layer.trainable:
             return layer(*arguments, **options)
         y, mean, variance = Moments(layer, name=f"{layer.name}_moments")(arguments[0])
         means.append(mean)
@@ -170,7 +171,7 @@ def recalibrate(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
     variance = variances.mean(axis=0) + means.var(axis=0)
     at = 0
     for layer in model.layers:
-        if isinstance(layer, BatchNorm):
+        if isinstance(layer, BatchNorm) and layer.trainable:
             stop = at + layer.moving_mean.shape[0]
             layer.moving_mean.assign(mean[at:stop].astype(np.float32))
             layer.moving_variance.assign(variance[at:stop].astype(np.float32))
