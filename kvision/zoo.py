@@ -16,7 +16,20 @@ from pathlib import Path
 from kvision.data.preprocessing import Preprocessing
 
 # The files of `kvision.models`; each has its variants. Importing them imports Keras, so it waits until somebody asks.
-PAPERS = ("mlp", "cnn", "airbench", "cifar_resnet", "wide_resnet", "vgg")
+PAPERS = (
+    "mlp",
+    "cnn",
+    "airbench",
+    "cifar_resnet",
+    "wide_resnet",
+    "cifar_densenet",
+    "vgg",
+    "resnet",
+    "squeezenet",
+    "densenet",
+    "mobilenet_v2",
+    "mnasnet",
+)
 
 
 @cache

@@ -31,6 +31,16 @@ class Case:
 # Sizes are the smallest that take every branch of the network.
 CASES = [
     Case("resnet20", "cifar_resnet"),
+    # Maps of 7x8 and 10x7 pixels, which are averaged to 7x7.
+    Case("vgg11", "vgg", (224, 256, 3), own={"hidden": 8, "width": 4}),
+    Case("vgg11_bn", "vgg", (320, 224, 3), own={"hidden": 8, "width": 4}),
+    Case("resnet18", "resnet", (33, 40, 3), own={"width": 8}),
+    Case("resnet50", "resnet", (40, 33, 3), own={"width": 8, "blocks": (2, 2, 1, 1)}),
+    Case("squeezenet1_0", "squeezenet", (44, 60, 3)),
+    Case("squeezenet1_1", "squeezenet", (44, 60, 3)),
+    Case("densenet121", "densenet", (64, 77, 3), own={"layers": (1, 2, 1, 2), "growth": 8}),
+    Case("mobilenet_v2", "mobilenet_v2", (33, 40, 3), own={"width": 0.5}),
+    Case("mnasnet0_5", "mnasnet", (40, 33, 3)),
 ]
 
 

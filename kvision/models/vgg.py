@@ -5,13 +5,15 @@ https://arxiv.org/abs/1409.1556: stages of 3x3 convolutions, each ended by a 2x2
 connected layers. The rows are the paper's table 1, configurations A, B, D and E; the `_bn` rows put a batch norm after
 each convolution, as torchvision does. The convolutions keep their biases in both.
 
-The paper's 4,096 hidden units belong to images of 224 pixels. `hidden` makes them fewer for small images: 512 is usual
-on CIFAR-10.
+The paper's 4,096 hidden units belong to images of 224 pixels, whose last maps have 7x7 pixels. Larger maps are averaged
+down to these, as in torchvision; smaller ones stay as they are (torchvision repeats their pixels). `hidden` makes the
+units fewer for small images: 512 is usual on CIFAR-10.
 """
 
 from functools import partial
 
 import keras
+from keras import ops
 
 from kvision.layers import Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
 from kvision.models import Paper
@@ -26,20 +28,49 @@ PAPER = Paper(
 )
 
 
+@keras.saving.register_keras_serializable("kvision")
+class AdaptivePool(keras.layers.Layer):
+    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
+
+    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, as PyTorch has
+    it. Keras's own layer gives NaN on JAX.
+    """
+
+    def __init__(self, size: tuple[int, int], **options):
+        super().__init__(**options)
+        self.size = tuple(size)
+
+    def call(self, x):
+        for axis, cells in enumerate(self.size, start=1):
+            length = x.shape[axis]
+            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
+            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
+            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], *self.size, input_shape[-1])
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
 def vgg(
     input_shape: tuple[int, int, int],
     classes: int,
     *,
     convolutions: tuple[int, ...],
     normalised: bool = False,
+    width: int = 64,
     hidden: int = 4096,
     dropout_rate: float = 0.5,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the 512 pooled features where `classes` is 0.
+    """Images (n, h, w, c) to logits (n, classes); to the 8 * `width` pooled features where `classes` is 0.
 
     Args:
         convolutions: how many in each of the five stages.
+        width: filters of the first stage; the others have 2, 4, 8 and 8 times as many.
         hidden: units of each of the two fully connected layers.
         dropout_rate: after each of them.
 
@@ -50,15 +81,18 @@ def vgg(
         raise ValueError(f"VGG needs images of at least 32x32 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
     x = inputs
-    for i, (filters, count) in enumerate(zip((64, 128, 256, 512, 512), convolutions, strict=True), start=1):
+    for i, (filters, count) in enumerate(zip((1, 2, 4, 8, 8), convolutions, strict=True), start=1):
         for j in range(1, count + 1):
-            x = conv(filters, 3, name=f"stage{i}_{j}_conv", use_bias=True)(x)
+            x = conv(filters * width, 3, name=f"stage{i}_{j}_conv", use_bias=True)(x)
             if normalised:
                 x = batch_norm(name=f"stage{i}_{j}_bn")(x)
             x = activation("relu", name=f"stage{i}_{j}_relu")(x)
         x = max_pool(2, name=f"stage{i}")(x)
     if not classes:
         return keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name=name)
+    maps = tuple(min(7, size) for size in x.shape[1:3])
+    if x.shape[1:3] != maps:
+        x = AdaptivePool(maps, name="head_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i in (1, 2):
         x = dense(hidden, name=f"head_{i}_dense")(x)

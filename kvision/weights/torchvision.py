@@ -18,6 +18,18 @@ LEAVES = {
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
 
+
+def _vgg(convolutions: tuple[int, ...], step: int) -> tuple[tuple[str, str], ...]:
+    """The rows of a VGG with so many convolutions in each stage, each of `step` modules, and a pooling at the end."""
+    rows, index = [], 0
+    for i, count in enumerate(convolutions, start=1):
+        for j in range(1, count + 1):
+            rows += [(f"stage{i}_{j}_conv", f"features.{index}"), (f"stage{i}_{j}_bn", f"features.{index + 1}")]
+            index += step
+        index += 1
+    return (*rows, ("head_1_dense", "classifier.0"), ("head_2_dense", "classifier.3"), ("logits", "classifier.6"))
+
+
 # For each family, a pattern of our networks' names and the rows from our layers to torchvision's modules.
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     # Idelbayev's CIFAR ResNets, https://github.com/akamaster/pytorch_resnet_cifar10
@@ -25,6 +37,98 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"stem_(conv|bn)", "{1}1"),
         (r"stage(\d)_block(\d+)_(\d)_(conv|bn)", "layer{1}.{2-1}.{4}{3}"),
         (r"logits", "linear"),
+    ),
+    **{
+        f"vgg{depth}{suffix}": _vgg(convolutions, step)
+        for depth, convolutions in (
+            (11, (1, 1, 2, 2, 2)),
+            (13, (2, 2, 2, 2, 2)),
+            (16, (2, 2, 3, 3, 3)),
+            (19, (2, 2, 4, 4, 4)),
+        )
+        for suffix, step in (("", 2), ("_bn", 3))
+    },
+    r"resnet(18|34|50|101|152)": (
+        (r"stem_(conv|bn)", "{1}1"),
+        (r"stage(\d)_block(\d+)_(\d)_(conv|bn)", "layer{1}.{2-1}.{4}{3}"),
+        (r"stage(\d)_block(\d+)_shortcut_conv", "layer{1}.{2-1}.downsample.0"),
+        (r"stage(\d)_block(\d+)_shortcut_bn", "layer{1}.{2-1}.downsample.1"),
+        (r"logits", "fc"),
+    ),
+    **{
+        name: (
+            (r"stem_conv", "features.0"),
+            *((rf"stage{i}_fire(\d)_squeeze_conv", f"features.{{1+{n}}}.squeeze") for i, n in enumerate(offsets, 1)),
+            *(
+                (rf"stage{i}_fire(\d)_expand(\d)_conv", f"features.{{1+{n}}}.expand{{2}}x{{2}}")
+                for i, n in enumerate(offsets, 1)
+            ),
+            (r"logits", "classifier.1"),
+        )
+        for name, offsets in (("squeezenet1_0", (2, 6, 11)), ("squeezenet1_1", (2, 5, 8)))
+    },
+    r"densenet\d+": (
+        (r"stem_conv", "features.conv0"),
+        (r"stem_bn", "features.norm0"),
+        (r"stage(\d)_block(\d+)_(\d)_conv", "features.denseblock{1}.denselayer{2}.conv{3}"),
+        (r"stage(\d)_block(\d+)_(\d)_bn", "features.denseblock{1}.denselayer{2}.norm{3}"),
+        (r"stage(\d)_transition_conv", "features.transition{1}.conv"),
+        (r"stage(\d)_transition_bn", "features.transition{1}.norm"),
+        (r"final_bn", "features.norm5"),
+        (r"logits", "classifier"),
+    ),
+    r"mobilenet_v2": (
+        (r"stem_conv", "features.0.0"),
+        (r"stem_bn", "features.0.1"),
+        (r"stage1_block1_depthwise_conv", "features.1.conv.0.0"),
+        (r"stage1_block1_depthwise_bn", "features.1.conv.0.1"),
+        (r"stage1_block1_project_conv", "features.1.conv.1"),
+        (r"stage1_block1_project_bn", "features.1.conv.2"),
+        *(
+            (rf"stage{i}_block(\d+)_{layer}", f"features.{{1+{n}}}.conv.{place}")
+            for i, n in ((2, 1), (3, 3), (4, 6), (5, 13))
+            for layer, place in (
+                ("expand_conv", "0.0"),
+                ("expand_bn", "0.1"),
+                ("depthwise_conv", "1.0"),
+                ("depthwise_bn", "1.1"),
+                ("project_conv", "2"),
+                ("project_bn", "3"),
+            )
+        ),
+        (r"final_conv", "features.18.0"),
+        (r"final_bn", "features.18.1"),
+        (r"logits", "classifier.1"),
+    ),
+    r"mnasnet\d_\d+": (
+        (r"stem_conv", "layers.0"),
+        (r"stem_bn", "layers.1"),
+        (r"stage1_block1_depthwise_conv", "layers.3"),
+        (r"stage1_block1_depthwise_bn", "layers.4"),
+        (r"stage1_block1_project_conv", "layers.6"),
+        (r"stage1_block1_project_bn", "layers.7"),
+        *(
+            (rf"stage{i}_block({blocks})_{layer}", f"layers.{stack}.{{1-{first}}}.layers.{place}")
+            for i, blocks, stack, first in (
+                (2, r"\d", 8, 1),
+                (3, r"\d", 9, 1),
+                (4, "[1-3]", 10, 1),
+                (4, "[45]", 11, 4),
+                (5, "[1-4]", 12, 1),
+                (5, "5", 13, 5),
+            )
+            for layer, place in (
+                ("expand_conv", 0),
+                ("expand_bn", 1),
+                ("depthwise_conv", 3),
+                ("depthwise_bn", 4),
+                ("project_conv", 6),
+                ("project_bn", 7),
+            )
+        ),
+        (r"final_conv", "layers.14"),
+        (r"final_bn", "layers.15"),
+        (r"logits", "classifier.1"),
     ),
 }
 
