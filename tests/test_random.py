@@ -45,6 +45,9 @@ def reference_uniform(key, step, shape):
     return ((reference_bits(key, step, shape) ^ WORD(2**31)) >> WORD(8)) / 2**24
 
 
+normal_quantile = np.vectorize(NormalDist().inv_cdf)
+
+
 def words(key, step, shape):
     array = ops.convert_to_numpy(bits(key, step, shape))
     assert (array.shape, array.dtype) == (shape, np.int32)
@@ -244,7 +247,7 @@ def test_under_float64(float64):
     want = reference_uniform(5, 6, (4, 9))
     assert numbers.dtype == gauss.dtype == np.float64
     np.testing.assert_array_equal(numbers, want)
-    np.testing.assert_allclose(gauss, np.vectorize(NormalDist().inv_cdf)(want + 2**-25), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(gauss, normal_quantile(want + 2**-25), rtol=0, atol=1e-7)
     np.testing.assert_array_equal(ops.convert_to_numpy(bernoulli(5, 6, (4, 9), 0.3)), want < 0.3)
 
 
@@ -265,21 +268,20 @@ def test_a_probability_is_from_0_to_1(probability):
 
 def test_normal():
     numbers = ops.convert_to_numpy(normal(5, 6, (64, 512)))
-    quantile = NormalDist().inv_cdf
-    exact = np.vectorize(quantile)(reference_uniform(5, 6, numbers.shape) + 2**-25)
+    exact = normal_quantile(reference_uniform(5, 6, numbers.shape) + 2**-25)
     assert numbers.dtype == np.float32
     np.testing.assert_allclose(numbers, exact, rtol=0, atol=2.5e-5)
     n = numbers.size
     for moment, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((exact**moment).mean() - mean) < bound(4) * math.sqrt(variance / n)
-    edges = [quantile(i / 64) for i in range(1, 64)]
+    edges = normal_quantile(np.arange(1, 64) / 64)
     assert abs(chi_square(np.bincount(np.searchsorted(edges, numbers.ravel()), minlength=64))) < bound()
 
 
 def test_the_tails_of_the_normal_numbers():
     """The ends are where a backend's inverse error function fails first: the words next to 0 and to 1 are in here."""
     place = np.array([1, 3, 5, 2**20 + 1, 2**23 - 1], np.float64) / 2**24  # half of it is a distance from 0 or from 1
-    exact = np.array([NormalDist().inv_cdf(value / 2) for value in place])
+    exact = normal_quantile(place / 2)
     numbers = ops.convert_to_numpy(math.sqrt(2) * ops.erfinv(ops.convert_to_tensor((place - 1).astype(np.float32))))
     np.testing.assert_allclose(numbers, exact, rtol=0, atol=2.5e-5)
 

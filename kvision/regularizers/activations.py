@@ -25,9 +25,9 @@ def _next(generator: keras.random.SeedGenerator):
     return state[0], state[1]
 
 
-def _check_seed(layer: keras.layers.Layer, seed: int | None) -> None:
+def _check_seed(name: str, seed: int | None) -> None:
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**31):
-        raise ValueError(f"{layer.name}: seed must be an integer from 0 to 2**31 - 1 or None, got {seed!r}")
+        raise ValueError(f"{name}: seed must be an integer from 0 to 2**31 - 1 or None, got {seed!r}")
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -48,8 +48,8 @@ class Dropout(keras.layers.Dropout):
         name = options.get("name") or type(self).__name__
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise ValueError(f"{name}: rate must be a number from 0 to less than 1, got {rate!r}")
+        _check_seed(name, seed)
         super().__init__(rate, seed=seed, **options)
-        _check_seed(self, seed)
 
     def _mask_shape(self, shape: tuple) -> tuple:
         return shape
@@ -189,7 +189,7 @@ class GaussianNoise(keras.layers.Layer):
         super().__init__(**options)
         if not isinstance(deviation, int | float) or not 0 <= deviation < float("inf"):
             raise ValueError(f"{self.name}: deviation must be a number from 0 on, got {deviation!r}")
-        _check_seed(self, seed)
+        _check_seed(self.name, seed)
         self.deviation, self.seed, self.supports_masking = deviation, seed, True
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -223,7 +223,7 @@ class ShakeShake(keras.layers.Layer):
 
     def __init__(self, seed: int | None = None, **options):
         super().__init__(**options)
-        _check_seed(self, seed)
+        _check_seed(self.name, seed)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
