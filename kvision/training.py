@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -396,6 +396,7 @@ def fit(
     test: tuple[np.ndarray, np.ndarray] | None = None,
     test_every: int = 1,
     steps: int | None = None,
+    also: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     early_stopping: EarlyStopping | None = None,
     checkpoint: Path | None = None,
@@ -408,6 +409,8 @@ def fit(
         loss: `loss(labels, logits)`, a scalar tensor; penalties on weights (`model.losses`) are added to it.
         batches: what is shown, a `kvision.regularizers.samples.Mixed` too.
         test: uint8 images and integer labels to score after every `test_every` epochs.
+        also: further images and labels by name, scored together with the test images: "train" gives train_loss and
+            train_accuracy.
         validation: the like, scored after every epoch; what `early_stopping` goes by.
         checkpoint: file that is written after every epoch; where it exists, the run goes on from it and ends with the
             weights of an uninterrupted one.
@@ -473,8 +476,8 @@ def fit(
             }
             if not math.isfinite(row["loss"]):
                 raise DivergedError(f"the loss is {losses[-1]} at the end of epoch {epoch + 1}: {DIVERGED}")
-            scored = {"test": test if (epoch + 1) % test_every == 0 else None, "validation": validation}
-            scored = {name: images for name, images in scored.items() if images is not None}
+            scored = {"test": test, **(also or {})} if (epoch + 1) % test_every == 0 else {}
+            scored = {name: pair for name, pair in {**scored, "validation": validation}.items() if pair is not None}
             with average.inside(epoch) if average and scored else nullcontext():
                 for name, (images, labels) in scored.items():
                     result = score(predict(engine, images, batches.preprocessing), labels)

@@ -1,0 +1,294 @@
+"""What each regularizer does to one network that overfits: `KERAS_BACKEND=torch python -m apps.regularize`.
+
+A small residual network learns 2,000 images of CIFAR-10 by heart; then the same run again, once with each regularizer
+alone, everything else the same: initial weights, order, schedule. The folder of the run gets a table (table.md,
+metrics.json) and report.html with the curves: training accuracy (of the training images as they are, in inference
+mode), test accuracy on all 10,000 images, and the gap between them. `--only l2,mixup` chooses.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import keras
+
+from kvision import engine as floors
+from kvision import flags, run, training
+from kvision.data import Dataset
+from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
+from kvision.random import key
+from kvision.regularizers import batch_norm as norms
+from kvision.regularizers.activations import (
+    DropBlock,
+    Dropout,
+    GaussianNoise,
+    ShakeShake,
+    SpatialDropout,
+    StochasticDepth,
+)
+from kvision.run import flag
+from kvision.tasks import classification
+from kvision.tracking import environment, page
+from kvision.tracking.charts import bar_chart, line_chart
+from kvision.tracking.report import column, shares_as_percent
+from kvision.weights.initial import initialize
+
+DATASETS = ("cifar10", "shapes10")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One regularizer: how it is set, the flags of a run that it is, or the layer and where in each block it goes."""
+
+    setting: str
+    flags: dict[str, object] = field(default_factory=dict)
+    place: str | None = None
+    layer: Callable | None = None
+    prepare: Callable = lambda model: None
+
+
+ROWS = {
+    "none": Row("the plain network"),
+    "l1": Row("1e-4", {"l1": 1e-4}),
+    "l2": Row("2e-3", {"l2": 2e-3}),
+    "elastic_net": Row("L1 5e-5, L2 1e-3", {"l1": 5e-5, "l2": 1e-3}),
+    "weight_decay": Row("decoupled, 0.05", {"weight_decay": 0.05}),
+    "orthogonal": Row("1e-2", {"orthogonal": 1e-2}),
+    "max_norm": Row("1", {"max_norm": 1.0}),
+    "dropout": Row("0.3 in each branch", place="branch", layer=lambda **options: Dropout(0.3, **options)),
+    "spatial_dropout": Row(
+        "0.2 in each branch", place="branch", layer=lambda **options: SpatialDropout(0.2, **options)
+    ),
+    "dropblock": Row(
+        "0.2 in each branch, 3 pixels", place="branch", layer=lambda **options: DropBlock(0.2, 3, **options)
+    ),
+    "gaussian_noise": Row(
+        "deviation 0.5 in each branch", place="branch", layer=lambda **options: GaussianNoise(0.5, **options)
+    ),
+    "stochastic_depth": Row(
+        "0.3, each block", place="residual", layer=lambda **options: StochasticDepth(0.3, **options)
+    ),
+    "shake_shake": Row("for their mean", place="sum", layer=ShakeShake),
+    "mixup": Row("alpha 1", {"mixup": 1.0}),
+    "cutmix": Row("alpha 1", {"cutmix": 1.0}),
+    "cutout": Row("16 pixels", {"cutout": 16}),
+    "erasing": Row("half of the images", {"erasing": 0.5}),
+    "flip_and_shift": Row("4 pixels", {"flip": True, "shift": 4}),
+    "label_smoothing": Row("0.1", {"label_smoothing": 0.1}),
+    "frozen_batch_norm": Row("the identity, rate 0.02", {"learning_rate": 0.02}, prepare=norms.freeze),
+    "clipping": Row("global norm 0.5", {"clip": 0.5}),
+    "ema": Row("0.99", {"ema": 0.99}),
+    "swa": Row("the last half, constant rate", {"swa": 0.5, "schedule": "constant"}),
+    "early_stopping": Row("patience 5, on a tenth held out", {"early_stopping": 5}),
+}
+
+
+@dataclass(frozen=True)
+class RegularizeConfig:
+    """A run of this app. Raises `flags.UsageError` where a value cannot work."""
+
+    only: str | None = flag(None, f"comma-separated rows beside none: {', '.join(ROWS)}; none runs all", metavar="ROWS")
+    epochs: int = flag(30, "times that every training image is shown")
+    batch_size: int = flag(100, "images a step")
+    learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=training.SCHEDULES)
+    limit: int = flag(2000, "train on so many images, drawn evenly from the classes")
+    limit_test: int | None = flag(None, "test on so many images; none takes all")
+    test_every: int = flag(5, "epochs from one scoring to the next")
+    seed: int = flag(0, "seed of the initial weights, the order and the noise, equal on every backend")
+    data: str | None = flag(
+        None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
+    )
+    out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
+
+    def __post_init__(self):
+        if unknown := [name for name in self.rows() if name not in ROWS]:
+            raise flags.UsageError(f"--only knows {', '.join(ROWS)}; got {', '.join(unknown)}")
+        self.of("none")  # checks the numbers
+
+    def rows(self) -> list[str]:
+        """The names of the rows to run, the plain network first."""
+        return list(ROWS) if self.only is None else list(dict.fromkeys(["none", *self.only.split(",")]))
+
+    def of(self, name: str) -> run.Config:
+        """The run of a row."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "only"}
+        return run.Config(app="regularize", warmup=0.1, **own | ROWS[name].flags)
+
+
+def network(input_shape: tuple[int, int, int], classes: int, row: Row, seed: int) -> keras.Model:
+    """A residual network of two blocks of 16 and 32 filters, whose residual is the mean of two branches.
+
+    `row.layer` stands behind the rectified units of each branch ("branch"), behind the mean ("residual") or for it
+    ("sum").
+    """
+
+    def place(where, x, name):
+        if row.place != where:
+            return x
+        return row.layer(name=name, seed=key(seed, name))(x)
+
+    x = inputs = keras.Input(input_shape, name="image")
+    x = conv(16, 3, 2, name="stem_conv")(x)
+    x = activation("relu", name="stem")(batch_norm(name="stem_bn")(x))
+    for i, filters in enumerate((16, 32), start=1):
+        branches = []
+        for side in ("a", "b"):
+            name = f"stage{i}_{side}"
+            y = conv(filters, 3, name=f"{name}_1_conv")(x)
+            y = activation("relu", name=f"{name}_1_relu")(batch_norm(name=f"{name}_1_bn")(y))
+            y = conv(filters, 3, name=f"{name}_2_conv")(place("branch", y, f"{name}_noise"))
+            branches.append(batch_norm(name=f"{name}_2_bn")(y))
+        mean = keras.layers.Average(name=f"stage{i}_mean")
+        y = place("sum", branches, f"stage{i}_noise") if row.place == "sum" else mean(branches)
+        y = place("residual", y, f"stage{i}_noise")
+        if x.shape != y.shape:
+            x = batch_norm(name=f"stage{i}_shortcut_bn")(conv(filters, 1, name=f"stage{i}_shortcut_conv")(x))
+        x = activation("relu", name=f"stage{i}")(keras.layers.Add(name=f"stage{i}_add")([x, y]))
+        x = max_pool(2, name=f"stage{i}_pool")(x)
+    return keras.Model(inputs, logits(classes)(global_pool()(x)), name="regularize")
+
+
+def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> dict:
+    """Train the network with one regularizer; its row of the table."""
+    row, own, started = ROWS[name], config.of(name), time.perf_counter()
+    model = network(dataset.input_shape, len(dataset.classes), row, own.seed)
+    initialize(model, own.seed)
+    preprocessing = run.preprocessing_of(dataset)
+    row.prepare(model)
+    run.regularize_weights(own, model)
+    part, validation = run.hold_out(dataset, run.HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
+    batches = run.batches_of(own, part, preprocessing)
+    train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
+    history = training.fit(
+        model,
+        run.optimizer_of(own, batches.steps, {}),
+        classification.cross_entropy(own.label_smoothing),
+        batches,
+        epochs=own.epochs,
+        test=test,
+        also={"train": train},
+        test_every=own.test_every,
+        validation=validation,
+        early_stopping=training.EarlyStopping(own.early_stopping) if own.early_stopping else None,
+        label=name,
+    )
+    engine = floors.create(model)
+    scored = {
+        f"{which}_{figure}": value
+        for which, (images, labels) in (("train", train), ("test", test))
+        for figure, value in classification.score(training.predict(engine, images, preprocessing), labels).items()
+    }
+    gap = scored["train_accuracy"] - scored["test_accuracy"]
+    log(f"{name}: train {scored['train_accuracy']:.2%}, test {scored['test_accuracy']:.2%}, gap {100 * gap:.2f} points")
+    result = {"regularizer": name, "setting": row.setting, **scored, "gap": gap}
+    return {**result, "seconds": time.perf_counter() - started, "history": history.epochs}
+
+
+COLUMNS = ("regularizer", "setting", "train", "test", "gap", "test against none")
+
+
+def cells(rows: list[dict]) -> list[list[str]]:
+    """The table's cells, a list a row."""
+    plain = rows[0]["test_accuracy"]
+    return [
+        [
+            row["regularizer"].replace("_", " "),
+            row["setting"],
+            page.percent(row["train_accuracy"]),
+            page.percent(row["test_accuracy"]),
+            f"{100 * row['gap']:.2f}",
+            f"{100 * (row['test_accuracy'] - plain):+.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table as Markdown."""
+    lines = [COLUMNS, ("---", "---", "---:", "---:", "---:", "---:"), *cells(rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_report(folder: Path, result: dict) -> None:
+    """Write report.html: the table, bars of the test accuracies and gaps, and the curves of each row."""
+    rows = result["rows"]
+    curve = lambda row, key: shares_as_percent(column(row["history"], key))  # noqa: E731
+    plain, charts = curve(rows[0], "test_accuracy"), []
+    for row in rows:
+        series = {"train": curve(row, "train_accuracy"), "test": curve(row, "test_accuracy")}
+        series |= {"test, none": plain} if row is not rows[0] else {}
+        charts.append(line_chart(series, row["regularizer"].replace("_", " "), "epoch", "accuracy, %", height=240))
+    names = [row["regularizer"].replace("_", " ") for row in rows]
+    bars = (
+        bar_chart({n: 100 * row["test_accuracy"] for n, row in zip(names, rows, strict=True)}, "%", "Test accuracy"),
+        bar_chart({n: 100 * row["gap"] for n, row in zip(names, rows, strict=True)}, "points", "Gap"),
+    )
+    header = (
+        "<h1>Regularizers</h1><p>One network, the same initial weights and batches, on "
+        f"{result['train_images']:,} images of {page.escape(result['dataset'])}; each regularizer alone, one run each. "
+        "Training accuracy is that of the training images as they are, in inference mode.</p>"
+    )
+    more = [("command", f"`{result['command']}`"), ("seed", str(result["seed"]))]
+    sections = [
+        page.section(
+            "Results", page.table(COLUMNS, [[page.escape(c) for c in line] for line in cells(rows)], range(2, 6))
+        ),
+        page.section("Side by side", f'<div class="charts">{"".join(bars)}</div>'),
+        page.section("Curves", f'<div class="charts">{"".join(charts)}</div>'),
+        page.environment_section(result["versions"], result["hardware"], more),
+    ]
+    page.write(folder / "report.html", page.document("Regularizers", header, *sections))
+
+
+def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
+    """Run the rows; the content of metrics.json, and the run's folder."""
+    folder = run.run_folder(config.of("none"))
+    dataset, note = run.read_data(config.of("none"), DATASETS, log)
+    dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
+    backend, rows = keras.backend.backend(), []
+    words = [
+        word
+        for item in dataclasses.fields(config)
+        if (value := getattr(config, item.name)) != item.default and item.name not in ("data", "out")
+        for word in (f"--{item.name.replace('_', '-')}", str(value))
+    ]
+    result = {
+        "app": "regularize",
+        "backend": backend,
+        "dataset": dataset.name,
+        "note": note,
+        "train_images": len(dataset.x_train),
+        "test_images": len(dataset.x_test),
+        "seed": config.seed,
+        "rows": rows,
+        "versions": environment.versions(backend),
+        "hardware": environment.hardware(),
+        "command": f"KERAS_BACKEND={backend} python -m apps.regularize {shlex.join(words)}".strip(),
+    }
+    for name in config.rows():
+        rows.append(train(name, config, dataset, log))
+        # After each row, so that a run that is stopped leaves what it has.
+        run.write_json(folder / "metrics.json", result)
+        page.write(folder / "table.md", markdown(rows))
+        write_report(folder, result)
+    log(markdown(rows))
+    log(folder / "report.html")
+    return {**result, "folder": str(folder)}
+
+
+def command(argv=None) -> int:
+    """The exit code."""
+    prog = "python -m apps.regularize"
+    given = flags.parse(RegularizeConfig, argv, prog=prog, description=__doc__, defaults=RegularizeConfig())
+    return flags.guard(prog, lambda: main(RegularizeConfig(**given)) and None, run.ERRORS)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
