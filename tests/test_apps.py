@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apps import cifar10, mnist, transfer
+from apps import cifar10, mnist, regularize, transfer
 from kvision import flags
-from kvision.run import Config, command
+from kvision.data import load
+from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
+from kvision.training import ExponentialAverage, StochasticAverage
+from kvision.transfer import LearningRateFactors
 from kvision.weights import verify
 from tests.drawn import real_data, write_shapes
 
@@ -34,6 +37,7 @@ FLAGS = [
     "l2",
 ]
 FLAGS += ["dropout", "augment", "dtype"]
+FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoint.npz", "report.html"}
 
 
@@ -131,6 +135,129 @@ def test_transfer_runs_through(images, tmp_path, capsys):
                 assert moved == name.startswith(("stage5", "logits")), name
 
 
+def test_a_run_with_every_regularizer(images, tmp_path):
+    """Each flag reaches its part, and what is scored and saved is the average of the weights."""
+    config = Config(
+        model="airbench_small",
+        data=images,
+        limit=300,
+        limit_test=100,
+        epochs=2,
+        batch_size=50,
+        learning_rate=0.05,
+        bias_factor=4.0,
+        l2=1e-4,
+        orthogonal=1e-4,
+        max_norm=0.5,
+        clip=1.0,
+        ema=0.9,
+        early_stopping=1,
+        mixup=1.0,
+        cutmix=1.0,
+        erasing=0.5,
+        label_smoothing=0.1,
+        out=str(tmp_path / "run"),
+    )
+    result = cifar10.main(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    best = min(rows, key=lambda row: row["validation_loss"])
+    assert result["test_loss"] == pytest.approx(best["test_loss"], rel=1e-5)
+    with np.load(tmp_path / "run/weights.npz") as saved, np.load(tmp_path / "run/checkpoint.npz") as stored:
+        assert sum(name.startswith("best/") for name in stored.files) == sum(
+            name.startswith("model/") for name in stored.files
+        )
+        kernel = saved["stage2_1_conv/kernel"]
+        assert np.sqrt((kernel**2).sum(axis=(0, 1, 2))).max() <= 0.5 * (1 + 1e-5)
+        assert any(np.array_equal(kernel, stored[name]) for name in stored.files if name.startswith("best/"))
+        assert not any(np.array_equal(kernel, stored[name]) for name in stored.files if name.startswith("model/"))
+    assert json.loads((tmp_path / "run/config.json").read_text())["ema"] == 0.9
+
+
+def test_flags_make_the_optimizer():
+    optimizer = optimizer_of(Config(ema=0.9, bias_factor=2.0, clip=0.5, epochs=8), 10, {})
+    assert type(optimizer) is ExponentialAverage and optimizer.decay == 0.9
+    assert type(optimizer.inner) is LearningRateFactors and optimizer.inner.inner.global_clipnorm == 0.5
+    for share, start in ((0.25, 60), (0.99, 10), (0.01, 80)):
+        optimizer = optimizer_of(Config(swa=share, epochs=8), 10, {})
+        assert type(optimizer) is StochasticAverage and (optimizer.start, optimizer.every) == (start, 10)
+
+
+def test_images_are_held_out_evenly():
+    dataset = load("shapes10", log=lambda line: None).subset(train=205, seed=0)
+    rest, (images, labels) = hold_out(dataset, 0.1, 0)
+    assert np.bincount(labels, minlength=10).tolist() == [2] * 10 and len(rest.y_train) == 185
+    whole = {image.tobytes() for image in dataset.x_train}
+    kept, held = ({image.tobytes() for image in part} for part in (rest.x_train, images))
+    assert kept | held == whole and not kept & held
+    again = hold_out(dataset, 0.1, 0)[1][0]
+    assert np.array_equal(again, images) and not np.array_equal(hold_out(dataset, 0.1, 1)[1][0], images)
+    with pytest.raises(flags.UsageError, match="20 training images are too few to hold out 10% of each class"):
+        hold_out(dataset.subset(train=20), 0.1, 0)
+
+
+def test_mixed_batches_are_of_the_classes():
+    dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
+    plain = batches_of(Config(batch_size=20, cutout=4), dataset, preprocessing_of(dataset))
+    mixed = batches_of(Config(batch_size=20, cutout=4, erasing=0.5), dataset, preprocessing_of(dataset))
+    (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
+    assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
+
+
+SMOKE = {"limit": 100, "limit_test": 50, "epochs": 2, "batch_size": 50, "test_every": 1}
+
+
+def test_regularize_writes_a_table_and_curves(images, tmp_path, capsys):
+    """A row of each kind: by flag, by layer, with a part of the images held out."""
+    config = regularize.RegularizeConfig(
+        only="mixup,shake_shake,early_stopping",
+        data=images,
+        out=str(tmp_path / "r"),
+        **SMOKE,
+    )
+    result = regularize.main(config)
+    rows = {row["regularizer"]: row for row in result["rows"]}
+    assert list(rows) == ["none", "mixup", "shake_shake", "early_stopping"]
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "config.json",
+        "metrics.json",
+        "table.md",
+        "report.html",
+    }
+    stored = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert stored == {key: value for key, value in result.items() if key != "folder"}
+    for row in rows.values():
+        last = row["history"][-1]
+        assert row["gap"] == row["train_accuracy"] - row["test_accuracy"]
+        if row["regularizer"] != "early_stopping":
+            assert (last["train_accuracy"], last["test_accuracy"]) == (row["train_accuracy"], row["test_accuracy"])
+    table = (tmp_path / "r/table.md").read_text()
+    assert table in capsys.readouterr().out and len(table.splitlines()) == 6
+    report = (tmp_path / "r/report.html").read_text()
+    assert report.count("<svg") == 4 + 2 and "shake shake" in report and "http" not in report
+
+
+def test_the_rows_of_regularize_start_alike(images):
+    """The same weights and the same first batch: without its regularizer each row's first loss would be the first's."""
+    dataset = load("cifar10", images, log=lambda line: None).subset(train=50, test=10, seed=0)
+    models = {
+        name: regularize.network(dataset.input_shape, 10, row, seed=0)
+        for name, row in regularize.ROWS.items()
+        if row.layer or name == "none"
+    }
+    outputs = []
+    for model in models.values():
+        regularize.initialize(model, 0)
+        outputs.append(regularize.floors.create(model).predict(dataset.x_test / np.float32(255)))
+    assert len(outputs) == 7 and all(np.array_equal(output, outputs[0]) for output in outputs[1:-1])
+    np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)  # shake-shake's mean
+
+
+def test_regularize_names_its_rows(capsys):
+    assert regularize.command(["--only", "l2,l3"]) == 2
+    assert "--only knows none, l1, l2," in (error := capsys.readouterr().err) and "got l3" in error
+    assert regularize.RegularizeConfig(only="l2,none,l2").rows() == ["none", "l2"]
+
+
 def run_command(*argv: str) -> int:
     return command(cifar10.main, cifar10.RECIPES, "", argv)
 
@@ -145,6 +272,13 @@ def run_command(*argv: str) -> int:
         (["--epochs", "1.5"], "expected a whole number, got '1.5'"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
         (["--dropout", "0.5", "--model", "resnet20"], "--dropout does not apply to resnet20; it does to"),
+        (["--ema", "1"], "--ema must be at least 0 and below 1"),
+        (["--swa", "1"], "--swa must be above 0 and below 1"),
+        (["--ema", "0.9", "--swa", "0.5"], "--ema and --swa are two averages of the weights: give one"),
+        (["--mixup", "0"], "--mixup must be a positive number, got 0"),
+        (["--erasing", "2"], "--erasing must be from 0 to 1"),
+        (["--max-norm", "-1"], "--max-norm must be a positive number"),
+        (["--early-stopping", "0"], "--early-stopping must be at least 1"),
         (["--hidden", "5", "--model", "softmax"], "--hidden does not apply to softmax"),
         (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
         (["--lerning-rate", "1"], "unrecognized arguments"),
