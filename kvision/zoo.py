@@ -23,6 +23,7 @@ PAPERS = (
     "cifar_resnet",
     "wide_resnet",
     "cifar_densenet",
+    "alexnet",
     "vgg",
     "resnet",
     "squeezenet",

@@ -38,6 +38,12 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"stage(\d)_block(\d+)_(\d)_(conv|bn)", "layer{1}.{2-1}.{4}{3}"),
         (r"logits", "linear"),
     ),
+    r"alexnet": (
+        *((f"stage{i}_{j}_conv", f"features.{n}") for i, j, n in ((1, 1, 0), (2, 1, 3), (3, 1, 6), (3, 2, 8), (3, 3, 10))),
+        (r"head_1_dense", "classifier.1"),
+        (r"head_2_dense", "classifier.4"),
+        (r"logits", "classifier.6"),
+    ),
     **{
         f"vgg{depth}{suffix}": _vgg(convolutions, step)
         for depth, convolutions in (

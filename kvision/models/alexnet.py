@@ -1,0 +1,159 @@
+"""AlexNet.
+
+Krizhevsky, Sutskever and Hinton 2012, "ImageNet classification with deep convolutional neural networks",
+https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks: five convolutions,
+max poolings whose windows of 3 overlap at a stride of 2, three dense layers.
+
+- `alexnet`: the network of Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks",
+  https://arxiv.org/abs/1404.5997, as in torchvision: one tower, no normalisation, dropout before the hidden layers.
+- `alexnet_2012`: the paper's own. The second, fourth and fifth convolutions are in two groups, for the two GPUs it was
+  trained on; local response normalisation follows the ReLUs of the first two; dropout comes after the hidden layers.
+  The paper's figures want images of 227 pixels, not the 224 it states.
+
+The dense layers belong to maps of 6x6 pixels. Others are averaged, or repeated, to these, as in torchvision. Kernels
+start from He's values, not from the paper's deviation of 0.01, which suits its widths and its biases of 1 alone.
+"""
+
+from functools import partial
+
+import keras
+from keras import ops
+
+from kvision.layers import Border, Variance, activation, conv, dense, dropout, global_pool, logits, max_pool
+from kvision.models import Paper
+
+PAPER = Paper(
+    "ImageNet classification with deep convolutional neural networks",
+    "Krizhevsky, Sutskever and Hinton",
+    2012,
+    "https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
+    input_shape=(224, 224, 3),
+    classes=1000,
+    shapes={"alexnet_2012": (227, 227, 3)},
+)
+
+# The convolutions of each stage: the window, and whether the two towers stay apart. A pooling ends each stage.
+STAGES = (((11, False),), ((5, True),), ((3, False), (3, True), (3, True)))
+
+
+@keras.saving.register_keras_serializable("kvision")
+class AdaptivePool(keras.layers.Layer):
+    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
+
+    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, and repeat
+    pixels where h is less than n, as PyTorch has it. Keras's own layer gives NaN on JAX.
+    """
+
+    def __init__(self, size: tuple[int, int], **options):
+        super().__init__(**options)
+        self.size = tuple(size)
+
+    def call(self, x):
+        for axis, cells in enumerate(self.size, start=1):
+            length = x.shape[axis]
+            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
+            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
+            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], *self.size, input_shape[-1])
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+@keras.saving.register_keras_serializable("kvision")
+class LocalResponseNorm(keras.layers.Layer):
+    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
+
+    Section 3.3 of the paper, with its values as defaults. Channels beyond the first and last count as 0. Caffe, PyTorch
+    and cuDNN divide their alpha by `size` first: theirs is `size` times the one here.
+
+    Args:
+        size: channels in a sum, the value's own in the middle; an odd number.
+
+    Raises:
+        ValueError: an even size.
+    """
+
+    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
+        super().__init__(**options)
+        if size % 2 == 0:
+            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
+        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
+
+    def call(self, x):
+        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
+        channels, reach = x.shape[-1], self.size // 2
+        squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
+        total = sum(squares[..., i : i + channels] for i in range(self.size))
+        return ops.cast(wide * (self.k + self.alpha * total) ** -self.beta, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
+        return {**super().get_config(), **own}
+
+
+def alexnet(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    filters: tuple[int, int, int, int, int],
+    towers: int = 1,
+    hidden: int = 4096,
+    dropout_rate: float = 0.5,
+    name: str,
+) -> keras.Model:
+    """Images (n, h, w, c) to logits (n, classes); to the pooled features of the last convolution where it is 0.
+
+    Args:
+        filters: of each convolution.
+        towers: 1 for the network of 2014, 2 for that of 2012.
+        hidden: units of each of the two hidden dense layers.
+        dropout_rate: of the two dropouts.
+
+    Raises:
+        ValueError: other than 1 or 2 towers; images too small for the poolings, 63 pixels with one and 67 with two.
+    """
+    if towers not in (1, 2):
+        raise ValueError(f"{name} has 1 or 2 towers, got {towers}")
+    least = 63 if towers == 1 else 67
+    if min(input_shape[:2]) < least:
+        raise ValueError(
+            f"{name} needs images of at least {least}x{least} pixels, got {input_shape[0]}x{input_shape[1]}"
+        )
+    inputs = keras.Input(input_shape, name="image")
+    x = inputs if towers == 2 else Border(((2, 2), (2, 2)), name="stage1_1_conv_pad")(inputs)
+    convolution, widths = partial(conv, use_bias=True, initializer=Variance(2.0, "in")), iter(filters)
+    for i, convolutions in enumerate(STAGES, start=1):
+        for j, (size, parted) in enumerate(convolutions, start=1):
+            strides, padding = (4, "valid") if size == 11 else (1, "same")
+            groups = towers if parted else 1
+            x = convolution(next(widths), size, strides, name=f"stage{i}_{j}_conv", padding=padding, groups=groups)(x)
+            x = activation("relu", name=f"stage{i}_{j}_relu")(x)
+        if towers == 2 and i < 3:
+            x = LocalResponseNorm(name=f"stage{i}_lrn")(x)
+        x = max_pool(3, 2, name=f"stage{i}")(x)
+    if not classes:
+        return keras.Model(inputs, global_pool()(x), name=name)
+    if x.shape[1:3] != (6, 6):
+        x = AdaptivePool((6, 6), name="head_pool")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    for i in (1, 2):
+        if towers == 1:
+            x = dropout(dropout_rate, name=f"head_{i}_dropout")(x)
+        x = dense(hidden, name=f"head_{i}_dense")(x)
+        x = activation("relu", name=f"head_{i}_relu")(x)
+        if towers == 2:
+            x = dropout(dropout_rate, name=f"head_{i}_dropout")(x)
+    return keras.Model(inputs, logits(classes)(x), name=name)
+
+
+VARIANTS = {
+    "alexnet": partial(alexnet, filters=(64, 192, 384, 256, 256), name="alexnet"),
+    "alexnet_2012": partial(alexnet, filters=(96, 256, 384, 384, 256), towers=2, name="alexnet_2012"),
+}
