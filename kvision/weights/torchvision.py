@@ -17,6 +17,7 @@ LEAVES = {
     "moving_variance": "running_var",
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
+HALF = (0.5, 0.5, 0.5)
 
 
 def _vgg(convolutions: tuple[int, ...], step: int) -> tuple[tuple[str, str], ...]:
@@ -73,6 +74,16 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         )
         for name, offsets in (("squeezenet1_0", (2, 6, 11)), ("squeezenet1_1", (2, 5, 8)))
     },
+    r"googlenet": (
+        (r"stage1_(conv|bn)", "conv1.{1}"),
+        (r"stage2_(\d)_(conv|bn)", "conv{1+1}.{2}"),
+        (r"stage(\d)_(\w)_branch([14])_1_(conv|bn)", "inception{1}{2}.branch{3}.{4}"),
+        (r"stage(\d)_(\w)_branch(\d)_(\d)_(conv|bn)", "inception{1}{2}.branch{3}.{4-1}.{5}"),
+        (r"aux(\d)_(conv|bn)", "aux{1}.conv.{2}"),
+        (r"aux(\d)_dense", "aux{1}.fc1"),
+        (r"aux(\d)_logits", "aux{1}.fc2"),
+        (r"logits", "fc"),
+    ),
     r"densenet\d+": (
         (r"stem_conv", "features.conv0"),
         (r"stem_bn", "features.norm0"),
@@ -165,7 +176,9 @@ def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
 def preprocessing(name: str) -> Preprocessing:
     """How images were prepared for the published weights of a network: whitened by channel.
 
-    For ImageNet they are resized and the centre 7/8 is cut out; the CIFAR ResNets read whole images.
+    For ImageNet they are resized and the centre 7/8 is cut out; the CIFAR ResNets read whole images. The weights of
+    GoogLeNet and Inception v3 came from TensorFlow: torchvision's `transform_input` takes its whitening back and brings
+    the pixels from -1 to 1.
 
     Raises:
         WeightsError: torchvision has no such network.
@@ -173,4 +186,7 @@ def preprocessing(name: str) -> Preprocessing:
     rows_of(name)
     if re.fullmatch(r"resnet(20|32|44|56|110)", name):
         return Preprocessing(mean=MEAN, std=STD, size=(32, 32))
-    return Preprocessing(mean=MEAN, std=STD, size=(224, 224), crop=0.875)
+    if name == "inception_v3":
+        return Preprocessing(mean=HALF, std=HALF, size=(299, 299), crop=299 / 342)
+    mean, std = (HALF, HALF) if name == "googlenet" else (MEAN, STD)
+    return Preprocessing(mean=mean, std=std, size=(224, 224), crop=0.875)
