@@ -189,7 +189,7 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     return {**result, "seconds": time.perf_counter() - started, "history": history.epochs}
 
 
-COLUMNS = ("regularizer", "setting", "train", "test", "gap", "test against none")
+COLUMNS = ("regularizer", "setting", "train", "test", "gap, points", "test against none, points")
 
 
 def cells(rows: list[dict]) -> list[list[str]]:
@@ -222,7 +222,9 @@ def write_report(folder: Path, result: dict) -> None:
     for row in rows:
         series = {"train": curve(row, "train_accuracy"), "test": curve(row, "test_accuracy")}
         series |= {"test, none": plain} if row is not rows[0] else {}
-        charts.append(line_chart(series, row["regularizer"].replace("_", " "), "epoch", "accuracy, %", height=240))
+        charts.append(
+            line_chart(series, row["regularizer"].replace("_", " "), "epoch", "accuracy, %", zero=True, height=240)
+        )
     names = [row["regularizer"].replace("_", " ") for row in rows]
     bars = (
         bar_chart({n: 100 * row["test_accuracy"] for n, row in zip(names, rows, strict=True)}, "%", "Test accuracy"),
