@@ -25,11 +25,13 @@ PAPERS = (
     "cifar_densenet",
     "alexnet",
     "vgg",
+    "inception_v1",
     "resnet",
     "squeezenet",
     "densenet",
     "mobilenet_v2",
     "mnasnet",
+    "spatial_transformer",
 )
 
 

@@ -40,7 +40,10 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"logits", "linear"),
     ),
     r"alexnet": (
-        *((f"stage{i}_{j}_conv", f"features.{n}") for i, j, n in ((1, 1, 0), (2, 1, 3), (3, 1, 6), (3, 2, 8), (3, 3, 10))),
+        *(
+            (f"stage{i}_{j}_conv", f"features.{n}")
+            for i, j, n in ((1, 1, 0), (2, 1, 3), (3, 1, 6), (3, 2, 8), (3, 3, 10))
+        ),
         (r"head_1_dense", "classifier.1"),
         (r"head_2_dense", "classifier.4"),
         (r"logits", "classifier.6"),
@@ -77,7 +80,8 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     r"googlenet": (
         (r"stage1_(conv|bn)", "conv1.{1}"),
         (r"stage2_(\d)_(conv|bn)", "conv{1+1}.{2}"),
-        (r"stage(\d)_(\w)_branch([14])_1_(conv|bn)", "inception{1}{2}.branch{3}.{4}"),
+        (r"stage(\d)_(\w)_branch1_1_(conv|bn)", "inception{1}{2}.branch1.{3}"),
+        (r"stage(\d)_(\w)_branch4_1_(conv|bn)", "inception{1}{2}.branch4.1.{3}"),
         (r"stage(\d)_(\w)_branch(\d)_(\d)_(conv|bn)", "inception{1}{2}.branch{3}.{4-1}.{5}"),
         (r"aux(\d)_(conv|bn)", "aux{1}.conv.{2}"),
         (r"aux(\d)_dense", "aux{1}.fc1"),

@@ -1,0 +1,234 @@
+"""GoogLeNet, the first Inception.
+
+Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke and Rabinovich 2014, "Going deeper with convolutions",
+https://arxiv.org/abs/1409.4842, table 1: modules of four branches side by side, a 1x1 convolution, a 1x1 before a 3x3,
+a 1x1 before a 5x5, and a 1x1 after a 3x3 max pooling. The stages have the paper's numbers, the modules its letters.
+
+- `inception_v1`: the paper's own, without batch norm, in the details that it leaves open as Caffe's `bvlc_googlenet`,
+  https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet: the constants of local response normalisation (k of
+  1, alpha of 1e-4 / 5), and poolings that keep a last window over the border.
+- `googlenet`: torchvision's, ported from TensorFlow: a batch norm after each convolution, 3x3 in place of 5x5, the
+  fourth pooling 2x2, and auxiliary heads on the mean over 4x4 cells.
+- `inception_v1_tf`: TF-Slim's `inception_v1`: the same with TensorFlow's padding, batch norms without scale and, in its
+  published weights, no auxiliary heads; built here they are the paper's.
+
+torchvision's `transform_input` is part of the preprocessing here, see `kvision.weights.torchvision.preprocessing`.
+"""
+
+from functools import partial
+
+import keras
+from keras import ops
+
+from kvision.layers import (
+    Variance,
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    dense,
+    dropout,
+    global_pool,
+    logits,
+    max_pool,
+)
+from kvision.models import Paper
+
+PAPER = Paper(
+    "Going deeper with convolutions",
+    "Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke and Rabinovich",
+    2014,
+    "https://arxiv.org/abs/1409.4842",
+    input_shape=(224, 224, 3),
+    classes=1000,
+)
+
+# Table 1: filters of 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool proj in the modules a, b, ... of each stage.
+MODULES = {
+    3: (
+        (64, 96, 128, 16, 32, 32),
+        (128, 128, 192, 32, 96, 64),
+    ),
+    4: (
+        (192, 96, 208, 16, 48, 64),
+        (160, 112, 224, 24, 64, 64),
+        (128, 128, 256, 24, 64, 64),
+        (112, 144, 288, 32, 64, 64),
+        (256, 160, 320, 32, 128, 128),
+    ),
+    5: (
+        (256, 160, 320, 32, 128, 128),
+        (384, 192, 384, 48, 128, 128),
+    ),
+}
+HEADS = {"stage4_a": "aux1", "stage4_d": "aux2"}  # the auxiliary ones, and what they read
+
+NORMS = {
+    "paper": None,
+    "torchvision": partial(batch_norm, epsilon=1e-3),
+    "slim": partial(batch_norm, momentum=0.9997, epsilon=1e-3, scale=False),
+}
+
+
+@keras.saving.register_keras_serializable("kvision")
+class AdaptivePool(keras.layers.Layer):
+    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
+
+    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, and repeat
+    pixels where h is less than n, as PyTorch has it. Keras's own layer gives NaN on JAX.
+    """
+
+    def __init__(self, size: tuple[int, int], **options):
+        super().__init__(**options)
+        self.size = tuple(size)
+
+    def call(self, x):
+        for axis, cells in enumerate(self.size, start=1):
+            length = x.shape[axis]
+            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
+            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
+            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], *self.size, input_shape[-1])
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+@keras.saving.register_keras_serializable("kvision")
+class LocalResponseNorm(keras.layers.Layer):
+    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
+
+    Section 3.3 of the paper, with its values as defaults. Channels beyond the first and last count as 0. Caffe, PyTorch
+    and cuDNN divide their alpha by `size` first: theirs is `size` times the one here.
+
+    Args:
+        size: channels in a sum, the value's own in the middle; an odd number.
+
+    Raises:
+        ValueError: an even size.
+    """
+
+    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
+        super().__init__(**options)
+        if size % 2 == 0:
+            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
+        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
+
+    def call(self, x):
+        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
+        channels, reach = x.shape[-1], self.size // 2
+        squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
+        total = sum(squares[..., i : i + channels] for i in range(self.size))
+        return ops.cast(wide * (self.k + self.alpha * total) ** -self.beta, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
+        return {**super().get_config(), **own}
+
+
+def inception_v1(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    wiring: str = "paper",
+    width: float = 1.0,
+    auxiliary: bool = False,
+    dropout_rate: float = 0.4,
+    name: str,
+) -> keras.Model:
+    """Images (n, h, w, c) to logits (n, classes); to the 1024 `width` pooled features where `classes` is 0.
+
+    Args:
+        wiring: "paper", "torchvision" or "slim", see the file's first lines.
+        width: what all filters are multiplied by.
+        auxiliary: give a list of three outputs, `logits` and those of two heads on the fourth stage.
+        dropout_rate: before the last layer; in the auxiliary heads it is 0.7.
+
+    Raises:
+        ValueError: an unknown wiring; images too small for the poolings: 31 pixels for the paper's wiring, 15 for
+            torchvision's; 79 for the auxiliary heads of other wirings than torchvision's (65 for slim's).
+    """
+    if wiring not in NORMS:
+        raise ValueError(f"wiring must be one of {', '.join(NORMS)}, got {wiring!r}")
+    auxiliary = auxiliary and classes > 0
+    least = {"paper": 79 if auxiliary else 31, "torchvision": 15, "slim": 65 if auxiliary else 1}[wiring]
+    if min(input_shape[:2]) < least:
+        raise ValueError(
+            f"{name}{' with auxiliary heads' * auxiliary} needs images of at least {least}x{least} pixels, "
+            f"got {input_shape[0]}x{input_shape[1]}"
+        )
+    norm, padding = NORMS[wiring], "tensorflow" if wiring == "slim" else "same"
+    shrink = partial(max_pool, padding="tensorflow") if wiring == "slim" else partial(max_pool, ceil=True)
+    scaled = lambda filters: max(1, int(filters * width))  # noqa: E731
+
+    def unit(x, filters, size, strides=1, *, name, tap=None):
+        initializer = Variance(2.0, "in")
+        options = {"use_bias": norm is None, "padding": padding, "initializer": initializer}
+        x = conv(scaled(filters), size, strides, name=f"{name}_conv", **options)(x)
+        if norm:
+            x = norm(name=f"{name}_bn")(x)
+        return activation("relu", name=tap or f"{name}_relu")(x)
+
+    def module(x, row, *, name, tap):
+        """The four branches of a row of table 1; `tap` names their concatenation."""
+        one, reduce3, three, reduce5, five, pooled = row
+        a = unit(x, one, 1, name=f"{name}_branch1_1")
+        b = unit(x, reduce3, 1, name=f"{name}_branch2_1")
+        b = unit(b, three, 3, name=f"{name}_branch2_2")
+        c = unit(x, reduce5, 1, name=f"{name}_branch3_1")
+        c = unit(c, five, 5 if wiring == "paper" else 3, name=f"{name}_branch3_2")
+        d = max_pool(3, 1, name=f"{name}_branch4_pool", padding="same")(x)
+        d = unit(d, pooled, 1, name=f"{name}_branch4_1")
+        return keras.layers.Concatenate(name=tap)([a, b, c, d])
+
+    def head(x, *, name):
+        """Logits of an auxiliary head."""
+        pool = (
+            AdaptivePool((4, 4), name=f"{name}_pool")
+            if wiring == "torchvision"
+            else avg_pool(5, 3, name=f"{name}_pool")
+        )
+        x = unit(pool(x), 128, 1, name=name)
+        x = keras.layers.Flatten(name=f"{name}_flatten")(x)
+        x = dense(scaled(1024), name=f"{name}_dense")(x)
+        x = activation("relu", name=f"{name}_dense_relu")(x)
+        x = dropout(0.7, name=f"{name}_dropout")(x)
+        return logits(classes, name=f"{name}_logits")(x)
+
+    inputs = keras.Input(input_shape, name="image")
+    x = unit(inputs, 64, 7, 2, name="stage1", tap="stage1")
+    x = shrink(3, 2, name="stage1_pool")(x)
+    if wiring == "paper":
+        x = LocalResponseNorm(k=1.0, alpha=1e-4 / 5, name="stage1_lrn")(x)
+    x = unit(x, 64, 1, name="stage2_1")
+    x = unit(x, 192, 3, name="stage2_2", tap="stage2")
+    if wiring == "paper":
+        x = LocalResponseNorm(k=1.0, alpha=1e-4 / 5, name="stage2_lrn")(x)
+    heads = []
+    for stage, rows in MODULES.items():
+        size = 3 if stage < 5 or wiring == "paper" else 2
+        x = shrink(size, 2, name=f"stage{stage - 1}_pool")(x)
+        for letter, row in zip("abcde", rows, strict=False):
+            block = f"stage{stage}_{letter}"
+            x = module(x, row, name=block, tap=f"stage{stage}" if row is rows[-1] else block)
+            if auxiliary and block in HEADS:
+                heads.append(head(x, name=HEADS[block]))
+    x = global_pool()(x)
+    if not classes:
+        return keras.Model(inputs, x, name=name)
+    x = dropout(dropout_rate, name="head_dropout")(x)
+    x = logits(classes)(x)
+    return keras.Model(inputs, [x, *heads] if heads else x, name=name)
+
+
+VARIANTS = {
+    "inception_v1": partial(inception_v1, name="inception_v1"),
+    "googlenet": partial(inception_v1, wiring="torchvision", dropout_rate=0.2, name="googlenet"),
+    "inception_v1_tf": partial(inception_v1, wiring="slim", dropout_rate=0.2, name="inception_v1_tf"),
+}
