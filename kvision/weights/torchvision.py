@@ -18,6 +18,7 @@ LEAVES = {
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
 HALF = (0.5, 0.5, 0.5)
+LATER = ("mnasnet0_75", "mnasnet1_3")  # trained by torchvision's later recipe, whose images are cut from 232 pixels
 
 
 def _vgg(convolutions: tuple[int, ...], step: int) -> tuple[tuple[str, str], ...]:
@@ -40,10 +41,11 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"logits", "linear"),
     ),
     r"alexnet": (
-        *(
-            (f"stage{i}_{j}_conv", f"features.{n}")
-            for i, j, n in ((1, 1, 0), (2, 1, 3), (3, 1, 6), (3, 2, 8), (3, 3, 10))
-        ),
+        (r"stage1_1_conv", "features.0"),
+        (r"stage2_1_conv", "features.3"),
+        (r"stage3_1_conv", "features.6"),
+        (r"stage3_2_conv", "features.8"),
+        (r"stage3_3_conv", "features.10"),
         (r"head_1_dense", "classifier.1"),
         (r"head_2_dense", "classifier.4"),
         (r"logits", "classifier.6"),
@@ -180,9 +182,9 @@ def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
 def preprocessing(name: str) -> Preprocessing:
     """How images were prepared for the published weights of a network: whitened by channel.
 
-    For ImageNet they are resized and the centre 7/8 is cut out; the CIFAR ResNets read whole images. The weights of
-    GoogLeNet and Inception v3 came from TensorFlow: torchvision's `transform_input` takes its whitening back and brings
-    the pixels from -1 to 1.
+    For ImageNet the shorter side is resized, to 256 pixels or as the recipe had it, and the centre is cut out; the CIFAR
+    ResNets read whole images. The weights of GoogLeNet and Inception v3 came from TensorFlow: torchvision's
+    `transform_input` takes its whitening back and brings the pixels to -1 .. 1.
 
     Raises:
         WeightsError: torchvision has no such network.
@@ -190,7 +192,6 @@ def preprocessing(name: str) -> Preprocessing:
     rows_of(name)
     if re.fullmatch(r"resnet(20|32|44|56|110)", name):
         return Preprocessing(mean=MEAN, std=STD, size=(32, 32))
-    if name == "inception_v3":
-        return Preprocessing(mean=HALF, std=HALF, size=(299, 299), crop=299 / 342)
-    mean, std = (HALF, HALF) if name == "googlenet" else (MEAN, STD)
-    return Preprocessing(mean=mean, std=std, size=(224, 224), crop=0.875)
+    mean, std = (HALF, HALF) if name in ("googlenet", "inception_v3") else (MEAN, STD)
+    size, whole = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
+    return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / whole)
