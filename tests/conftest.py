@@ -1,5 +1,12 @@
+import gc
+
+import keras  # noqa: F401 (imported before the line below)
 import numpy as np
 import pytest
+
+# A backend is a million objects: passing over them in every collection takes longer than many a test.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)

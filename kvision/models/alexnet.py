@@ -17,9 +17,20 @@ start from He's values, not from the paper's deviation of 0.01, which suits its 
 from functools import partial
 
 import keras
-from keras import ops
 
-from kvision.layers import Border, Variance, activation, conv, dense, dropout, global_pool, logits, max_pool
+from kvision.layers import (
+    AdaptivePool,
+    Border,
+    LocalResponseNorm,
+    Variance,
+    activation,
+    conv,
+    dense,
+    dropout,
+    global_pool,
+    logits,
+    max_pool,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -34,68 +45,6 @@ PAPER = Paper(
 
 # The convolutions of each stage: the window, and whether the two towers stay apart. A pooling ends each stage.
 STAGES = (((11, False),), ((5, True),), ((3, False), (3, True), (3, True)))
-
-
-@keras.saving.register_keras_serializable("kvision")
-class AdaptivePool(keras.layers.Layer):
-    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
-
-    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, and repeat
-    pixels where h is less than n, as PyTorch has it. Keras's own layer gives NaN on JAX.
-    """
-
-    def __init__(self, size: tuple[int, int], **options):
-        super().__init__(**options)
-        self.size = tuple(size)
-
-    def call(self, x):
-        for axis, cells in enumerate(self.size, start=1):
-            length = x.shape[axis]
-            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
-            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
-            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
-        return x
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], *self.size, input_shape[-1])
-
-    def get_config(self):
-        return {**super().get_config(), "size": self.size}
-
-
-@keras.saving.register_keras_serializable("kvision")
-class LocalResponseNorm(keras.layers.Layer):
-    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
-
-    Section 3.3 of the paper, with its values as defaults. Channels beyond the first and last count as 0. Caffe, PyTorch
-    and cuDNN divide their alpha by `size` first: theirs is `size` times the one here.
-
-    Args:
-        size: channels in a sum, the value's own in the middle; an odd number.
-
-    Raises:
-        ValueError: an even size.
-    """
-
-    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
-        super().__init__(**options)
-        if size % 2 == 0:
-            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
-        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
-
-    def call(self, x):
-        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
-        channels, reach = x.shape[-1], self.size // 2
-        squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
-        total = sum(squares[..., i : i + channels] for i in range(self.size))
-        return ops.cast(wide * (self.k + self.alpha * total) ** -self.beta, x.dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
-        return {**super().get_config(), **own}
 
 
 def alexnet(

@@ -13,9 +13,8 @@ units fewer for small images: 512 is usual on CIFAR-10.
 from functools import partial
 
 import keras
-from keras import ops
 
-from kvision.layers import Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
+from kvision.layers import AdaptivePool, Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -26,33 +25,6 @@ PAPER = Paper(
     input_shape=(224, 224, 3),
     classes=1000,
 )
-
-
-@keras.saving.register_keras_serializable("kvision")
-class AdaptivePool(keras.layers.Layer):
-    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
-
-    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, as PyTorch has
-    it. Keras's own layer gives NaN on JAX.
-    """
-
-    def __init__(self, size: tuple[int, int], **options):
-        super().__init__(**options)
-        self.size = tuple(size)
-
-    def call(self, x):
-        for axis, cells in enumerate(self.size, start=1):
-            length = x.shape[axis]
-            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
-            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
-            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
-        return x
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], *self.size, input_shape[-1])
-
-    def get_config(self):
-        return {**super().get_config(), "size": self.size}
 
 
 def vgg(

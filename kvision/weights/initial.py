@@ -46,7 +46,9 @@ def initialize(model: keras.Model, seed: int) -> None:
     """
     for layer in model._flatten_layers(include_self=False):
         for variable in layer._trainable_variables + layer._non_trainable_variables:
-            initializer = getattr(layer, f"{variable.name}_initializer", None)
+            kind = "depthwise" if isinstance(layer, keras.layers.DepthwiseConv2D) else "kernel"  # Keras's other name
+            attribute = f"{kind if variable.name == 'kernel' else variable.name}_initializer"
+            initializer = getattr(layer, attribute, None)
             generator = stream(seed, "initial", variable.path)
             variable.assign(_draw(initializer, tuple(variable.shape), generator, variable.path))
         # By number, not by name: Keras numbers the names of generators on through the whole process.
