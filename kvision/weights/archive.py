@@ -17,8 +17,11 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 
@@ -72,8 +75,12 @@ def dtype_fault(dtype: np.dtype) -> str | None:
 
 def digest(array: np.ndarray) -> str:
     """The sha256, in hexadecimal, of an array's values: in C order, little-endian, without any header."""
-    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return hashlib.sha256(plain.reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(plain_bytes(array)).hexdigest()
+
+
+def plain_bytes(array: np.ndarray) -> np.ndarray:
+    """An array's values as bytes: in C order, little-endian."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -320,15 +327,45 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
             raise refusal(path, fault)
         if fault := dtype_fault(array.dtype):
             raise refusal(path, f"{key} {fault}")
+    members = {f"{key}.npy": partial(_array_bytes, array) for key, array in arrays.items()}
+    write_zip(path, dict(sorted(members.items())))
+
+
+def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[bytes | np.ndarray]]]) -> None:
+    """Write a zip file of members, stored, whole or not at all; the same members give the same bytes.
+
+    Args:
+        members: by name, in the order of the file: what gives each one's bytes, in pieces.
+
+    Raises:
+        WeightsError: the disk refuses.
+    """
+    with whole(path) as file, zipfile.ZipFile(file, "w") as zipped:
+        for name, pieces in members.items():
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the earliest that zip knows
+            info.create_system = 3  # Unix, on every system
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            pieces = list(pieces())
+            info.file_size = sum(memoryview(piece).nbytes for piece in pieces)
+            with zipped.open(info, "w") as member:
+                for piece in pieces:
+                    member.write(piece)
+
+
+@contextmanager
+def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` only once everything is written.
+
+    Raises:
+        WeightsError: the disk refuses.
+    """
     folder, name = os.path.split(os.fspath(path))
     # Beside the target, because a rename is whole or not at all only within one file system.
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with open(temporary, "xb") as file:
-                with zipfile.ZipFile(file, "w") as zipped:
-                    for key, array in sorted(arrays.items(), key=lambda item: item[0] + ".npy"):
-                        _write_member(zipped, key, array)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -339,12 +376,5 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         raise refusal(path, f"cannot be written: {error.strerror or error}") from None
 
 
-def _write_member(zipped: zipfile.ZipFile, key: str, array: np.ndarray) -> None:
-    header = _header(array)
-    info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # the earliest that zip knows
-    info.create_system = 3  # Unix, on every system
-    info.external_attr = (stat.S_IFREG | 0o644) << 16
-    info.file_size = len(header) + array.nbytes
-    with zipped.open(info, "w") as member:
-        member.write(header)
-        member.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8))
+def _array_bytes(array: np.ndarray) -> list[bytes | np.ndarray]:
+    return [_header(array), plain_bytes(array)]
