@@ -26,6 +26,8 @@ PAPERS = (
     "alexnet",
     "vgg",
     "inception_v1",
+    "inception_v2",
+    "inception_v3",
     "resnet",
     "squeezenet",
     "densenet",

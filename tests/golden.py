@@ -34,6 +34,7 @@ CASES = [
     # Maps of 8x1 pixels, averaged and repeated to 6x6.
     Case("alexnet", "alexnet", (300, 70, 3), own={"filters": (6, 8, 10, 9, 7), "hidden": 8}),
     Case("googlenet", "googlenet", (66, 79, 3), own={"width": 0.25, "auxiliary": True}),
+    Case("inception_v3", "inception_v3", (299, 305, 3), own={"width": 0.1, "auxiliary": True}),
     # Maps of 7x8 and 10x7 pixels, which are averaged to 7x7.
     Case("vgg11", "vgg", (224, 256, 3), own={"hidden": 8, "width": 4}),
     Case("vgg11_bn", "vgg", (320, 224, 3), own={"hidden": 8, "width": 4}),

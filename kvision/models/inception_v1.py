@@ -18,9 +18,10 @@ torchvision's `transform_input` is part of the preprocessing here, see `kvision.
 from functools import partial
 
 import keras
-from keras import ops
 
 from kvision.layers import (
+    AdaptivePool,
+    LocalResponseNorm,
     Variance,
     activation,
     avg_pool,
@@ -68,68 +69,6 @@ NORMS = {
     "torchvision": partial(batch_norm, epsilon=1e-3),
     "slim": partial(batch_norm, momentum=0.9997, epsilon=1e-3, scale=False),
 }
-
-
-@keras.saving.register_keras_serializable("kvision")
-class AdaptivePool(keras.layers.Layer):
-    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
-
-    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, and repeat
-    pixels where h is less than n, as PyTorch has it. Keras's own layer gives NaN on JAX.
-    """
-
-    def __init__(self, size: tuple[int, int], **options):
-        super().__init__(**options)
-        self.size = tuple(size)
-
-    def call(self, x):
-        for axis, cells in enumerate(self.size, start=1):
-            length = x.shape[axis]
-            ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
-            parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
-            x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)
-        return x
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], *self.size, input_shape[-1])
-
-    def get_config(self):
-        return {**super().get_config(), "size": self.size}
-
-
-@keras.saving.register_keras_serializable("kvision")
-class LocalResponseNorm(keras.layers.Layer):
-    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
-
-    Section 3.3 of the paper, with its values as defaults. Channels beyond the first and last count as 0. Caffe, PyTorch
-    and cuDNN divide their alpha by `size` first: theirs is `size` times the one here.
-
-    Args:
-        size: channels in a sum, the value's own in the middle; an odd number.
-
-    Raises:
-        ValueError: an even size.
-    """
-
-    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
-        super().__init__(**options)
-        if size % 2 == 0:
-            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
-        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
-
-    def call(self, x):
-        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
-        channels, reach = x.shape[-1], self.size // 2
-        squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
-        total = sum(squares[..., i : i + channels] for i in range(self.size))
-        return ops.cast(wide * (self.k + self.alpha * total) ** -self.beta, x.dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
-        return {**super().get_config(), **own}
 
 
 def inception_v1(
@@ -189,12 +128,8 @@ def inception_v1(
 
     def head(x, *, name):
         """Logits of an auxiliary head."""
-        pool = (
-            AdaptivePool((4, 4), name=f"{name}_pool")
-            if wiring == "torchvision"
-            else avg_pool(5, 3, name=f"{name}_pool")
-        )
-        x = unit(pool(x), 128, 1, name=name)
+        pool = partial(AdaptivePool, (4, 4)) if wiring == "torchvision" else partial(avg_pool, 5, 3)
+        x = unit(pool(name=f"{name}_pool")(x), 128, 1, name=name)
         x = keras.layers.Flatten(name=f"{name}_flatten")(x)
         x = dense(scaled(1024), name=f"{name}_dense")(x)
         x = activation("relu", name=f"{name}_dense_relu")(x)

@@ -32,6 +32,18 @@ def _vgg(convolutions: tuple[int, ...], step: int) -> tuple[tuple[str, str], ...
     return (*rows, ("head_1_dense", "classifier.0"), ("head_2_dense", "classifier.3"), ("logits", "classifier.6"))
 
 
+# The modules of Inception v3 by their names here and there, and the names of their branches.
+_FIVE = ("branch1x1", "branch5x5_{1}", "branch3x3dbl_{1}", "branch_pool")
+_SEVEN = ("branch1x1", "branch7x7_{1}", "branch7x7dbl_{1}", "branch_pool")
+_SPREAD = ("branch1x1", "branch3x3_{1}", "branch3x3dbl_{1}", "branch_pool")
+INCEPTION_V3 = {
+    **{f"stage3_{ours}": (f"Mixed_5{theirs}", _FIVE) for ours, theirs in zip("abc", "bcd", strict=True)},
+    "stage4_a": ("Mixed_6a", ("branch3x3", "branch3x3dbl_{1}")),
+    **{f"stage4_{letter}": (f"Mixed_6{letter}", _SEVEN) for letter in "bcde"},
+    "stage5_a": ("Mixed_7a", ("branch3x3_{1}", "branch7x7x3_{1}")),
+    **{f"stage5_{letter}": (f"Mixed_7{letter}", _SPREAD) for letter in "bc"},
+}
+
 # For each family, a pattern of our networks' names and the rows from our layers to torchvision's modules.
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     # Idelbayev's CIFAR ResNets, https://github.com/akamaster/pytorch_resnet_cifar10
@@ -88,6 +100,27 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"aux(\d)_(conv|bn)", "aux{1}.conv.{2}"),
         (r"aux(\d)_dense", "aux{1}.fc1"),
         (r"aux(\d)_logits", "aux{1}.fc2"),
+        (r"logits", "fc"),
+    ),
+    r"inception_v3": (
+        *(
+            (rf"{ours}_(conv|bn)", f"{theirs}.{{1}}")
+            for ours, theirs in (
+                ("stage1_1", "Conv2d_1a_3x3"),
+                ("stage1_2", "Conv2d_2a_3x3"),
+                ("stage1_3", "Conv2d_2b_3x3"),
+                ("stage2_1", "Conv2d_3b_1x1"),
+                ("stage2_2", "Conv2d_4a_3x3"),
+                ("aux1_1", "AuxLogits.conv0"),
+                ("aux1_2", "AuxLogits.conv1"),
+            )
+        ),
+        *(
+            (rf"{ours}_branch{i}_(\d[ab]?)_(conv|bn)", f"{theirs}.{branch}.{{2}}")
+            for ours, (theirs, branches) in INCEPTION_V3.items()
+            for i, branch in enumerate(branches, start=1)
+        ),
+        (r"aux1_logits", "AuxLogits.fc"),
         (r"logits", "fc"),
     ),
     r"densenet\d+": (
@@ -182,8 +215,8 @@ def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
 def preprocessing(name: str) -> Preprocessing:
     """How images were prepared for the published weights of a network: whitened by channel.
 
-    For ImageNet the shorter side is resized, to 256 pixels or as the recipe had it, and the centre is cut out; the CIFAR
-    ResNets read whole images. The weights of GoogLeNet and Inception v3 came from TensorFlow: torchvision's
+    For ImageNet the shorter side is resized, to 256 pixels or as the recipe had it, and the centre is cut out; the
+    CIFAR ResNets read whole images. The weights of GoogLeNet and Inception v3 came from TensorFlow: torchvision's
     `transform_input` takes its whitening back and brings the pixels to -1 .. 1.
 
     Raises:
