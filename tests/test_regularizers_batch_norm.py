@@ -222,6 +222,25 @@ def test_recalibration_pools_the_moments_of_all_images():
         assert ("moving" in path) != np.array_equal(array, before[path]), path
 
 
+def test_recalibration_of_branches():
+    """Each batch norm gets its own, in whatever order the graph is walked."""
+    inputs = keras.Input((6, 6, 3))
+    x = batch_norm(name="stem_bn")(conv(3, 3, name="stem_conv")(inputs))
+    branches = []
+    for side in ("a", "b"):
+        y = batch_norm(name=f"{side}_1_bn")(conv(4, 3, name=f"{side}_1_conv")(x))
+        branches.append(batch_norm(name=f"{side}_2_bn")(conv(4, 3, name=f"{side}_2_conv")(y)))
+    short = batch_norm(name="short_bn")(conv(4, 1, name="short_conv")(x))
+    model = fill(keras.Model(inputs, layers.Add(name="add")([short, *branches])))
+    images = 2 * noise(4, 6, 6, 3) + 1
+    norms.recalibrate(model, [engine.create(norms.moments(model)).predict(images)])
+    # Of one batch: at inference each batch norm now sees what it normalises to mean 0 and deviation 1.
+    for norm in norms.batch_norms(model):
+        seen = predict(keras.Model(model.input, norm.input), images)
+        np.testing.assert_allclose(value(norm.moving_mean), seen.mean(axis=(0, 1, 2)), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(value(norm.moving_variance), seen.var(axis=(0, 1, 2)), rtol=1e-3)
+
+
 def test_recalibration_leaves_frozen_ones_alone():
     model = chain(conv(4, 3, name="a_conv"), batch_norm(name="a_bn"), batch_norm(name="b_bn"))
     model.get_layer("a_bn").trainable = False

@@ -134,25 +134,26 @@ class Moments(keras.layers.Layer):
 
 
 def moments(model: keras.Model) -> keras.Model | None:
-    """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels, then
-    the variances, where each batch norm before uses the batch's. All other layers work as at inference, dropout is off.
+    """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels in the
+    order of the layers, then the variances, where each batch norm before uses the batch's. All other layers work as at
+    inference, dropout is off.
 
     Shares the layers of `model`, which must be functional. A frozen batch norm counts as another layer; None where
     there is no other.
     """
-    means, variances = [], []
+    found = {}
 
     def call(layer, *arguments, **options):
         if not isinstance(layer, BatchNorm) or not layer.trainable:
             return layer(*arguments, **options)
-        y, mean, variance = Moments(layer, name=f"{layer.name}_moments")(arguments[0])
-        means.append(mean)
-        variances.append(variance)
+        y, *found[layer.name] = Moments(layer, name=f"{layer.name}_moments")(arguments[0])
         return y
 
     clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
-    if not means:
+    if not found:
         return None
+    # A graph is not walked in the order of its layers.
+    means, variances = zip(*(found[layer.name] for layer in model.layers if layer.name in found), strict=True)
     return keras.Model(clone.inputs, ops.concatenate([*means, *variances], axis=-1))
 
 
