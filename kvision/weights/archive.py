@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,7 @@ class Archive:
             raise refusal(path, "is not a file" if os.path.exists(path) else "no such file")
         try:
             self._file = open(path, "rb")  # noqa: SIM115
+            self._lock = threading.Lock()  # of the file's position
         except OSError as error:
             raise refusal(path, f"cannot be opened: {error.strerror}") from None
         try:
@@ -242,8 +244,9 @@ class Archive:
         member = self.members[key]
         size = member.size - len(member.header)
         if member.deflated:
-            self._file.seek(member.start)
-            packed = self._file.read(member.packed_size)
+            with self._lock:
+                self._file.seek(member.start)
+                packed = self._file.read(member.packed_size)
             engine = zlib.decompressobj(-15)
             try:
                 unpacked = engine.decompress(packed, member.size + 1)
@@ -256,8 +259,10 @@ class Archive:
             # Read, not mapped: a mapped file that another process writes to would change the weights after
             # their check.
             values = np.empty(size, np.uint8)
-            self._file.seek(member.start + len(member.header))
-            if self._file.readinto(values) != size:
+            with self._lock:
+                self._file.seek(member.start + len(member.header))
+                got = self._file.readinto(values)
+            if got != size:
                 raise refusal(self.path, f"ends inside {key}: the file was cut short while it was read")
         if sha256 is None and zlib.crc32(values, zlib.crc32(member.header)) != member.crc:
             raise refusal(self.path, f"{key} does not match its checksum: the file is damaged")

@@ -5,9 +5,12 @@ import json
 import os
 
 from kvision.weights.archive import WeightsError
+from kvision.weights.convert import LINEAGES, convert
 from kvision.weights.folder import file_size, table, write_table
 from kvision.weights.npz import inspect
 from kvision.weights.verify import diff, verify
+
+TOLERANCE = 1e-4  # of the logits after a conversion, relative to the largest
 
 
 def add_commands(subparsers) -> None:
@@ -41,6 +44,29 @@ def add_commands(subparsers) -> None:
     command.add_argument("a", metavar="FILE")
     command.add_argument("b", metavar="FILE")
     command.set_defaults(handler=_diff)
+
+    command = commands.add_parser(
+        "convert",
+        help="weights of torchvision, Keras, TF-Slim or safetensors into .npz, or an .npz into .pth, .safetensors, .h5",
+    )
+    command.add_argument("source", metavar="SOURCE")
+    command.add_argument("-o", "--out", required=True, metavar="OUT")
+    command.add_argument("--model", metavar="NAME", help="network that foreign weights are of, see `kvision models`")
+    command.add_argument("--lineage", choices=list(LINEAGES), help="whose names the foreign file has (found by itself)")
+    command.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="names that may have no match")
+    command.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"), help="the network's default")
+    command.add_argument("--classes", type=int, help="read off the file where it can be")
+    command.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the network's own, as JSON: hidden=512",
+    )
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="store floating-point arrays so")
+    command.add_argument("--dataset", help="what the weights were trained on, for the manifest")
+    command.add_argument("--licence", help="of the weights, an SPDX identifier, for the manifest")
+    command.set_defaults(handler=_convert)
 
     command = commands.add_parser("table", help="print the Markdown table of a folder of weights files")
     command.add_argument("folder", metavar="FOLDER")
@@ -79,6 +105,38 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for key, array in found["arrays"].items():
             print(f"  {key:<{width}}  {array['dtype']:<8} {' x '.join(map(str, array['shape']))}")
     return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    own = {}
+    for item in arguments.argument:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise WeightsError(f"--argument wants KEY=VALUE, got {item!r}")
+        try:
+            own[key] = json.loads(value)
+        except ValueError:
+            own[key] = value
+    try:
+        report = convert(
+            arguments.source,
+            arguments.out,
+            arguments.model,
+            lineage=arguments.lineage,
+            skip=arguments.skip,
+            input_shape=tuple(arguments.input_shape) if arguments.input_shape else None,
+            classes=arguments.classes,
+            arguments=own,
+            dtype=arguments.dtype,
+            dataset=arguments.dataset,
+            licence=arguments.licence,
+        )
+    except WeightsError:
+        raise
+    except ValueError as error:  # a network, size or argument that does not exist
+        raise WeightsError(str(error)) from None
+    print(report)
+    return 0 if report.difference is None or report.difference <= TOLERANCE else 1
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -7,14 +7,17 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
 
+import ml_dtypes
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.adapt import adapt_kernel, adaptable
 from kvision.weights.archive import Archive, WeightsError, digest, dtype_fault, listed, refusal, write
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FORMAT = "kvision-npz"
 FORMAT_VERSION = 1
 MANIFEST = "__manifest__"
@@ -111,7 +114,9 @@ def probe_logits(model, shape: tuple[int, int, int], preprocessing: dict | None)
     return np.asarray(keras.ops.convert_to_numpy(logits), np.float32)
 
 
-def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **manifest) -> dict:
+def save(
+    model, path: str | os.PathLike, *, allow_nonfinite: bool = False, dtype: str | None = None, **manifest
+) -> dict:
     """Write a model's weights and their manifest to `path`, whole or not at all.
 
     The same weights and manifest give the same bytes: the file holds no time and no machine. Fields of the
@@ -135,6 +140,8 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
         model: a built Keras model with variables of plain NumPy dtypes.
         path: file to write; its folder must exist.
         allow_nonfinite: write NaN and infinite weights too, as a diverged run has.
+        dtype: "float16" or "bfloat16" stores floating-point arrays rounded to it, in half the bytes; loading widens
+            them again, and the probe logits are those of the rounded weights. None stores each as it is.
 
     Returns:
         The manifest as written, with the sha256 of each array and, for networks from one image to one row of
@@ -149,12 +156,7 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise refusal(path, f"cannot be written: there is no folder {folder}")
-    import keras
-
-    arrays = {
-        key: np.asarray(keras.ops.convert_to_numpy(variable.value))
-        for key, variable in _named_variables(model, path).items()
-    }
+    arrays = {key: _numpy(variable) for key, variable in _named_variables(model, path).items()}
     if not allow_nonfinite and (broken := [key for key, array in arrays.items() if not np.isfinite(array).all()]):
         raise refusal(
             path,
@@ -162,11 +164,16 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
             "would write them",
         )
     manifest = _completed(model, path, manifest)
+    if dtype not in (None, "float32"):
+        arrays = {key: _narrow(path, key, array, dtype, allow_nonfinite) for key, array in arrays.items()}
     manifest["arrays"] = {
         key: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest(array)}
         for key, array in arrays.items()
     }
-    manifest["probe"] = _probe(model, path, manifest, allow_nonfinite)
+    with _holding(model, arrays):
+        manifest["probe"] = _probe(model, path, manifest, allow_nonfinite)
+    # NumPy's format has no bfloat16: its bits lie there as uint16.
+    arrays = {key: array.view(np.uint16) if array.dtype == BFLOAT16 else array for key, array in arrays.items()}
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         encoded = np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -174,6 +181,41 @@ def save(model, path: str | os.PathLike, *, allow_nonfinite: bool = False, **man
         raise refusal(path, "not written, the manifest holds a character that is no Unicode") from None
     write(path, {**arrays, MANIFEST: encoded})
     return json.loads(text)
+
+
+def _narrow(path, key: str, array: np.ndarray, dtype: str, allow_nonfinite: bool) -> np.ndarray:
+    """A floating-point array in a narrower type; others stay."""
+    if dtype not in ("float16", "bfloat16"):
+        raise refusal(path, f"weights are stored as float32, float16 or bfloat16, not as {dtype}")
+    if array.dtype.kind != "f":
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(BFLOAT16 if dtype == "bfloat16" else np.float16)
+    if not allow_nonfinite and not np.isfinite(narrow.astype(np.float32)).all():
+        raise refusal(path, f"not written: {key} reaches {abs(array).max():.3g}, beyond what {dtype} holds")
+    return narrow
+
+
+@contextlib.contextmanager
+def _holding(model, arrays: dict) -> Iterator[None]:
+    """Within this, the model's variables have the values of arrays that were rounded; then their own again."""
+    kept = []
+    for key, variable in named_variables(model).items():
+        if key in arrays and arrays[key].dtype.name != str(variable.dtype).removeprefix("torch."):
+            values = np.array(_numpy(variable))
+            kept.append((variable, values))
+            variable.assign(arrays[key].astype(values.dtype))
+    try:
+        yield
+    finally:
+        for variable, values in kept:
+            variable.assign(values)
+
+
+def _numpy(variable) -> np.ndarray:
+    import keras
+
+    return np.asarray(keras.ops.convert_to_numpy(variable.value))
 
 
 def _completed(model, path, stated: dict) -> dict:
@@ -350,7 +392,8 @@ def _check_arrays(archive: Archive, manifest: dict) -> None:
     for key, entry in entries.items():
         member = members[key]
         said = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else None
-        if said != (held := (list(member.shape), member.dtype.name)):
+        held = (list(member.shape), member.dtype.name)
+        if said != held and (said, member.dtype) != ((held[0], "bfloat16"), np.uint16):
             raise refusal(archive.path, f"{key} is {held}, its manifest says {str(said)[:80]}")
         if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
             raise refusal(archive.path, f"the manifest states no sha256 of {key}")
@@ -402,22 +445,29 @@ def load(
         variables = kept(_named_variables(model, path))
         members = kept({key: member for key, member in archive.members.items() if key != MANIFEST})
         channels = (_image_shape(model) or [0])[-1] if adapt_input else 0
-        if fault := _misfit(variables, members, channels):
+        if fault := _misfit(variables, members, channels, manifest.get("arrays", {})):
             made_for = f"a file of {manifest['architecture']}" if manifest else "the file"
             raise refusal(path, f"{made_for} does not fit the model {model.name}: {fault}")
-        arrays = {}
-        for key in members:
-            array = archive.read(key, manifest["arrays"][key]["sha256"] if manifest else None)
+
+        def checked(key: str) -> np.ndarray:
+            entry = manifest["arrays"][key] if manifest else {}
+            array = archive.read(key, entry.get("sha256"))
+            if entry.get("dtype") == "bfloat16":
+                array = array.view(BFLOAT16).astype(np.float32)
             if not allow_nonfinite and not np.isfinite(array).all():
                 raise refusal(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
-            arrays[key] = array
+            return array
+
+        # Hashing takes most of the time, and lets other threads run meanwhile.
+        with ThreadPoolExecutor() as pool:
+            arrays = dict(zip(members, pool.map(checked, members), strict=True))
     for key, array in arrays.items():
         variable = variables[key]
         variable.assign(array if array.shape == tuple(variable.shape) else adapt_kernel(array, channels))
     return manifest
 
 
-def _misfit(variables: dict, members: dict, channels: int = 0) -> str | None:
+def _misfit(variables: dict, members: dict, channels: int, entries: dict) -> str | None:
     """What keeps the arrays from being the variables, or None; kernels that read `channels` may be of others."""
     faults = []
     if missing := [key for key in variables if key not in members]:
@@ -428,6 +478,8 @@ def _misfit(variables: dict, members: dict, channels: int = 0) -> str | None:
     for key in variables.keys() & members.keys():
         wanted, got = tuple(variables[key].shape), members[key].shape
         dtype, stored = np.dtype(str(variables[key].dtype)), members[key].dtype
+        if entries.get(key, {}).get("dtype") == "bfloat16":
+            stored = np.dtype(np.float16)  # of one kind and size with it
         if wanted != got and not adaptable(got, wanted, channels):
             shapes.append(f"{key}: file {got}, model {wanted}")
         # A float16 array loses nothing in a float32 variable; the other way round it would, without a word.

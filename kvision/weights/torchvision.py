@@ -228,3 +228,15 @@ def preprocessing(name: str) -> Preprocessing:
     mean, std = (HALF, HALF) if name in ("googlenet", "inception_v3") else (MEAN, STD)
     size, whole = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
     return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / whole)
+
+
+def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a `state_dict` without the prefix of `DataParallel`."""
+    if arrays and all(key.startswith("module.") for key in arrays):
+        return {key.removeprefix("module."): array for key, array in arrays.items()}
+    return arrays
+
+
+def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+    """What a `state_dict` has besides the variables: `counters`."""
+    return counters(found)

@@ -1,0 +1,288 @@
+"""Weights of other frameworks as ours, and ours as theirs: names, layouts, preprocessing. docs/convert.md.
+
+Strict both ways: a tensor that finds no place, or a variable that gets none, is an error unless it is skipped by name.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from kvision.weights import foreign, frossard, hdf5, keras_applications, own, pth, safetensors, slim, torchvision
+from kvision.weights.archive import Archive, WeightsError, listed, refusal
+from kvision.weights.npz import load, named_variables, read_manifest, save
+from kvision.weights.peers import difference_from_peer
+
+# Whose names a file has. Each module has `find`, `prepare`, `extras` and `preprocessing`.
+LINEAGES: dict[str, ModuleType] = {
+    "torchvision": torchvision,
+    "keras": keras_applications,
+    "slim": slim,
+    "frossard": frossard,
+    "kvision": own,
+}
+# What a suffix stands for when ours go out: the format's writer, and the lineage unless another is named.
+WRITERS = {
+    ".pth": (pth.write, "torchvision"),
+    ".pt": (pth.write, "torchvision"),
+    ".safetensors": (safetensors.write, "kvision"),
+    ".h5": (hdf5.write, "keras"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a conversion.
+
+    Args:
+        source, out: the two files' names.
+        model: name of the network.
+        lineage: whose names the foreign file has.
+        converted: how many arrays found their place.
+        skipped: names on either side that were left out because the caller said so.
+        ignored: what the foreign file holds that is no weight: training state, counters, strings.
+        difference: of the logits of made images from the source framework's, relative to the largest; None where it
+            is not installed or has no such network.
+    """
+
+    source: str
+    out: str
+    model: str
+    lineage: str
+    converted: int
+    skipped: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    difference: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.lineage}) -> {self.out}: {self.model}, {self.converted} arrays"]
+        for title, names in (("skipped", self.skipped), ("ignored", self.ignored)):
+            if names:
+                lines.append(f"  {title}: {listed(names, 10)}")
+        if self.difference is not None:
+            lines.append(f"  logits within {self.difference:.1e} of the source framework's, relative to their largest")
+        else:
+            lines.append("  logits not compared with the source framework's: it is not installed here")
+        return "\n".join(lines)
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
+
+
+def _patterns(skip: str | Iterable[str]) -> list[str]:
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"skip must hold regular expressions, {pattern!r} is none: {error}") from None
+    return patterns
+
+
+def _lineage(name: str | None, arrays: Mapping[str, np.ndarray], form: str) -> str:
+    """Whose names these are."""
+    if name is not None:
+        if name not in LINEAGES:
+            raise WeightsError(f"unknown lineage {name!r}; those are {', '.join(LINEAGES)}")
+        return name
+    if form in ("h5", "tf_checkpoint"):
+        return "keras" if form == "h5" else "slim"
+    if any(re.fullmatch(r".*\.(weight|bias)", key) for key in arrays):
+        return "torchvision"
+    if any(re.fullmatch(r"conv1_1_[Wb]", key) for key in arrays):
+        return "frossard"
+    return "kvision"
+
+
+def import_arrays(
+    model, arrays: Mapping[str, np.ndarray], lineage: str, skip: str | Iterable[str] = ()
+) -> tuple[int, list[str], dict[str, np.ndarray]]:
+    """Set a network's variables to foreign arrays, by the names and in the layouts of a lineage.
+
+    Everything is checked before the first variable is set.
+
+    Args:
+        model: a network of the zoo; its name decides the table.
+        lineage: one of `LINEAGES`.
+        skip: patterns of names, ours or theirs, that may be without a counterpart.
+
+    Returns:
+        (how many variables were set, the names that were skipped, the arrays that are no weights, such as counters).
+
+    Raises:
+        WeightsError: a name without counterpart on either side, another shape, or values that are not finite; all
+            that is wrong is in the one message.
+    """
+    table, patterns = LINEAGES[lineage], _patterns(skip)
+    places, variables = table.find(model), named_variables(model)
+    given = table.prepare(model.name, dict(arrays))
+    known = {place.key for place in places.values()}
+    extras = {key: given[key] for key in table.extras(model.name, places) if key in given and key not in known}
+    missing = [key for key, place in places.items() if place.key not in given]
+    homeless = [key for key in given if key not in known and key not in extras]
+    skipped = [key for key in (*missing, *homeless) if _matches(key, patterns)]
+    faults = []
+    if left := [f"{key} ({places[key].key})" for key in missing if key not in skipped]:
+        faults.append(f"{len(left)} of {len(places)} variables get no array: {listed(left, 5)}")
+    if left := [key for key in homeless if key not in skipped]:
+        faults.append(f"{len(left)} of {len(given)} arrays find no place: {listed(left, 5)}")
+    taken = {}
+    for key, place in places.items():
+        if place.key not in given or _matches(key, patterns):
+            continue
+        array = given[place.key]
+        if array.shape != place.shape:
+            faults.append(f"{place.key} has shape {array.shape}, {key} expects {place.shape}")
+        elif not np.isfinite(np.asarray(array, np.float64)).all():
+            faults.append(f"{place.key} holds NaN or infinite values")
+        else:
+            taken[key] = place.take(np.asarray(array, str(variables[key].dtype)), tuple(variables[key].shape))
+    if faults:
+        raise WeightsError(f"the {lineage} arrays do not fit {model.name}: {'; '.join(faults[:6])}")
+    for key, array in taken.items():
+        variables[key].assign(array)
+    return len(taken), skipped, extras
+
+
+def export_arrays(model, lineage: str, extras: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """A network's variables by the names and in the layouts of a lineage: the inverse of `import_arrays`.
+
+    Args:
+        extras: arrays that are no weights, as `import_arrays` gave them; the rest starts from the lineage's defaults.
+
+    Raises:
+        WeightsError: the lineage has no such network.
+    """
+    import keras
+
+    table, variables = LINEAGES[lineage], named_variables(model)
+    places = table.find(model)
+    arrays = {
+        place.key: place.export(np.asarray(keras.ops.convert_to_numpy(variables[key].value)))
+        for key, place in places.items()
+    }
+    return arrays | table.extras(model.name, places) | dict(extras or {})
+
+
+def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shape, classes, arguments: dict):
+    """The network that arrays are of: its classes and auxiliary heads are read off them."""
+    from kvision import zoo
+    from kvision.layers import blank
+
+    if "auxiliary" in zoo.arguments(name) and "auxiliary" not in arguments:
+        with blank():
+            places = LINEAGES[lineage].find(zoo.create_model(name, auxiliary=True, **arguments))
+        given = LINEAGES[lineage].prepare(name, dict(arrays))
+        heads = [place.key for key, place in places.items() if key.startswith("aux")]
+        arguments = {**arguments, "auxiliary": bool(heads) and any(key in given for key in heads)}
+    if classes is None:
+        with blank():
+            places = LINEAGES[lineage].find(zoo.create_model(name, input_shape, **arguments))
+        place = places.get("logits/bias") or places["logits/kernel"]
+        given = LINEAGES[lineage].prepare(name, dict(arrays))
+        classes = given[place.key].size if place.key in given and "logits/bias" in places else None
+    with blank():
+        return zoo.create_model(name, input_shape, classes, **arguments), arguments
+
+
+def convert(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    model: str | None = None,
+    *,
+    lineage: str | None = None,
+    skip: str | Iterable[str] = (),
+    input_shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+    arguments: Mapping[str, object] | None = None,
+    compare: bool = True,
+    **manifest,
+) -> Report:
+    """Convert a weights file, into or out of the library's `.npz`.
+
+    Args:
+        source: a foreign file, see `kvision.weights.foreign.read`; or an `.npz` of ours, which goes out.
+        out: an `.npz` for a foreign source; else a `.pth`, `.safetensors` or `.h5`.
+        model: the network that the weights are of; an `.npz` of ours says it itself.
+        lineage: whose names the foreign file has: "torchvision", "keras", "slim", "frossard" or "kvision". The default
+            is found from the names, or on the way out from the suffix.
+        skip: patterns of names, ours or theirs, that may be without a counterpart.
+        input_shape, classes, arguments: of the network, where they are not the default and cannot be read off the file.
+        compare: run the network and the source framework's on the same images, where that is installed.
+        manifest: fields of the manifest to state, such as dataset and licence; see `kvision.weights.save`.
+
+    Raises:
+        WeightsError: the source is damaged, or does not fit the network; nothing is written then.
+        ValueError: an unknown network or argument.
+    """
+    from kvision import zoo
+    from kvision.layers import blank
+
+    suffix = os.path.splitext(os.fspath(out))[1]
+    if os.path.splitext(os.fspath(source))[1] == ".npz" and suffix != ".npz":
+        return _send(source, out, suffix, lineage)
+    if suffix != ".npz":
+        raise refusal(out, "conversion is into .npz, or from .npz into .pth, .safetensors or .h5")
+    if model is None:
+        raise refusal(source, "does not say of which network it is: name it (--model)")
+    zoo.arguments(model)  # an unknown name ends here
+    found = foreign.read(source)
+    lineage = _lineage(lineage, found.arrays, found.format)
+    table = LINEAGES[lineage]
+    network, own_arguments = _build(model, found.arrays, lineage, input_shape, classes, dict(arguments or {}))
+    try:
+        count, skipped, extras = import_arrays(network, found.arrays, lineage, skip)
+    except WeightsError as error:
+        raise refusal(source, str(error)) from None
+    provenance = {
+        "source": os.path.basename(os.fspath(source)),
+        "format": found.format,
+        "lineage": lineage,
+        **manifest.pop("provenance", {}),
+    }
+    if os.path.isfile(source):
+        provenance["sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    if counters := {key: array.tolist() for key, array in extras.items() if array.ndim == 0 and array.item()}:
+        provenance["counters"] = counters
+    manifest.setdefault("preprocessing", table.preprocessing(model))
+    save(network, out, arguments=own_arguments, provenance=provenance, **manifest)
+    left = found.arrays.keys() - table.prepare(model, dict(found.arrays)).keys() if lineage == "slim" else ()
+    difference = None
+    if compare and not skipped:  # what was written, in a network built from it
+        with blank():
+            again = zoo.create_model(model, weights=out)
+        difference = difference_from_peer(again, lineage, found.arrays)
+    ignored = [*found.ignored, *sorted(left)]
+    return Report(os.fspath(source), os.fspath(out), model, lineage, count, skipped, ignored, difference)
+
+
+def _send(source, out, suffix: str, lineage: str | None) -> Report:
+    """Ours to theirs."""
+    from kvision import zoo
+    from kvision.layers import blank
+
+    if suffix not in WRITERS:
+        raise refusal(out, f"weights go out as {', '.join(WRITERS)}")
+    writer, default = WRITERS[suffix]
+    lineage = _lineage(lineage or default, {}, "npz")
+    with Archive(source) as archive:
+        manifest = read_manifest(archive)
+    name = manifest["architecture"]
+    with blank():
+        network = zoo.create_model(name, **manifest["arguments"])
+    load(network, source)
+    stored = manifest["provenance"].get("counters", {})
+    extras = {key: np.array(value, np.int64) for key, value in stored.items()} if lineage == "torchvision" else {}
+    try:
+        arrays = export_arrays(network, lineage, extras)
+    except WeightsError as error:
+        raise refusal(source, str(error)) from None
+    writer(out, arrays)
+    difference = difference_from_peer(network, lineage, arrays)
+    return Report(os.fspath(source), os.fspath(out), name, lineage, len(arrays), difference=difference)

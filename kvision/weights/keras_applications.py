@@ -1,0 +1,115 @@
+"""The names of `keras.applications` for our networks, and its preprocessing."""
+
+import re
+
+import numpy as np
+
+from kvision.data.preprocessing import Preprocessing
+from kvision.weights.archive import WeightsError
+from kvision.weights.places import Place, places, same_place
+
+LEAVES = {name: name for name in ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")}
+
+# For each family, a pattern of our networks' names and the rows from our layers to Keras's.
+FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
+    r"vgg(16|19)": (
+        (r"stage(\d)_(\d)_conv", "block{1}_conv{2}"),
+        (r"head_(\d)_dense", "fc{1}"),
+        (r"logits", "predictions"),
+    ),
+    r"resnet(50|101|152)_v1": (
+        (r"stem_(conv|bn)", "conv1_{1}"),
+        (r"stage(\d)_block(\d+)_shortcut_(conv|bn)", "conv{1+1}_block{2}_0_{3}"),
+        (r"stage(\d)_block(\d+)_(\d)_(conv|bn)", "conv{1+1}_block{2}_{3}_{4}"),
+        (r"logits", "predictions"),
+    ),
+    r"densenet(121|169|201)_tf": (
+        (r"stem_(conv|bn)", "conv1_{1}"),
+        (r"stage(\d)_block(\d+)_(\d)_conv", "conv{1+1}_block{2}_{3}_conv"),
+        (r"stage(\d)_block(\d+)_(\d)_bn", "conv{1+1}_block{2}_{3-1}_bn"),
+        (r"stage(\d)_transition_(conv|bn)", "pool{1+1}_{2}"),
+        (r"final_bn", "bn"),
+        (r"logits", "predictions"),
+    ),
+    r"mobilenet_v2_tf": (
+        (r"stem_conv", "Conv1"),
+        (r"stem_bn", "bn_Conv1"),
+        (r"stage1_block1_(depthwise|project)_conv", "expanded_conv_{1}"),
+        (r"stage1_block1_(depthwise|project)_bn", "expanded_conv_{1}_BN"),
+        *(
+            (rf"stage{i}_block(\d+)_(expand|depthwise|project)_{ours}", f"block_{{1+{n}}}_{{2}}{theirs}")
+            for i, n in ((2, 0), (3, 2), (4, 5), (5, 12))
+            for ours, theirs in (("conv", ""), ("bn", "_BN"))
+        ),
+        (r"final_conv", "Conv_1"),
+        (r"final_bn", "Conv_1_bn"),
+        (r"logits", "predictions"),
+    ),
+}
+# Keras's constructor of each.
+CONSTRUCTORS = {
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "resnet50_v1": "ResNet50",
+    "resnet101_v1": "ResNet101",
+    "resnet152_v1": "ResNet152",
+    "inception_v3_tf": "InceptionV3",
+    "densenet121_tf": "DenseNet121",
+    "densenet169_tf": "DenseNet169",
+    "densenet201_tf": "DenseNet201",
+    "mobilenet_v2_tf": "MobileNetV2",
+}
+
+
+def find(model) -> dict[str, Place]:
+    """The place of every variable of a network in Keras's file, by "layer/variable".
+
+    Raises:
+        WeightsError: `keras.applications` has no such network.
+    """
+    for pattern, rows in FAMILIES.items():
+        if re.fullmatch(pattern, model.name):
+            return places(model, rows, LEAVES, same_place, "/")
+    raise WeightsError(f"keras.applications has no {model.name} that kvision knows the names of")
+
+
+def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a file as our network holds them.
+
+    The convolutions of Keras's ResNets have biases, though a batch norm follows each: they are taken from its mean.
+    """
+    if not re.fullmatch(r"resnet\d+_v1", name):
+        return arrays
+    arrays = dict(arrays)
+    for key in [key for key in arrays if key.endswith("_conv/bias")]:
+        mean = key.replace("_conv/bias", "_bn/moving_mean")
+        if mean not in arrays:
+            raise WeightsError(f"{key} has no {mean} to be folded into")
+        arrays[mean] = arrays[mean] - arrays.pop(key)
+    return arrays
+
+
+def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+    """What Keras's file has besides: the biases of the ResNets' convolutions, all 0."""
+    if not re.fullmatch(r"resnet\d+_v1", name):
+        return {}
+    kernels = [place for place in found.values() if place.key.endswith("_conv/kernel")]
+    return {place.key.replace("/kernel", "/bias"): np.zeros(place.shape[-1:], np.float32) for place in kernels}
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """How images are prepared for Keras's ImageNet weights; Keras itself leaves resizing to the user.
+
+    Raises:
+        WeightsError: `keras.applications` has no such network.
+    """
+    if name not in CONSTRUCTORS:
+        raise WeightsError(f"keras.applications has no {name} that kvision knows")
+    if re.fullmatch(r"vgg.*|resnet.*", name):  # Caffe's: blue, green, red, less ImageNet's mean
+        mean = (103.939, 116.779, 123.68)
+        return Preprocessing(mean=mean, std=(1, 1, 1), scale=1.0, channel_order="bgr", size=(224, 224), crop=0.875)
+    if name.startswith("densenet"):
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return Preprocessing(mean=mean, std=std, size=(224, 224), crop=0.875)
+    size = (299, 299) if name == "inception_v3_tf" else (224, 224)
+    return Preprocessing(mean=(1, 1, 1), std=(1, 1, 1), scale=1 / 127.5, size=size, crop=0.875)

@@ -1,0 +1,76 @@
+"""The networks that weights came from, run beside ours where they are installed, to say how far ours are off.
+
+PyTorch, torchvision and Keras's applications are no part of what the library needs, so they are looked for by name.
+"""
+
+import importlib
+import importlib.util
+
+import numpy as np
+
+from kvision.weights.archive import WeightsError
+from kvision.weights.keras_applications import CONSTRUCTORS
+
+
+def difference_from_peer(model, lineage: str, arrays: dict[str, np.ndarray]) -> float | None:
+    """How far the logits of `model` are from those of the network that has `arrays` in its own framework.
+
+    Returns:
+        The largest difference over the largest logit, on two made images; None where the framework is not installed
+        or has no such network.
+    """
+    import keras
+
+    images = np.random.default_rng(0).standard_normal((2, *model.input_shape[1:]), np.float32)
+    expected = {"torchvision": _torchvision, "keras": _keras}.get(lineage, lambda *_: None)(model, arrays, images)
+    if expected is None:
+        return None
+    logits = model(images, training=False)
+    logits = keras.ops.convert_to_numpy(logits[0] if isinstance(logits, list) else logits)
+    return float(abs(logits - expected).max() / abs(expected).max())
+
+
+def _torchvision(model, arrays, images) -> np.ndarray | None:
+    if not all(importlib.util.find_spec(name) for name in ("torch", "torchvision")):
+        return None
+    try:
+        torch, networks = (importlib.import_module(name) for name in ("torch", "torchvision.models"))
+    except (ImportError, RuntimeError):  # a build of torchvision for another PyTorch
+        return None
+    if not hasattr(networks, model.name):
+        return None
+    from kvision.weights import torchvision
+
+    arrays = torchvision.prepare(model.name, arrays)
+    heads = (
+        {"aux_logits": any(key.lower().startswith("aux") for key in arrays)}
+        if "aux" in str(torchvision.rows_of(model.name))
+        else {}
+    )
+    if heads:
+        heads |= {"init_weights": False, "transform_input": False}
+    peer = getattr(networks, model.name)(weights=None, num_classes=model.outputs[0].shape[-1], **heads).eval()
+    try:
+        peer.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}, strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"torchvision's {model.name} refuses the arrays: {error}") from None
+    with torch.inference_mode():
+        return peer(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).numpy()
+
+
+def _keras(model, arrays, images) -> np.ndarray | None:
+    import keras
+
+    options = {"input_shape": model.input_shape[1:], "classes": model.outputs[0].shape[-1]}
+    make = getattr(keras.applications, CONSTRUCTORS[model.name])
+    try:
+        peer = make(weights=None, classifier_activation=None, **options)
+    except ValueError:  # a size that Keras's network does not take
+        return None
+    for variable in peer.weights:
+        layer, leaf = variable.path.rsplit("/", 1)
+        key = f"{layer.rsplit('/', 1)[-1]}/{leaf}"
+        if key not in arrays:
+            raise WeightsError(f"Keras's {CONSTRUCTORS[model.name]} has a variable {key}, the file has none")
+        variable.assign(arrays[key])
+    return keras.ops.convert_to_numpy(peer(images, training=False))

@@ -1,0 +1,116 @@
+"""TF-Slim's names for our networks, and its preprocessing. https://github.com/google-research/tf-slim, nets/*.py."""
+
+import re
+
+import numpy as np
+
+from kvision.data.preprocessing import Preprocessing
+from kvision.weights.archive import WeightsError
+from kvision.weights.places import Place, flattened, places
+
+LEAVES = {
+    "kernel": "weights",
+    "bias": "biases",
+    "gamma": "gamma",
+    "beta": "beta",
+    "moving_mean": "moving_mean",
+    "moving_variance": "moving_variance",
+}
+# What training leaves in a checkpoint besides the weights.
+TRAINING = r"global_step|.*/(ExponentialMovingAverage|Momentum|RMSProp(_1)?|Adam(_1)?)|.*_power"
+
+
+def _inception_v1() -> tuple[tuple[str, str], ...]:
+    top, rows = "InceptionV1/InceptionV1", []
+    units = [("stage1", "Conv2d_1a_7x7"), ("stage2_1", "Conv2d_2b_1x1"), ("stage2_2", "Conv2d_2c_3x3")]
+    branches = {
+        "branch1_1": "Branch_0/Conv2d_0a_1x1",
+        "branch2_1": "Branch_1/Conv2d_0a_1x1",
+        "branch2_2": "Branch_1/Conv2d_0b_3x3",
+        "branch3_1": "Branch_2/Conv2d_0a_1x1",
+        "branch3_2": "Branch_2/Conv2d_0b_3x3",
+        "branch4_1": "Branch_3/Conv2d_0b_1x1",
+    }
+    for stage, letters in ((3, "ab"), (4, "abcde"), (5, "ab")):
+        for ours, theirs in zip(letters, "bcdef", strict=False):
+            for branch, place in branches.items():
+                if (stage, theirs, branch) == (5, "b", "branch3_2"):
+                    place = "Branch_2/Conv2d_0a_3x3"  # so it is named there
+                units.append((f"stage{stage}_{ours}_{branch}", f"Mixed_{stage}{theirs}/{place}"))
+    for ours, theirs in units:
+        rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
+    return (*rows, ("logits", "InceptionV1/Logits/Conv2d_0c_1x1"))
+
+
+# For each family, a pattern of our networks' names and the rows from our layers to TF-Slim's scopes.
+FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
+    **{
+        f"vgg{depth}": (
+            (r"stage(\d)_(\d)_conv", f"vgg_{depth}/conv{{1}}/conv{{1}}_{{2}}"),
+            (r"head_(\d)_dense", f"vgg_{depth}/fc{{1+5}}"),
+            (r"logits", f"vgg_{depth}/fc8"),
+        )
+        for depth in (16, 19)
+    },
+    **{
+        f"resnet{depth}_tf": (
+            (r"stem_conv", f"resnet_v1_{depth}/conv1"),
+            (r"stem_bn", f"resnet_v1_{depth}/conv1/BatchNorm"),
+            *(
+                (
+                    rf"stage(\d)_block(\d+)_{ours}_{kind}",
+                    f"resnet_v1_{depth}/block{{1}}/unit_{{2}}/bottleneck_v1/{theirs}{scope}",
+                )
+                for kind, scope in (("conv", ""), ("bn", "/BatchNorm"))
+                for ours, theirs in (("shortcut", "shortcut"), ("1", "conv1"), ("2", "conv2"), ("3", "conv3"))
+            ),
+            (r"logits", f"resnet_v1_{depth}/logits"),
+        )
+        for depth in (50, 101, 152)
+    },
+    "inception_v1_tf": _inception_v1(),
+}
+
+
+def _place(layer, variable: str, shape: tuple[int, ...], key: str) -> Place:
+    """As in Keras, but for the dense layers, which are convolutions over the whole map there."""
+    if variable == "kernel" and len(shape) == 2:
+        maps = flattened(layer) or (1, 1, shape[0])
+        return Place(key, (*maps, shape[1]), (0, 1, 2, 3), (*maps, shape[1]))
+    return Place(key, shape, tuple(range(len(shape))))
+
+
+def find(model) -> dict[str, Place]:
+    """The place of every variable of a network in TF-Slim's checkpoint.
+
+    Raises:
+        WeightsError: TF-Slim has no such network.
+    """
+    for pattern, rows in FAMILIES.items():
+        if re.fullmatch(pattern, model.name):
+            return places(model, rows, LEAVES, _place, "/")
+    raise WeightsError(f"TF-Slim has no {model.name} that kvision knows the names of")
+
+
+def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint without what training left in it."""
+    return {key: array for key, array in arrays.items() if not re.fullmatch(TRAINING, key)}
+
+
+def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+    """What a checkpoint has besides: nothing."""
+    return {}
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """How images were prepared for TF-Slim's ImageNet weights.
+
+    Raises:
+        WeightsError: TF-Slim has no such network.
+    """
+    if name not in FAMILIES:
+        raise WeightsError(f"TF-Slim has no {name} that kvision knows")
+    if name.startswith("inception"):
+        return Preprocessing(mean=(1, 1, 1), std=(1, 1, 1), scale=1 / 127.5, size=(224, 224), crop=0.875)
+    mean = (123.68, 116.78, 103.94)
+    return Preprocessing(mean=mean, std=(1, 1, 1), scale=1.0, size=(224, 224), crop=0.875)
