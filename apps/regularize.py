@@ -4,6 +4,25 @@ A small residual network learns 2,000 images of CIFAR-10 by heart; then the same
 alone, everything else the same: initial weights, order, schedule. The folder of the run gets a table (table.md,
 metrics.json) and report.html with the curves: training accuracy (of the training images as they are, in inference
 mode), test accuracy on all 10,000 images, and the gap between them. `--only l2,mixup` chooses.
+
+Expect (PyTorch on a CPU, seed 0, one run each, so half a point is chance; train, test in percent):
+
+    none               100.0  50.9      stochastic_depth    88.7  52.0
+    l1                 100.0  51.8      shake_shake         85.5  54.2
+    l2                 100.0  53.0      mixup               88.1  53.5
+    elastic_net        100.0  52.6      cutmix              76.4  53.2
+    weight_decay       100.0  54.2      cutout              85.7  53.2
+    orthogonal          98.8  53.5      erasing             97.8  53.0
+    max_norm            97.8  52.9      flip_and_shift      67.6  54.4
+    dropout             85.5  51.1      label_smoothing    100.0  49.0
+    spatial_dropout     85.3  53.1      frozen_batch_norm   56.1  44.0
+    dropblock           92.3  51.9      clipping            87.8  49.7
+    gaussian_noise      83.8  50.6      ema                100.0  50.8
+    early_stopping      51.2  42.4      swa                100.0  51.2
+
+The settings are set by judgement after short trials and not searched for. Early stopping ends the run while the rate is
+still high: it wants a schedule that does not plan for the last epoch. On one thread of an AMD EPYC beside other work a
+row takes 40 to 130 s, all of them 50 minutes.
 """
 
 import dataclasses
