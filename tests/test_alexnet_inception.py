@@ -1,4 +1,6 @@
-"""AlexNet and the Inceptions in plain NumPy: the rows that torchvision has no network for, and the auxiliary heads."""
+"""AlexNet and the Inceptions in plain NumPy: the rows that torchvision has no network for, and the auxiliary heads.
+
+The logits of torchvision's own stand in `tests.golden`."""
 
 import math
 
@@ -119,33 +121,31 @@ def alexnet_2012(model, x):
     return [network.dense(x, "logits")]
 
 
-def inception_v1(model, x, padding=symmetrical, shrinking=over_the_end, last=3, normalised=True, cells=None):
+def inception_v1(model, x, padding=symmetrical, shrinking=over_the_end, slim=False):
     network = Network(model, padding=padding)
-    normalise = lambda x: local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75) if normalised else x  # noqa: E731
+    normalise = lambda x: x if slim else local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75)  # noqa: E731
     x = network.unit(x, "stage1", 2)
     x = network.unit(normalise(max_pool(x, 3, 2, shrinking)), "stage2_1")
     x, heads = normalise(network.unit(x, "stage2_2")), []
     for stage, letters in ((3, "ab"), (4, "abcde"), (5, "ab")):
-        x = max_pool(x, last if stage == 5 else 3, 2, shrinking)
+        x = max_pool(x, 2 if slim and stage == 5 else 3, 2, shrinking)
         for letter in letters:
             name = f"stage{stage}_{letter}"
             branches = [network.chain(x, f"{name}_branch{i}") for i in (1, 2, 3)]
             branches.append(network.chain(max_pool(x, 3, 1, symmetrical), f"{name}_branch4"))
             x = np.concatenate(branches, axis=-1)
             if name in ("stage4_a", "stage4_d"):
-                head = f"aux{len(heads) + 1}"
-                y = network.unit(adaptive_pool(x, cells) if cells else avg_pool(x, 5, 3, none), head)
-                y = np.maximum(network.dense(y.reshape(len(y), -1), f"{head}_dense"), 0)
-                heads.append(network.dense(y, f"{head}_logits"))
+                heads.append(googlenet_head(network, avg_pool(x, 5, 3, none), f"aux{len(heads) + 1}"))
     return [network.dense(x.mean(axis=(1, 2)), "logits"), *heads]
 
 
-def googlenet(model, x):
-    return inception_v1(model, x, last=2, normalised=False, cells=(4, 4))
-
-
 def inception_v1_tf(model, x):
-    return inception_v1(model, x, tensorflows, tensorflows, last=2, normalised=False)
+    return inception_v1(model, x, tensorflows, tensorflows, slim=True)
+
+
+def googlenet_head(network, pooled, name):
+    x = network.unit(pooled, name).reshape(len(pooled), -1)
+    return network.dense(np.maximum(network.dense(x, f"{name}_dense"), 0), f"{name}_logits")
 
 
 def inception_v2(model, x, slim=False):
@@ -182,51 +182,13 @@ def inception_v2_tf(model, x):
     return inception_v2(model, x, slim=True)
 
 
-def inception_v3(model, x, counted=True):
-    network = Network(model)
-    x = network.unit(network.unit(x, "stage1_1", 2, none), "stage1_2", padding=none)
-    x = max_pool(network.unit(x, "stage1_3"), 3, 2, none)
-    x = max_pool(network.unit(network.unit(x, "stage2_1"), "stage2_2", padding=none), 3, 2, none)
-    for stage, letters in ((3, "abc"), (4, "abcde"), (5, "abc")):
-        for letter in letters:
-            name, branches = f"stage{stage}_{letter}", []
-            halving = stage > 3 and letter == "a"
-            for i in (1, 2) if halving else (1, 2, 3):
-                convolutions = [j for j in range(1, 6) if f"{name}_branch{i}_{j}_conv/kernel" in network.values]
-                y = x
-                for j in convolutions:
-                    strides = 2 if halving and j == convolutions[-1] else 1
-                    y = network.unit(y, f"{name}_branch{i}_{j}", strides, none if strides == 2 else symmetrical)
-                side = f"{name}_branch{i}_{len(convolutions) + 1}"
-                both = (
-                    [network.unit(y, f"{side}{s}") for s in "ab"] if f"{side}a_conv/kernel" in network.values else [y]
-                )
-                branches += both
-            if halving:
-                branches.append(max_pool(x, 3, 2, none))
-            else:
-                branches.append(network.unit(avg_pool(x, 3, 1, symmetrical, counted), f"{name}_branch4_1"))
-            x = np.concatenate(branches, axis=-1)
-        if stage == 4:
-            y = network.unit(network.unit(avg_pool(x, 5, 3, none), "aux1_1"), "aux1_2", padding=none)
-            head = network.dense(y.mean(axis=(1, 2)), "aux1_logits")
-    return [network.dense(x.mean(axis=(1, 2)), "logits"), head]
-
-
-def inception_v3_tf(model, x):
-    return inception_v3(model, x, counted=False)
-
-
 NARROW, HEADS = {"width": 0.1}, {"width": 0.1, "auxiliary": True}
 CASES = [
-    (alexnet_2012, (100, 71, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 7}),
-    (googlenet, (98, 66, 3), HEADS),
+    (alexnet_2012, (100, 71, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 32}),
     (inception_v1, (98, 79, 3), HEADS),
     (inception_v1_tf, (98, 65, 3), HEADS),
     (inception_v2, (72, 41, 3), NARROW),
     (inception_v2_tf, (72, 41, 3), NARROW),
-    (inception_v3, (107, 170, 3), HEADS),  # the head reads maps of 5x9 pixels
-    (inception_v3_tf, (107, 170, 3), HEADS),
 ]
 
 
@@ -242,6 +204,55 @@ def test_every_output_is_that_of_the_paper_in_numpy(reference, shape, own):
     given = np.split(engine.create(keras.Model(model.inputs, outputs)).predict(images), len(model.outputs), axis=1)
     for output, wanted in zip(given, expected, strict=True):
         assert abs(output - wanted).max() <= 1e-5 * abs(wanted).max()
+        assert abs(wanted[0] - wanted[1]).max() > 1e-3 * abs(wanted).max()  # or all units would be dead
+
+
+def test_the_auxiliary_heads_of_googlenet():
+    with blank():
+        model = zoo.create_model("googlenet", (98, 66, 3), 5, **HEADS)
+    zoo_logits.fill(model)
+    places = [model.get_layer(name).output for name in ("stage4_a", "stage4_d")]
+    maps = [noise(2, *place.shape[1:]) for place in places]
+    network, heads = Network(model), keras.Model(places, model.outputs[1:])
+    for i, (output, x) in enumerate(zip(heads(maps, training=False), maps, strict=True), start=1):
+        expected = googlenet_head(network, adaptive_pool(x.astype(np.float64), (4, 4)), f"aux{i}")
+        assert abs(ops.convert_to_numpy(output) - expected).max() <= 1e-5 * abs(expected).max()
+
+
+def inception_v3_module(network, x, name, counted):
+    """A module that leaves the map's size: chains, the last of which may part in two, and an averaging branch."""
+    branches = []
+    for i in (1, 2, 3):
+        y = network.chain(x, f"{name}_branch{i}")
+        sides = [
+            path for path in network.values if path.startswith(f"{name}_branch{i}_") and path.endswith("_conv/kernel")
+        ]
+        sides = [path.removesuffix("_conv/kernel") for path in sides if path.removesuffix("_conv/kernel")[-1] in "ab"]
+        branches += [network.unit(y, side) for side in sides] or [y]
+    branches.append(network.chain(avg_pool(x, 3, 1, symmetrical, counted), f"{name}_branch4"))
+    return np.concatenate(branches, axis=-1)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "inception_v3_tf"])
+def test_one_module_of_each_figure_and_the_head_of_inception_v3(name):
+    """The two rows differ in their averages and batch norms alone; the rest of the wiring is held by `tests.golden`."""
+    with blank():
+        model = zoo.create_model(name, (107, 170, 3), 5, **HEADS)
+    zoo_logits.fill(model)
+    modules = {"stage3_b": "stage3_c", "stage4_d": "stage4_e", "stage5_b": "stage5_c"}
+    places = [model.get_layer(before).output for before in modules]
+    maps = [noise(2, *place.shape[1:]) for place in places]
+    outputs = [model.get_layer(f"stage{i}").output for i in (3, 4, 5)]
+    given = keras.Model(places, [*outputs, model.outputs[1]])(maps, training=False)
+    network = Network(model)
+    expected = [
+        inception_v3_module(network, x.astype(np.float64), module, name == "inception_v3")
+        for x, module in zip(maps, modules.values(), strict=True)
+    ]
+    head = network.unit(avg_pool(expected[1], 5, 3, none), "aux1_1")  # of maps of 5x9 pixels
+    head = network.unit(head, "aux1_2", padding=none).mean(axis=(1, 2))
+    for output, wanted in zip(given, [*expected, network.dense(head, "aux1_logits")], strict=True):
+        assert abs(ops.convert_to_numpy(output) - wanted).max() <= 1e-5 * abs(wanted).max()
 
 
 @pytest.mark.parametrize(("channels", "size"), [(7, 5), (3, 7), (1, 1), (6, 3)])
