@@ -83,6 +83,24 @@ class Variance(keras.initializers.Initializer):
 
 
 @keras.saving.register_keras_serializable("kvision")
+class Filled(Variance):
+    """One value everywhere, filled in by NumPy: Keras's Ones and Zeros make JAX compile a program for every shape."""
+
+    def __init__(self, value: float = 0.0):
+        super().__init__()
+        self.value = value
+
+    def draw(self, shape, generator):
+        return np.full(shape, self.value, np.float32)
+
+    def __call__(self, shape, dtype=None):
+        return ops.convert_to_tensor(self.draw(tuple(shape), None), dtype=dtype)
+
+    def get_config(self):
+        return {"value": self.value}
+
+
+@keras.saving.register_keras_serializable("kvision")
 class Border(keras.layers.Layer):
     """Pads images with a constant: `pads` is ((above, below), (left, right)). Keras's own layer pads with 0 alone."""
 
@@ -151,7 +169,8 @@ def conv(
         ValueError: "same" with an even kernel, which has no centre; an unknown padding.
     """
     initializer = initializer or Variance(2.0, "out")
-    make = partial(keras.layers.Conv2D, filters, use_bias=use_bias, kernel_initializer=initializer, **options)
+    options = {"kernel_initializer": initializer, "bias_initializer": Filled(), **options}
+    make = partial(keras.layers.Conv2D, filters, use_bias=use_bias, **options)
     return _convolution(make, kernel_size, strides, padding, name)
 
 
@@ -160,13 +179,21 @@ def depthwise_conv(
 ) -> Callable:
     """A convolution of each channel by itself; padding as `conv` has it."""
     initializer = Variance(2.0, "out")  # of the kernel (h, w, c, 1): 2 / (h w)
-    make = partial(keras.layers.DepthwiseConv2D, use_bias=use_bias, depthwise_initializer=initializer, **options)
+    options = {"depthwise_initializer": initializer, "bias_initializer": Filled(), **options}
+    make = partial(keras.layers.DepthwiseConv2D, use_bias=use_bias, **options)
     return _convolution(make, kernel_size, strides, padding, name)
 
 
 def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **options) -> keras.layers.Layer:
     """Batch normalisation over the last axis (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)."""
-    return keras.layers.BatchNormalization(momentum=momentum, epsilon=epsilon, name=name, **options)
+    constants = {
+        "gamma_initializer": Filled(1.0),
+        "beta_initializer": Filled(),
+        "moving_mean_initializer": Filled(),
+        "moving_variance_initializer": Filled(1.0),
+    }
+    options = {"momentum": momentum, "epsilon": epsilon, **constants, **options}
+    return keras.layers.BatchNormalization(name=name, **options)
 
 
 def activation(kind: str, *, name: str) -> keras.layers.Layer:
@@ -178,7 +205,8 @@ def dense(
     units: int, *, name: str, initializer: keras.initializers.Initializer | None = None, **options
 ) -> keras.layers.Layer:
     """A fully connected layer; its kernel starts from He's normal initialiser unless told otherwise."""
-    return keras.layers.Dense(units, kernel_initializer=initializer or Variance(2.0, "in"), name=name, **options)
+    options = {"kernel_initializer": initializer or Variance(2.0, "in"), "bias_initializer": Filled(), **options}
+    return keras.layers.Dense(units, name=name, **options)
 
 
 def logits(classes: int, *, name: str = "logits", **options) -> keras.layers.Layer:

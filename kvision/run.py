@@ -21,7 +21,7 @@ from kvision import flags, regularizers, training, zoo
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
-from kvision.layers import whitening_kernel
+from kvision.layers import blank, whitening_kernel
 from kvision.random import stream
 from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks import classification
@@ -274,7 +274,8 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
         # Preprocessing belongs to the weights: what they were trained on decides, not this data set.
         preprocessing = Preprocessing.from_json(manifest.get("preprocessing") or preprocessing.to_json())
     try:
-        model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
+        with blank():  # `initialize` follows
+            model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
         raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}") from None
     initialize(model, config.seed)

@@ -65,6 +65,10 @@ COUNTS = {
     "inception_v1": 6_998_552,  # Caffe's bvlc_googlenet without its auxiliary heads
     "googlenet": 6_624_904,
     "inception_v1_tf": 6_624_904 - 7_280,  # no scales in the batch norms
+    "inception_v2": 11_295_240 - 10_016,  # the Caffe weights, without the biases before batch norms
+    "inception_v2_tf": 11_178_336,  # counted in TF-Slim
+    "inception_v3": 23_834_568,
+    "inception_v3_tf": 23_817_352,  # counted in Keras
     "vgg11": 132_863_336,
     "vgg13": 133_047_848,
     "vgg16": 138_357_544,
@@ -109,6 +113,7 @@ SHORT = {
 
 # Networks with auxiliary heads, and images large enough for these.
 AUXILIARY = {"inception_v1": (79, 80, 3), "googlenet": (33, 35, 3), "inception_v1_tf": (65, 66, 3)}
+AUXILIARY |= dict.fromkeys(("inception_v3", "inception_v3_tf"), (107, 109, 3))
 
 
 def short_form(name):

@@ -50,6 +50,8 @@ SMALL = {
     "googlenet": ((33, 35, 3), {"width": 0.1}, 100, 5),
     "inception_v1": ((31, 33, 3), {"width": 0.1}, 100, 5),
     "inception_v1_tf": ((33, 35, 3), {"width": 0.1}, 100, 5),
+    r"inception_v2(_tf)?": ((33, 35, 3), {"width": 0.1}, 101, 5),
+    r"inception_v3(_tf)?": ((75, 77, 3), {"width": 0.1}, 203, 5),
     r"vgg\d+(_bn)?": ((32, 33, 3), {"hidden": 7, "width": 4}, 32, 5),
     "resnet(18|34)": ((33, 40, 3), {"width": 4}, 32, 4),
     r"resnet(50|101|152)(_v1|_tf)?": ((33, 40, 3), {"width": 4}, 128, 4),

@@ -1,6 +1,7 @@
 """The names of `keras.applications` for our networks, and its preprocessing."""
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -67,17 +68,48 @@ def find(model) -> dict[str, Place]:
     Raises:
         WeightsError: `keras.applications` has no such network.
     """
+    if model.name == "inception_v3_tf":
+        return places(model, _inception_v3(model), LEAVES, same_place, "/")
     for pattern, rows in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
             return places(model, rows, LEAVES, same_place, "/")
     raise WeightsError(f"keras.applications has no {model.name} that kvision knows the names of")
 
 
+def _inception_v3(model) -> list[tuple[str, str]]:
+    """Keras numbers the layers of this one, in the order of the table, as our names are sorted."""
+    rows = [(r"logits", "predictions")]
+    for suffix, theirs in (("_conv", "conv2d"), ("_bn", "batch_normalization")):
+        ours = sorted(layer.name for layer in model.layers if layer.name.endswith(suffix))
+        rows += [(name, numbered(theirs, i)) for i, name in enumerate(ours)]
+    return rows
+
+
+def numbered(name: str, i: int) -> str:
+    """What Keras calls the i-th layer of a kind in a new process: conv2d, conv2d_1, ..."""
+    return f"{name}_{i}" if i else name
+
+
+def renumbered(layers: Iterable[str]) -> dict[str, str]:
+    """Numbered layers by what they would be called in a new process; the numbers of others go on from there."""
+    found = {}
+    for kind in ("conv2d", "batch_normalization"):
+        matches = [match for layer in set(layers) if (match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer))]
+        for i, match in enumerate(sorted(matches, key=lambda match: int(match[1] or 0))):
+            found[match[0]] = numbered(kind, i)
+    return found
+
+
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays of a file as our network holds them.
 
-    The convolutions of Keras's ResNets have biases, though a batch norm follows each: they are taken from its mean.
+    The convolutions of Keras's ResNets have biases, though a batch norm follows each: they are taken from its mean. The
+    layers of its Inception are numbered on from whatever the process had built before: here from the first.
     """
+    if name == "inception_v3_tf":
+        names = renumbered(key.rpartition("/")[0] for key in arrays)
+        split = {key: key.rpartition("/") for key in arrays}
+        return {f"{names.get(layer, layer)}/{leaf}": arrays[key] for key, (layer, _, leaf) in split.items()}
     if not re.fullmatch(r"resnet\d+_v1", name):
         return arrays
     arrays = dict(arrays)

@@ -9,7 +9,7 @@ import importlib.util
 import numpy as np
 
 from kvision.weights.archive import WeightsError
-from kvision.weights.keras_applications import CONSTRUCTORS
+from kvision.weights.keras_applications import CONSTRUCTORS, prepare, renumbered
 
 
 def difference_from_peer(model, lineage: str, arrays: dict[str, np.ndarray]) -> float | None:
@@ -67,9 +67,13 @@ def _keras(model, arrays, images) -> np.ndarray | None:
         peer = make(weights=None, classifier_activation=None, **options)
     except ValueError:  # a size that Keras's network does not take
         return None
+    names = renumbered(layer.name for layer in peer.layers) if model.name == "inception_v3_tf" else {}
+    if names:
+        arrays = prepare(model.name, arrays)
     for variable in peer.weights:
         layer, leaf = variable.path.rsplit("/", 1)
-        key = f"{layer.rsplit('/', 1)[-1]}/{leaf}"
+        layer = layer.rsplit("/", 1)[-1]
+        key = f"{names.get(layer, layer)}/{leaf}"
         if key not in arrays:
             raise WeightsError(f"Keras's {CONSTRUCTORS[model.name]} has a variable {key}, the file has none")
         variable.assign(arrays[key])

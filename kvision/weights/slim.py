@@ -21,7 +21,7 @@ TRAINING = r"global_step|.*/(ExponentialMovingAverage|Momentum|RMSProp(_1)?|Adam
 
 
 def _inception_v1() -> tuple[tuple[str, str], ...]:
-    top, rows = "InceptionV1/InceptionV1", []
+    top, rows = "InceptionV1", []
     units = [("stage1", "Conv2d_1a_7x7"), ("stage2_1", "Conv2d_2b_1x1"), ("stage2_2", "Conv2d_2c_3x3")]
     branches = {
         "branch1_1": "Branch_0/Conv2d_0a_1x1",
@@ -40,6 +40,40 @@ def _inception_v1() -> tuple[tuple[str, str], ...]:
     for ours, theirs in units:
         rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
     return (*rows, ("logits", "InceptionV1/Logits/Conv2d_0c_1x1"))
+
+
+def _inception_v3() -> tuple[tuple[str, str], ...]:
+    top, rows = "InceptionV3", []
+    units = [("stage1_1", "Conv2d_1a_3x3"), ("stage1_2", "Conv2d_2a_3x3"), ("stage1_3", "Conv2d_2b_3x3")]
+    units += [("stage2_1", "Conv2d_3b_1x1"), ("stage2_2", "Conv2d_4a_3x3")]
+    units += [("aux1_1", "AuxLogits/Conv2d_1b_1x1"), ("aux1_2", "AuxLogits/Conv2d_2a_5x5")]
+    figure5 = ("0a_1x1", "0a_1x1 0b_5x5", "0a_1x1 0b_3x3 0c_3x3", "0b_1x1")
+    figure6 = ("0a_1x1", "0a_1x1 0b_1x7 0c_7x1", "0a_1x1 0b_7x1 0c_1x7 0d_7x1 0e_1x7", "0b_1x1")
+    figure7 = ("0a_1x1", "0a_1x1 0b_1x3 0b_3x1", "0a_1x1 0b_3x3 0c_1x3 0d_3x1", "0b_1x1")
+    modules = {
+        "stage3_a": ("5b", figure5),
+        "stage3_b": ("5c", ("0a_1x1", "0b_1x1 1_0c_5x5", *figure5[2:])),  # so it is named there
+        "stage3_c": ("5d", figure5),
+        "stage4_a": ("6a", ("1a_1x1", "0a_1x1 0b_3x3 1a_1x1")),
+        **{f"stage4_{letter}": (f"6{letter}", figure6) for letter in "bcde"},
+        "stage5_a": ("7a", ("0a_1x1 1a_3x3", "0a_1x1 0b_1x7 0c_7x1 1a_3x3")),
+        "stage5_b": ("7b", figure7),
+        "stage5_c": ("7c", (figure7[0], figure7[1].replace("0b_3x1", "0c_3x1"), *figure7[2:])),
+    }
+    for ours, (theirs, branches) in modules.items():
+        for i, steps in enumerate(branches):
+            places = [f"{'Conv_' if step.startswith('1_0c') else 'Conv2d_'}{step}" for step in steps.split()]
+            numbers = [str(j) for j in range(1, len(places) + 1)]
+            if theirs in ("7b", "7c") and i in (1, 2):  # the last two stand side by side
+                numbers[-2:] = [f"{len(places) - 1}a", f"{len(places) - 1}b"]
+            units += [
+                (f"{ours}_branch{i + 1}_{number}", f"Mixed_{theirs}/Branch_{i}/{place}")
+                for number, place in zip(numbers, places, strict=True)
+            ]
+    for ours, theirs in units:
+        rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
+    rows += [("logits", f"{top}/Logits/Conv2d_1c_1x1"), ("aux1_logits", f"{top}/AuxLogits/Conv2d_2b_1x1")]
+    return tuple(rows)
 
 
 # For each family, a pattern of our networks' names and the rows from our layers to TF-Slim's scopes.
@@ -69,6 +103,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         for depth in (50, 101, 152)
     },
     "inception_v1_tf": _inception_v1(),
+    "inception_v3_tf": _inception_v3(),
 }
 
 
@@ -88,6 +123,10 @@ def find(model) -> dict[str, Place]:
     """
     for pattern, rows in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
+            for layer in model.layers:
+                if layer.name == "aux1_2_conv":  # named there by its window, which small images make smaller
+                    window = "x".join(map(str, layer.kernel_size))
+                    rows = [(ours, theirs.replace("Conv2d_2a_5x5", f"Conv2d_2a_{window}")) for ours, theirs in rows]
             return places(model, rows, LEAVES, _place, "/")
     raise WeightsError(f"TF-Slim has no {model.name} that kvision knows the names of")
 
@@ -111,6 +150,7 @@ def preprocessing(name: str) -> Preprocessing:
     if name not in FAMILIES:
         raise WeightsError(f"TF-Slim has no {name} that kvision knows")
     if name.startswith("inception"):
-        return Preprocessing(mean=(1, 1, 1), std=(1, 1, 1), scale=1 / 127.5, size=(224, 224), crop=0.875)
+        size = (299, 299) if name == "inception_v3_tf" else (224, 224)
+        return Preprocessing(mean=(1, 1, 1), std=(1, 1, 1), scale=1 / 127.5, size=size, crop=0.875)
     mean = (123.68, 116.78, 103.94)
     return Preprocessing(mean=mean, std=(1, 1, 1), scale=1.0, size=(224, 224), crop=0.875)
