@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from kvision import zoo
-from kvision.weights import WeightsError, find, inspect, published_preprocessing
+from kvision.weights import WeightsError, find, inspect, keras_applications, preprocess, published_preprocessing
 
 NAMES = {
     "AlexNet": "alexnet",
@@ -85,14 +85,14 @@ class Application:
                 return model
             outputs = model.outputs[0]  # auxiliary heads have no place behind this door
             outputs = keras.layers.Activation(classifier_activation, name="predictions")(outputs)
-            return keras.Model(model.inputs, outputs, name=architecture)
+            return keras.Model(model.input, outputs, name=architecture)
         model = zoo.create_model(architecture, input_shape, 0, weights, **own)
         if pooling == "avg":
             return model
         maps = model.layers[-1].input
         if pooling == "max":
             maps = keras.layers.GlobalMaxPooling2D(name="max_pool")(maps)
-        return keras.Model(model.inputs, maps, name=architecture)
+        return keras.Model(model.input, maps, name=architecture)
 
     def _of(self, weights) -> str:
         if weights == "imagenet":
@@ -114,9 +114,12 @@ class Application:
         Args:
             weights: those that the images are for; the default is what the published weights expect.
         """
-        from kvision.weights import preprocess
-
-        prepare = published_preprocessing(self.architecture) if weights is None else preprocess(weights)
+        if weights is not None:
+            prepare = preprocess(weights)
+        elif self.architecture in keras_applications.CONSTRUCTORS:  # Keras's own, where there are several
+            prepare = keras_applications.preprocessing(self.architecture)
+        else:
+            prepare = published_preprocessing(self.architecture)
         if prepare is None:
             raise ValueError(
                 f"nobody published weights of {self.architecture}; give the weights that the images are for"

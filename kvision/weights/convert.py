@@ -176,10 +176,13 @@ def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shap
     from kvision.layers import blank
 
     if "auxiliary" in zoo.arguments(name) and "auxiliary" not in arguments:
-        with blank():
-            places = LINEAGES[lineage].find(zoo.create_model(name, auxiliary=True, **arguments))
         given = LINEAGES[lineage].prepare(name, dict(arrays))
-        heads = [place.key for key, place in places.items() if key.startswith("aux")]
+        with blank():
+            model = zoo.create_model(name, auxiliary=True, **arguments)
+        try:
+            heads = [place.key for key, place in LINEAGES[lineage].find(model).items() if key.startswith("aux")]
+        except WeightsError:  # a lineage without these heads
+            heads = []
         arguments = {**arguments, "auxiliary": bool(heads) and any(key in given for key in heads)}
     if classes is None:
         with blank():
@@ -226,7 +229,7 @@ def convert(
 
     suffix = os.path.splitext(os.fspath(out))[1]
     if os.path.splitext(os.fspath(source))[1] == ".npz" and suffix != ".npz":
-        return _send(source, out, suffix, lineage)
+        return _send(source, out, suffix, lineage, compare)
     if suffix != ".npz":
         raise refusal(out, "conversion is into .npz, or from .npz into .pth, .safetensors or .h5")
     if model is None:
@@ -262,7 +265,7 @@ def convert(
     return Report(os.fspath(source), os.fspath(out), model, lineage, count, skipped, ignored, difference)
 
 
-def _send(source, out, suffix: str, lineage: str | None) -> Report:
+def _send(source, out, suffix: str, lineage: str | None, compare: bool) -> Report:
     """Ours to theirs."""
     from kvision import zoo
     from kvision.layers import blank
@@ -284,5 +287,5 @@ def _send(source, out, suffix: str, lineage: str | None) -> Report:
     except WeightsError as error:
         raise refusal(source, str(error)) from None
     writer(out, arrays)
-    difference = difference_from_peer(network, lineage, arrays)
+    difference = difference_from_peer(network, lineage, arrays) if compare else None
     return Report(os.fspath(source), os.fspath(out), name, lineage, len(arrays), difference=difference)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.weights import torchvision
+from kvision.weights import keras_applications, slim, torchvision
 from kvision.weights.archive import WeightsError
 from kvision.weights.npz import inspect
 
@@ -37,10 +37,12 @@ def find(weights: str | os.PathLike) -> Path:
 
 def published_preprocessing(architecture: str) -> Preprocessing | None:
     """What the weights that a network was published with expect of images; None where nobody published any."""
-    try:
-        return torchvision.preprocessing(architecture)
-    except WeightsError:
-        return None
+    for lineage in (torchvision, keras_applications, slim):
+        try:
+            return lineage.preprocessing(architecture)
+        except WeightsError:
+            continue
+    return None
 
 
 def preprocess(weights: str | os.PathLike) -> Preprocessing:
