@@ -2,9 +2,9 @@
 
 Szegedy, Vanhoucke, Ioffe, Shlens and Wojna 2015, "Rethinking the Inception architecture for computer vision",
 https://arxiv.org/abs/1512.00567, table 1 and section 10: convolutions without padding at the start, then modules whose
-5x5 and 7x7 windows are made of smaller ones, 3x3 or 1x7 after 7x1 (the published networks keep a 5x5 in the first
-three, and have more filters than the paper's 42 layers state). The stages are those of equal map size: the modules
-5b, 6a and 7a of torchvision and TF-Slim are `stage3_a`, `stage4_a` and `stage5_a` here.
+5x5 and 7x7 windows are made of smaller ones, 3x3 or 1x7 after 7x1. The published networks, whose filters these are,
+keep a 5x5 branch in the first three. The stages are those of equal map size: the modules 5b, 6a and 7a of torchvision
+and TF-Slim are `stage3_a`, `stage4_a` and `stage5_a` here.
 
 - `inception_v3`: torchvision's. The padding of its average poolings counts as zeros.
 - `inception_v3_tf`: that of `keras.applications` and TF-Slim. Only the image's own pixels count there, and batch norms
