@@ -24,6 +24,8 @@ def scores() -> str:
     machines, shared = set(), []
     for path in sorted((ROOT / "docs" / "measured").glob("*.json")):
         run = json.loads(path.read_text())
+        if "rows" in run:  # a table of its own
+            continue
         hardware, versions = run["hardware"], run["versions"]
         machines.add(
             f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, "
@@ -43,6 +45,23 @@ def scores() -> str:
     return "\n".join([*rows, "", note])
 
 
+def regularizers() -> str:
+    """The table of `apps.regularize`, whose metrics.json is kept without the rows' histories."""
+    run = json.loads((ROOT / "docs" / "measured" / "regularize.json").read_text())
+    lines = ["| regularizer | setting | train | test | gap |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in run["rows"]:
+        name = row["regularizer"].replace("_", " ")
+        shares = f"{row['train_accuracy']:.2%} | {row['test_accuracy']:.2%} | {100 * row['gap']:.2f}"
+        lines.append(f"| {name} | {row['setting']} | {shares} |")
+    versions, hardware = run["versions"], run["hardware"]
+    note = (
+        f"{run['train_images']:,} training and {run['test_images']:,} test images of {run['dataset']}, seed "
+        f"{run['seed']}, one run each: `{run['command']}` on {hardware['cpu']}, Keras {versions['keras']}, "
+        f"{run['backend']} {versions[run['backend']]}. One run's test accuracy has a standard error of half a point."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def put(text: str, mark: str, content: str) -> str:
     """`text` with what stands between the two comments of `mark` replaced."""
     pattern = rf"(<!-- {mark}:start -->\n).*?(<!-- {mark}:end -->)"
@@ -54,7 +73,10 @@ def put(text: str, mark: str, content: str) -> str:
 
 def readme(text: str) -> str:
     """The README with its generated parts as they should be."""
-    return put(put(text, "scores", scores()), "models", markdown_table(ROOT / "weights"))
+    parts = {"scores": scores(), "regularizers": regularizers(), "models": markdown_table(ROOT / "weights")}
+    for mark, content in parts.items():
+        text = put(text, mark, content)
+    return text
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def swap_head(model: keras.Model, classes: int, head: str = "logits") -> keras.M
     if model.output is not old.output:
         raise ValueError(f"{head!r} is not the last layer of {model.name}: a new head would lose {names[-1]!r}")
     config = old.get_config() | {"units": classes}
-    return keras.Model(model.inputs, type(old).from_config(config)(old.input), name=model.name)
+    return keras.Model(model.input, type(old).from_config(config)(old.input), name=model.name)
 
 
 def freeze(model: keras.Model, until: str | None = None, *, except_: str | None = None) -> list[str]:

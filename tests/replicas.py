@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from kvision import engine
 from kvision.regularizers.batch_norm import SynchronisedBatchNorm
 from tests.arrays import noise
 
@@ -58,11 +59,8 @@ def on_tensorflow():
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
-    def average(x):
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, x)
-
     with strategy.scope():
-        layer = build(SynchronisedBatchNorm(average, momentum=0.9, epsilon=1e-5))
+        layer = build(SynchronisedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
 
     @tf.function
     def step(x, t):
@@ -95,17 +93,7 @@ def on_torch(folder: Path):
     other = None if rank else subprocess.Popen([sys.executable, "-m", "tests.replicas", str(folder), "1"])
     group.init_process_group("gloo", init_method=f"file://{folder.resolve()}/group", rank=rank, world_size=2)
 
-    class Mean(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            group.all_reduce(x := x.clone())
-            return x / 2
-
-        @staticmethod
-        def backward(context, gradient):
-            return Mean.apply(gradient)
-
-    layer = build(SynchronisedBatchNorm(Mean.apply, momentum=0.9, epsilon=1e-5))
+    layer = build(SynchronisedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
     x, t = (torch.tensor(np.split(array, 2)[rank]) for array in (X, T))
     y = layer(x.requires_grad_(), training=True)
     variables = [x, *(v.value for v in layer.trainable_variables)]

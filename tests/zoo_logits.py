@@ -45,8 +45,8 @@ SMALL = {
     "densenet_bc_100_12": ((9, 8, 3), {"growth": 4}, cifar_densenet_width(True, 16), 3),
     "densenet_bc_250_24": ((9, 8, 3), {"growth": 4}, cifar_densenet_width(True, 41), 3),
     "densenet_bc_190_40": ((9, 8, 3), {"growth": 4}, cifar_densenet_width(True, 31), 3),
-    "alexnet": ((63, 67, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 7}, 8, 3),
-    "alexnet_2012": ((67, 70, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 7}, 8, 3),
+    "alexnet": ((63, 67, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 32}, 8, 3),
+    "alexnet_2012": ((67, 70, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 32}, 8, 3),
     "googlenet": ((33, 35, 3), {"width": 0.1}, 100, 5),
     "inception_v1": ((31, 33, 3), {"width": 0.1}, 100, 5),
     "inception_v1_tf": ((33, 35, 3), {"width": 0.1}, 100, 5),
@@ -79,7 +79,7 @@ def fill(model) -> None:
         generator, shape = stream(0, "zoo", variable.path), tuple(variable.shape)
         values = generator.standard_normal(shape, np.float32)
         if variable.name == "kernel":  # the deviation keeps the scale of what passes
-            values *= math.sqrt(2 / math.prod(shape[:-1]))
+            values *= math.sqrt(2 / math.prod(shape[:2] if shape[-1] == 1 else shape[:-1]))
         elif variable.name in ("gamma", "moving_variance"):
             values = generator.uniform(0.5, 1.5, shape)
         else:

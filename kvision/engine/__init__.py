@@ -9,6 +9,10 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
   heads) the first is predicted; the loss sees them all.
 - `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
   between steps (JAX), they cannot be read until then.
+
+And a function `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train together, for
+`kvision.regularizers.batch_norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
+`torch.distributed`; on JAX the tensor itself, because a program on a sharded batch is one program.
 """
 
 import importlib

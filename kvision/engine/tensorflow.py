@@ -45,8 +45,12 @@ class Engine:
         pass
 
 
+def mean_over_replicas(x):
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, x)
+
+
 def _operation(layer, training):
-    if type(layer) is keras.layers.BatchNormalization and not layer.renorm:
+    if type(layer) is keras.layers.BatchNormalization and not layer.renorm and not layer.synchronized:
         return lambda x, mask=None: _batch_norm(layer, x, mask, training)
     if getattr(layer, "_call_has_training_arg", False):
         return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})

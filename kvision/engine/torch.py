@@ -41,12 +41,28 @@ class Engine:
         pass
 
 
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x / torch.distributed.get_world_size()
+
+    @staticmethod
+    def backward(context, gradient):
+        return _Mean.apply(gradient)
+
+
+def mean_over_replicas(x):
+    return _Mean.apply(x) if torch.distributed.is_initialized() else x
+
+
 def _operation(layer, training):
     if type(layer) is keras.layers.Conv2D and layer.data_format == "channels_last":
         return lambda x, mask=None: _conv(layer, x)
     if type(layer) is keras.layers.MaxPooling2D and layer.padding == "valid" and layer.data_format == "channels_last":
         return lambda x, mask=None: _max_pool(layer, x)
-    if type(layer) is keras.layers.BatchNormalization and not layer.renorm:
+    if type(layer) is keras.layers.BatchNormalization and not layer.renorm and not layer.synchronized:
         return lambda x, mask=None: _batch_norm(layer, x, mask, training)
     if getattr(layer, "_call_has_training_arg", False):
         return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})

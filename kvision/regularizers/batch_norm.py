@@ -205,8 +205,9 @@ def synchronise(model: keras.Model, average: Callable) -> keras.Model:
     """The same network, weights included, whose batch norms take their moments over all replicas.
 
     Args:
-        average: see `SynchronisedBatchNorm`. For replicas under PyTorch's `torch.distributed` or TensorFlow's
-            `MirroredStrategy`; a JAX program on a sharded batch is one program, whose batch norms see the whole batch.
+        average: see `SynchronisedBatchNorm`; `kvision.engine.floor().mean_over_replicas` for replicas under PyTorch's
+            `torch.distributed` or TensorFlow's `MirroredStrategy`. A JAX program on a sharded batch is one program,
+            whose batch norms see the whole batch anyhow.
     """
 
     def clone(layer):
