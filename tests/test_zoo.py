@@ -212,7 +212,7 @@ def test_logits_and_files(network, tmp_path, monkeypatch):
     expected = np.asarray(json.loads(zoo_logits.FILE.read_text())[network.name], np.float32)
     logits = engine.create(network).predict(zoo_logits.images(network))
     assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
-    assert abs(expected[0] - expected[1]).max() > 1e-3 * abs(expected).max()  # else it would show nothing of the network
+    assert abs(expected[0] - expected[1]).max() > 1e-3 * abs(expected).max()  # else they would hardly show the network
 
 
 @pytest.fixture(scope="module", params=WIRINGS)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from kvision.weights import foreign, frossard, hdf5, keras_applications, own, pth, safetensors, slim, torchvision
+from kvision.weights import foreign, frossard, hdf5, keras_applications, own, pth, safetensors, slim, timm, torchvision
 from kvision.weights.archive import Archive, WeightsError, listed, refusal
 from kvision.weights.npz import load, named_variables, read_manifest, save
 from kvision.weights.peers import difference_from_peer
@@ -21,6 +21,7 @@ from kvision.weights.peers import difference_from_peer
 # Whose names a file has. Each module has `find`, `prepare`, `extras` and `preprocessing`.
 LINEAGES: dict[str, ModuleType] = {
     "torchvision": torchvision,
+    "timm": timm,
     "keras": keras_applications,
     "slim": slim,
     "frossard": frossard,
@@ -93,6 +94,8 @@ def _lineage(name: str | None, arrays: Mapping[str, np.ndarray], form: str) -> s
         return name
     if form in ("h5", "tf_checkpoint"):
         return "keras" if form == "h5" else "slim"
+    if any(re.fullmatch(r"(module\.)?(blocks\.\d|pre_logits|conv_stem).*", key) for key in arrays):
+        return "timm"
     if any(re.fullmatch(r".*\.(weight|bias)", key) for key in arrays):
         return "torchvision"
     if any(re.fullmatch(r"conv1_1_[Wb]", key) for key in arrays):
@@ -213,7 +216,7 @@ def convert(
         source: a foreign file, see `kvision.weights.foreign.read`; or an `.npz` of ours, which goes out.
         out: an `.npz` for a foreign source; else a `.pth`, `.safetensors` or `.h5`.
         model: the network that the weights are of; an `.npz` of ours says it itself.
-        lineage: whose names the foreign file has: "torchvision", "keras", "slim", "frossard" or "kvision". The default
+        lineage: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The default
             is found from the names, or on the way out from the suffix.
         skip: patterns of names, ours or theirs, that may be without a counterpart.
         input_shape, classes, arguments: of the network, where they are not the default and cannot be read off the file.
