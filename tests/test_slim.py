@@ -7,8 +7,10 @@ import pytest
 
 from kvision import engine, zoo
 from kvision.layers import blank
-from kvision.weights import WeightsError, export_arrays, import_arrays
+from kvision.weights import WeightsError, convert, export_arrays, import_arrays, inspect
+from kvision.weights.initial import initialize
 from tests import golden_slim
+from tests.arrays import values
 
 EXPECTED = json.loads(golden_slim.FILE.read_text())
 
@@ -29,3 +31,37 @@ def test_logits_and_names_are_tf_slims(name):
     assert {key: array.tobytes() for key, array in back.items()} == {k: a.tobytes() for k, a in arrays.items()}
     with pytest.raises(WeightsError, match=r"1 of \d+ variables get no array"):
         import_arrays(model, {key: array for key, array in arrays.items() if key != next(iter(arrays))}, "slim")
+
+
+@pytest.mark.parametrize(
+    ("lineage", "theirs"),
+    [
+        (
+            "slim",
+            {
+                "vgg_16/conv5/conv5_3/weights": (3, 3, 32, 32),
+                "vgg_16/fc6/weights": (7, 7, 32, 8),
+                "vgg_16/fc7/weights": (1, 1, 8, 8),
+                "vgg_16/fc8/biases": (10,),
+            },
+        ),
+        ("frossard", {"conv5_3_W": (3, 3, 32, 32), "fc6_W": (1568, 8), "fc7_b": (8,), "fc8_W": (8, 10)}),
+    ],
+)
+def test_vggs_of_those_years(lineage, theirs, tmp_path):
+    """vgg_16.ckpt and vgg16_weights.npz: the fully connected layers read height, width, channels, as ours do."""
+    with blank():
+        model, again = (zoo.create_model("vgg16", (224, 224, 3), 10, width=4, hidden=8) for _ in range(2))
+    initialize(model, 0)
+    arrays = export_arrays(model, lineage)
+    assert theirs.items() <= {key: array.shape for key, array in arrays.items()}.items()
+    kernel = values(model)["head_1_dense/kernel"]
+    assert np.array_equal(arrays[next(key for key in theirs if "fc6" in key)].reshape(kernel.shape), kernel)
+    import_arrays(again, arrays, lineage)
+    assert all(np.array_equal(values(again)[key], array) for key, array in values(model).items())
+    np.savez(tmp_path / "vgg16_weights.npz", **{key.replace("/", "."): array for key, array in arrays.items()})
+    if lineage == "frossard":
+        out = tmp_path / "vgg16.npz"
+        report = convert(tmp_path / "vgg16_weights.npz", out, "vgg16", arguments={"width": 4, "hidden": 8})
+        assert (report.lineage, report.converted) == ("frossard", 32)
+        assert inspect(out)["manifest"]["preprocessing"]["mean"] == [123.68, 116.779, 103.939]

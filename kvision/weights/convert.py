@@ -216,8 +216,8 @@ def convert(
         source: a foreign file, see `kvision.weights.foreign.read`; or an `.npz` of ours, which goes out.
         out: an `.npz` for a foreign source; else a `.pth`, `.safetensors` or `.h5`.
         model: the network that the weights are of; an `.npz` of ours says it itself.
-        lineage: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The default
-            is found from the names, or on the way out from the suffix.
+        lineage: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The
+            default is found from the names, or on the way out from the suffix.
         skip: patterns of names, ours or theirs, that may be without a counterpart.
         input_shape, classes, arguments: of the network, where they are not the default and cannot be read off the file.
         compare: run the network and the source framework's on the same images, where that is installed.

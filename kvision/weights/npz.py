@@ -454,7 +454,7 @@ def load(
             array = archive.read(key, entry.get("sha256"))
             if entry.get("dtype") == "bfloat16":
                 array = array.view(BFLOAT16).astype(np.float32)
-            if not allow_nonfinite and not np.isfinite(array).all():
+            if not allow_nonfinite and not _finite(array):
                 raise refusal(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
             return array
 
@@ -465,6 +465,16 @@ def load(
         variable = variables[key]
         variable.assign(array if array.shape == tuple(variable.shape) else adapt_kernel(array, channels))
     return manifest
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite. A finite sum of squares says so in a fifth of the time."""
+    if array.dtype in (np.float32, np.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            flat = array.reshape(-1)
+            if np.isfinite(np.dot(flat, flat)):
+                return True
+    return bool(np.isfinite(array).all())
 
 
 def _misfit(variables: dict, members: dict, channels: int, entries: dict) -> str | None:
