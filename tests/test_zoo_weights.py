@@ -108,6 +108,8 @@ def test_what_is_known_of_a_network(capsys):
     assert info.parameters == 269_722
     assert info.stages == {"stage1": (32, 32, 16), "stage2": (16, 16, 32), "stage3": (8, 8, 64)}
     assert info.preprocessing.mean == (0.485, 0.456, 0.406)
+    # torchvision's documentation: 4.089 and 5.713 billion.
+    assert [kvision.model_info(name).flops for name in ("resnet50", "inception_v3")] == [4_089_184_256, 5_713_216_096]
     assert "airbench_small.cifar10" in kvision.model_info("airbench_small").weights
     assert main(["info", "resnet20"]) == 0
     printed = capsys.readouterr().out
