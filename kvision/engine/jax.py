@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 CHUNK = 8  # images in one at least: fewer gain nothing, and every loop costs compilation
@@ -176,7 +176,7 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind is keras.layers.Conv2D and last and replaceable(layer):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.DepthwiseConv2D and pads:

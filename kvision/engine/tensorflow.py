@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 HALVES = ("float16", "bfloat16")
 
@@ -108,7 +108,7 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind = type(layer)
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind is keras.layers.Conv2D and pads and layer.groups == 1:
         return lambda x, **_: _conv(layer, x, pads)
     if pads:

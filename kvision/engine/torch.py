@@ -12,7 +12,7 @@ import torch
 from keras import ops
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 F = torch.nn.functional
 
@@ -109,7 +109,7 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and replaceable(layer):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
