@@ -154,7 +154,7 @@ def _conv(layer, x, pads):
 
 
 def _dense(layer, x):
-    """What `layer(x)` computes; in float64 too, which Keras's matrix product narrows to float32."""
+    """What `layer(x)` computes."""
     x = torch.matmul(_cast(x, layer), _cast(layer.kernel.value, layer))
     if layer.use_bias:
         x = x + _cast(layer.bias.value, layer)
@@ -180,7 +180,7 @@ def _max_pool(layer, x):
 
 
 def _batch_norm(layer, x, mask, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
+    """What `layer(x, training=training)` computes, and the same new running statistics."""
     if mask is not None or x.ndim not in (2, 4) or layer.axis not in (-1, x.ndim - 1):
         y = layer(x, training=training, mask=mask)
         return F.relu(y) if relu else y

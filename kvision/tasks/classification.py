@@ -25,11 +25,7 @@ def cross_entropy(smoothing: float = 0.0) -> Callable:
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"label smoothing must be at least 0 and below 1, got {smoothing}")
-
-    def loss(targets, logits):
-        # The mean of Keras's loss classes is float32 on PyTorch, whatever it is of.
-        each = keras.losses.categorical_crossentropy(targets, logits, from_logits=True, label_smoothing=smoothing)
-        return ops.mean(each)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
 
     def of(labels, outputs):
         main, *auxiliary = outputs if isinstance(outputs, list | tuple) else [outputs]
