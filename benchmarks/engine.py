@@ -21,6 +21,7 @@ Each framework chooses its own threads: variables that would tell it otherwise a
 """
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -29,12 +30,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from benchmarks import peers
+from docs.update import put
 from kvision import engine, flags
 from kvision.data import load
 from kvision.data.batches import Augmentation, Batches
@@ -62,7 +65,7 @@ def setting(default, help, **more):
 
 @dataclass(frozen=True)
 class Config:
-    n: int = setting(3, "rounds")
+    n: int = setting(3, "rounds; 0 measures nothing, and makes the table of the file that --out names")
     backends: str = setting("jax,tensorflow,torch", "which backends, with commas", metavar="NAMES")
     models: str = setting("resnet20,vgg_small", "which networks, with commas", metavar="NAMES")
     contenders: str = setting(",".join(CONTENDERS), "which contenders, with commas", metavar="NAMES")
@@ -77,7 +80,8 @@ class Config:
     cache: str | None = setting(None, "with --once: folder for compiled programs", metavar="FOLDER")
 
     def __post_init__(self):
-        flags.expect(self, "n batch_size steps warmup", lambda value: value > 0, "at least 1")
+        flags.expect(self, "n", lambda value: value >= 0, "at least 0")
+        flags.expect(self, "batch_size steps warmup", lambda value: value > 0, "at least 1")
         for name, known in (("backends", BY_HAND), ("models", NETWORKS), ("contenders", CONTENDERS)):
             flags.expect(
                 self, name, lambda value, known=known: {*value.split(",")} <= {*known}, f"of {', '.join(known)}"
@@ -203,17 +207,32 @@ def inputs(config: Config) -> dict[str, np.ndarray]:
     return {"images": data.x_train[which], "labels": data.y_train[which]}
 
 
+def surroundings(backend: str, cache: Path) -> dict[str, str]:
+    """The environment of a contender's process."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(KEPT_BACK)}
+    own = {"KERAS_BACKEND": backend, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    return {**kept, **own}
+
+
+def wake(backend: str, cache: Path) -> None:
+    """Import once what contenders import: later processes find files in memory and modules compiled."""
+    packages = "import keras, kvision.training; from kvision import zoo; zoo.list_models()"
+    for statement in (packages, f"import benchmarks.peers.{BY_HAND[backend]}"):
+        command = [sys.executable, "-c", statement]
+        # Without a check: what cannot be imported here fails again, and is reported, where it is measured.
+        subprocess.run(command, cwd=ROOT, env=surroundings(backend, cache), capture_output=True)
+
+
 def child(config: Config, what: dict[str, str], given: Path, cache: Path) -> dict[str, object]:
     """The row of one process; where it failed, it has "failed", the reason, and no figures."""
     command = [sys.executable, "-m", "benchmarks.engine", f"--once={what['contender']}"]
     command += [f"--backends={what['backend']}", f"--models={what['model']}", f"--inputs={given}", f"--cache={cache}"]
     command += [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in ("batch_size", "steps", "warmup")]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(KEPT_BACK)}
-    own = {"KERAS_BACKEND": what["backend"], "TORCHINDUCTOR_CACHE_DIR": str(cache), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    around = surroundings(what["backend"], cache)
     row = {**what, "load": os.getloadavg()[0]}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env={**kept, **own}, capture_output=True, text=True, check=True, timeout=PATIENCE
+            command, cwd=ROOT, env=around, capture_output=True, text=True, check=True, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired:
         return {**row, "failed": f"took more than {PATIENCE} s"}
@@ -224,48 +243,70 @@ def child(config: Config, what: dict[str, str], given: Path, cache: Path) -> dic
 
 
 LABELS = {
-    ("fit", None): "`model.fit`",
-    ("by_hand", "jax"): "Flax, Optax",
-    ("by_hand", "tensorflow"): "by hand",
-    ("by_hand", "torch"): "by hand",
-    ("compiled", "torch"): "by hand, `torch.compile`",
-    ("engine", None): "kvision",
+    ("engine", "jax"): "kvision",
+    ("engine", "tensorflow"): "kvision",
+    ("engine", "torch"): "kvision",
+    ("fit", "jax"): "`model.fit`",
+    ("fit", "tensorflow"): "`model.fit`",
+    ("fit", "torch"): "`model.fit`",
+    ("by_hand", "jax"): "Flax and Optax",
+    ("by_hand", "tensorflow"): "`tf.function`",
+    ("by_hand", "torch"): "`torch.nn`",
+    ("compiled", "torch"): "`torch.compile`",
 }
-MEASURES = ("images_per_second", "seconds_to_first_step", "peak_memory_bytes", "compile_seconds", "step_cpu_seconds")
+# A row's figure, its column, its factor and format there.
+COLUMNS = (
+    ("images_per_second", "images/s", 1, "{:,.0f}"),
+    ("step_cpu_seconds", "CPU time a step", 1000, "{:,.0f} ms"),
+    ("seconds_to_first_step", "to first step", 1, "{:.1f} s"),
+    ("compile_seconds", "of it compiling", 1, "{:.1f} s"),
+    ("peak_memory_bytes", "peak memory", 2**-20, "{:,.0f} MiB"),
+)
+COMPARED = ("images_per_second", "step_cpu_seconds", "seconds_to_first_step", "peak_memory_bytes")
 
 
 def table(rows: list[dict]) -> str:
-    """Medians as a Markdown table; after each, kvision's over this contender's, of the same backend and network."""
-    groups: dict[tuple[str, ...], list[dict]] = {}
+    """Medians as a Markdown table.
+
+    In parentheses: kvision's (its cold start's) as a multiple of this contender's, on the same backend and network.
+    """
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("model", "backend", "contender", "start")), []).append(row)
-    lines = [
-        "| network | backend | contender | images/s | ratio | to first step | ratio | of which compiling | peak memory "
-        "| ratio | CPU time a step | n |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    medians = {}
-    for key, group in groups.items():
-        good = [row for row in group if "failed" not in row]
-        medians[key] = {name: median(row[name] for row in good) for name in MEASURES} if good else None
-    order = lambda key: (*map(str, key[:2]), CONTENDERS.index(key[2]), key[3])  # noqa: E731
-    for key in sorted(groups, key=order):
-        model, backend, contender, start = key
-        label = LABELS.get((contender, None)) or LABELS[contender, backend]
-        label += ", second start" if start == "warm" else ""
-        own, ours = medians[key], medians.get((model, backend, "engine", "cold"))
+        key = (row["model"], list(BY_HAND).index(row["backend"]), CONTENDERS.index(row["contender"]), row["start"])
+        groups.setdefault(key, []).append(row)
+    good = {key: [row for row in group if "failed" not in row] for key, group in groups.items()}
+    medians = {
+        key: {name: median(row[name] for row in rows) for name, *_ in COLUMNS} for key, rows in good.items() if rows
+    }
+    head = ["network", "backend", "contender", *(title for _, title, *_ in COLUMNS), "n"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * 3}{' ---: |' * (len(COLUMNS) + 1)}"]
+    for key in sorted(groups):
+        row, own, ours = groups[key][0], medians.get(key), medians.get((*key[:2], CONTENDERS.index("engine"), "cold"))
+        label = LABELS[row["contender"], row["backend"]] + (", second start" if row["start"] == "warm" else "")
+        cells = [row["model"], row["backend"], label]
+        for name, _, factor, form in COLUMNS:
+            cell = form.format(factor * own[name]) if own else ""
+            if own and ours and own is not ours and name in COMPARED:
+                cell += f" ({ours[name] / own[name]:.2f})"
+            cells.append(cell)
         if own is None:
-            lines.append(f"| {model} | {backend} | {label} | failed: {groups[key][0]['failed']} |" + " |" * 8)
-            continue
-        ratio = {name: f"{ours[name] / own[name]:.2f}" if ours else "" for name in MEASURES[:3]}
-        good = sum("failed" not in row for row in groups[key])
-        lines.append(
-            f"| {model} | {backend} | {label} | {own['images_per_second']:,.0f} | {ratio['images_per_second']} | "
-            f"{own['seconds_to_first_step']:.1f} s | {ratio['seconds_to_first_step']} | "
-            f"{own['compile_seconds']:.1f} s | {own['peak_memory_bytes'] / 2**20:,.0f} MiB | "
-            f"{ratio['peak_memory_bytes']} | {1000 * own['step_cpu_seconds']:,.0f} ms | {good} |"
-        )
+            cells[3] = "failed: " + row["failed"].replace("|", "\\|")
+        lines.append(f"| {' | '.join([*cells, str(len(good[key]))])} |")
     return "\n".join(lines)
+
+
+def note(report: dict) -> str:
+    """What stands below the table: how it was measured."""
+    hardware = report["hardware"]
+    memory = f", {hardware['memory_bytes'] / 2**30:.0f} GiB" if hardware["memory_bytes"] else ""
+    machine = f"{hardware['cores']} cores of {hardware['cpu']}{memory}"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    loads = [row["load"] for row in report["rows"]]
+    return (
+        f"Medians of n processes each: `{report['command']}` on {machine}, "
+        f"{versions}. In parentheses: kvision's as a multiple of this contender's. When a process began, the machine's "
+        f"load of the last minute was {min(loads):.1f} to {max(loads):.1f}."
+    )
 
 
 def check_parameters(rows: list[dict]) -> None:
@@ -279,29 +320,41 @@ def check_parameters(rows: list[dict]) -> None:
             raise ValueError(f"every contender's {model} must have as many parameters, they have {sorted(counts)}")
 
 
+def rounds(config: Config, command: str) -> dict[str, object]:
+    """The report of all rounds; after each it is written to `config.out`."""
+    peer_versions = {name: metadata.version(name) for name in ("flax", "optax") if importlib.util.find_spec(name)}
+    versions = {**environment.versions(), **peer_versions}
+    rows: list[dict] = []
+    report = {"command": command, "n": config.n, "hardware": environment.hardware(), "versions": versions, "rows": rows}
+    groups = plan(config)
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "inputs.npz"
+        np.savez(given, **inputs(config))
+        for backend in config.backends.split(","):
+            wake(backend, Path(folder) / "woken")
+        for turn in range(config.n):
+            first = turn * len(groups) // config.n
+            for i, group in enumerate(groups[first:] + groups[:first]):
+                for what in group:
+                    rows.append({"round": turn, **child(config, what, given, Path(folder) / f"cache-{turn}-{i}")})
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            Path(config.out).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
 def main(argv=None) -> None:
     config = Config(**flags.parse(Config, argv, prog="benchmarks.engine", description=__doc__, defaults=Config()))
     if config.once:
         print(json.dumps(measure(config)))
         return
-    groups, rows = plan(config), []
     command = " ".join(["python -m benchmarks.engine", *(sys.argv[1:] if argv is None else argv)])
-    names = ("flax", "optax")
-    versions = {**environment.versions(None), **{name: environment._installed(name) for name in names}}
-    report = {"command": command, "n": config.n, "hardware": environment.hardware(), "versions": versions, "rows": rows}
-    with tempfile.TemporaryDirectory() as folder:
-        given = Path(folder) / "inputs.npz"
-        np.savez(given, **inputs(config))
-        for turn in range(config.n):
-            first = turn * len(groups) // config.n
-            for i, group in enumerate(groups[first:] + groups[:first]):
-                for what in group:
-                    row = child(config, what, given, Path(folder) / f"cache-{turn}-{i}")
-                    rows.append({"round": turn, **row})
-                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            Path(config.out).write_text(json.dumps(report, indent=1) + "\n")
-    check_parameters(rows)
-    print(table(rows))
+    report = rounds(config, command) if config.n else json.loads(Path(config.out).read_text())
+    check_parameters(report["rows"])
+    content = f"{table(report['rows'])}\n\n{note(report)}"
+    print(content)
+    if config.write:
+        page = ROOT / "docs" / "engine.md"
+        page.write_text(put(page.read_text(), "engine", content))
 
 
 if __name__ == "__main__":

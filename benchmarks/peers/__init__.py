@@ -12,7 +12,7 @@ values in Keras's layouts by the names of kvision's variables, in the order in w
 A file here is never named like a package: one called `flax.py` could be imported in Flax's place.
 """
 
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of kernels; biases and batch norms are left alone
 
