@@ -127,7 +127,10 @@ class Clock:
         losses = [float(loss) for loss in self.losses]
         last = float(np.mean(losses[-max(1, len(losses) // 4) :]))
         if not np.isfinite(losses).all() or last >= losses[0]:
-            raise ArithmeticError(f"the loss went from {losses[0]} to {last}: it must be finite and fall")
+            raise ArithmeticError(
+                f"in {len(losses)} steps the loss went from {losses[0]:.3f} to {last:.3f}: it must be finite and fall; "
+                "give it at least 20 steps"
+            )
         step = median(np.diff(self.stamps[self.warmup - 1 :]))
         return {
             "step_seconds": step,

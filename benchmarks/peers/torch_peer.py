@@ -60,7 +60,7 @@ NETWORKS = {"resnet20": resnet20, "vgg_small": vgg_small}
 def train(network, images, labels, batch_size, clock, weights=None, compiled=False) -> int:
     model = NETWORKS[network]()
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     model = model.to(memory_format=torch.channels_last)
     parameters = list(model.parameters())
