@@ -145,13 +145,12 @@ class Clock:
 
 def train_engine(network, images, labels, batch_size, clock, cache=None) -> int:
     """kvision; like `train` of `benchmarks.peers`, but of uint8 images."""
-    if cache and hasattr(engine, "configure"):
-        engine.configure(compile_cache=cache)
     from kvision import training, zoo
     from kvision.layers import blank
     from kvision.tasks.classification import cross_entropy
     from kvision.weights.initial import initialize
 
+    engine.configure(compile_cache=cache)
     name, arguments = NETWORKS[network]
     with blank():
         model = zoo.create_model(name, (32, 32, 3), peers.CLASSES, **arguments)
@@ -195,9 +194,7 @@ def plan(config: Config) -> list[list[dict[str, str]]]:
             for contender in config.contenders.split(","):
                 if contender == "compiled" and backend != "torch":
                     continue
-                keeps = contender == "compiled" or (
-                    (backend, contender) == ("jax", "engine") and hasattr(engine, "configure")
-                )
+                keeps = (contender, backend) in (("engine", "jax"), ("compiled", "torch"))
                 what = {"backend": backend, "model": model, "contender": contender}
                 groups.append([{**what, "start": start} for start in (("cold", "warm") if keeps else ("cold",))])
     return groups
