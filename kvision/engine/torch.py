@@ -26,6 +26,8 @@ class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
         self._graphs = {}
+        if optimizer is not None:
+            _lay_out([*model.trainable_variables, *optimizer.variables])
 
     def _call(self, images, training):
         if not is_graph(self.model):
@@ -82,6 +84,17 @@ class Engine:
 
     def push(self):
         pass
+
+
+def _lay_out(variables):
+    """Keep kernels, and what an optimizer keeps of them, in memory as PyTorch's channels_last kernels lie.
+
+    A kernel's shape stays (h, w, i, o). A convolution takes it as it lies, and its gradient lies the same way, so that
+    an update passes over both in one order.
+    """
+    for variable in variables:
+        if len(variable.shape) == 4 and variable._value is not None:
+            variable._value.data = variable._value.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
 
 class _Mean(torch.autograd.Function):
