@@ -358,14 +358,14 @@ def test_bad_requests_are_named(pictures, tmp_path, monkeypatch, options, error,
 # Signals
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 6])
+@pytest.mark.parametrize("step", [1, 5, 6])
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_a_signal_saves_first(pictures, tmp_path, number, name, step):
     former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     send = lambda: os.kill(os.getpid(), number)  # noqa: E731
 
     def train(stop=None, folder=None):
-        model, optimizer, batches = run(pictures)
+        model, optimizer, batches = run(pictures, width=0)
         batches = at_step(batches, stop, send) if stop else batches
         fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, test=pictures(9, 6, 6))
         return everything(model, optimizer)
