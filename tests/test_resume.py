@@ -1,8 +1,10 @@
 """Runs that stop and go on: checkpoints at any step, signals, diverging, a full disk, Keras's callbacks."""
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -132,13 +134,13 @@ def test_a_run_goes_on_from_any_step(pictures, tmp_path, make):
 
     whole = train()
     assert make is not heard or min(whole[-1]) < 0.01 * 0.9**4  # both have lowered the rate
-    for every, stops in ((1, (2, 4, 9)), (2, (8,)), (None, (5,))):
+    for every, stops in ((1, (4, 9)), (2, (8,))):
         folder = tmp_path / str(every)
         for stop in stops:
             with pytest.raises(KilledError):
                 train(stop if folder.exists() else 0, stop, folder, every)
             assert len(list(folder.iterdir())) <= 3
-        for _ in range(2 if every == 1 else 1):  # the second time there is nothing left to do
+        for _ in range(every):  # the second time there is nothing left to do
             found = train(99, None, folder, every)
             assert same(found[0], whole[0]) and found[1:] == whole[1:], every
 
@@ -265,70 +267,83 @@ def other_manifest(content):
     return change
 
 
-def leave(path):
-    pass
+BROKEN = {
+    "cut": (cut, ""),
+    "flip": (flip, ""),
+    "text": (text, ""),
+    "empty": (nothing, ""),
+    "weights": (weights_file, "is not a checkpoint of a training run"),
+    "list": (other_manifest([]), "is not a checkpoint of a training run"),
+    "format": (other_manifest({"format": "something else"}), "is not a checkpoint of a training run"),
+    "step": (other_manifest({"format": "kvision-checkpoint"}), "is not a checkpoint of a training run"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_checkpoint_is_passed_over(pictures, checkpoint, kind):
+    """For the one before it, with a warning that names both; it goes when the next is written."""
+    newest, expected, state = checkpoint
+    damage, message = BROKEN[kind]
+    before = newest.with_name("step-00000002.npz")
+    shutil.copy(newest, before)
+    damage(newest)
+    model, optimizer, _ = run(pictures, seed=5)
+    optimizer.build(model.trainable_variables)
+    checkpoints = Checkpoints(newest.parent, keep=2)
+    with pytest.warns(RuntimeWarning, match=f"{newest}: .*{message}.*; passed over, the run goes on from {before}"):
+        checkpoints.read(model, optimizer, ["Shy"])
+    assert same(everything(model, optimizer), expected) and checkpoints.newest == before
+    checkpoints.write(model, optimizer, dataclasses.replace(state, step=3))
+    assert [path.name for path in checkpoints.files()] == ["step-00000002.npz", "step-00000003.npz"]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_nothing_goes_on_from_broken_checkpoints_alone(pictures, checkpoint, kind):
+    newest, _, _ = checkpoint
+    damage, message = BROKEN[kind]
+    damage(newest)
+    shutil.copy(newest, newest.with_name("step-00000002.npz"))
+    refused(pictures, newest, {}, rf"{message}.*\(nor can step-00000002.npz\)", {})
 
 
 @pytest.mark.parametrize(
-    ("damage", "options", "message"),
+    ("network", "options", "message"),
     [
-        (cut, {}, ""),
-        (flip, {}, ""),
-        (text, {}, ""),
-        (nothing, {}, ""),
-        (weights_file, {}, "is not a checkpoint of a training run"),
-        (other_manifest([]), {}, "is not a checkpoint of a training run"),
-        (other_manifest({"format": "something else"}), {}, "is not a checkpoint of a training run"),
-        (leave, {"kind": "adam"}, "not a checkpoint of net with this optimizer: only this one has optimizer/adam/"),
-        (leave, {"width": 5}, r"model/conv/kernel is float32 \(3, 3, 3, 4\), not float32 \(3, 3, 3, 5\)"),
-        (leave, {"batch": 5}, r"\(steps an epoch, images a step\) \(3, 4\); this run has \(2, 5\)"),
-        (leave, {"callbacks": [callbacks.History()]}, r"with the callbacks \[\]; this run has \['History'\]"),
+        ({"kind": "adam"}, {}, "not a checkpoint of net with this optimizer: only this one has optimizer/adam/"),
+        ({"width": 5}, {}, r"model/conv/kernel is float32 \(3, 3, 3, 4\), not float32 \(3, 3, 3, 5\)"),
+        ({}, {"size": 5}, r"with \(steps an epoch, images a step\) \(3, 4\); this run has \(2, 5\)"),
+        ({}, {"callbacks": []}, r"of a run with the callbacks \['Shy'\]; this run has \[\]"),
     ],
-    ids=["cut", "flip", "text", "empty", "weights", "list", "format", "optimizer", "width", "batches", "callbacks"],
+    ids=["optimizer", "width", "batches", "callbacks"],
 )
-def test_a_broken_or_foreign_checkpoint_is_refused_or_passed_over(pictures, tmp_path, damage, options, message):
-    """Alone it ends the run before anything has changed; the one before it is taken with a warning."""
-    folder, told = tmp_path / "run", options.pop("callbacks", ())
-    size = options.pop("batch", 4)
+def test_a_foreign_checkpoint_is_refused(pictures, checkpoint, network, options, message):
+    refused(pictures, checkpoint[0], options, message, network)
 
-    def train(epochs, **options):
-        model, optimizer, batches = run(pictures, **options)
-        batches = Batches(*pictures(13, 6, 6), size, 1, Preprocessing()) if size != 4 else batches
-        batches = at_step(batches, 4 if epochs == 2 else None, lambda: kept.append(everything(model, optimizer)))
-        fit(model, optimizer, cross_entropy(), batches, epochs=epochs, checkpoint=folder, callbacks=told)
+
+def refused(pictures, newest, options, message, network):
+    """`fit` ends before anything has changed."""
+    model, optimizer, batches = run(pictures, **network)
+    optimizer.build(model.trainable_variables)
+    before, kept, options = everything(model, optimizer), newest.read_bytes(), {"callbacks": [Shy()], **options}
+    if size := options.pop("size", None):
+        batches = Batches(*pictures(13, 6, 6), size, 1, Preprocessing())
+    with pytest.raises(WeightsError, match=f"^{newest}: .*{message}") as error:
+        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=newest.parent, **options)
+    assert "no run can go on from it" in str(error.value) and "start a new one in another folder" in str(error.value)
+    assert same(everything(model, optimizer), before) and newest.read_bytes() == kept
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(pictures, tmp_path):
+    def train(folder=None):
+        model, optimizer, batches = run(pictures, width=0)
+        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, checkpoint_every=2)
         return everything(model, optimizer)
 
-    kept = []
-    if damage is leave:
-        own, size, told = (size, told), 4, ()
-        train(1)
-        size, told = own
-    else:
-        train(2)
-        first, second = sorted(folder.iterdir())
-        damage(second)
-    newest = sorted(folder.iterdir())[-1]
-    if damage is not leave:
-        expected = train_whole(pictures)
-        with pytest.warns(RuntimeWarning, match=f"{second}: .*{message}.*passed over, the run goes on from {first}"):
-            found = train(2)
-        assert same(found, expected) and [path.name for path in sorted(folder.iterdir())] == [first.name, second.name]
-        first.unlink()
-        damage(second)
-    before = newest.read_bytes()
-    model, optimizer, batches = run(pictures, **options)
-    batches = Batches(*pictures(13, 6, 6), size, 1, Preprocessing()) if size != 4 else batches
-    optimizer.build(model.trainable_variables)
-    untouched = everything(model, optimizer)
-    with pytest.raises(WeightsError, match=f"{newest}.*{message}.*; no run can go on from it: start a new one"):
-        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, callbacks=told)
-    assert same(everything(model, optimizer), untouched) and newest.read_bytes() == before
-
-
-def train_whole(pictures):
-    model, optimizer, batches = run(pictures)
-    fit(model, optimizer, cross_entropy(), batches, epochs=2)
-    return everything(model, optimizer)
+    whole = train(tmp_path)
+    cut(tmp_path / "step-00000006.npz")
+    with pytest.warns(RuntimeWarning, match=r"step-00000006.npz: .*goes on from .*step-00000004.npz"):
+        assert same(train(tmp_path), whole)
+    assert same(train(tmp_path), whole)
 
 
 def test_what_a_killed_write_left_is_removed(pictures, tmp_path):
@@ -639,27 +654,26 @@ class Shown(keras.utils.PyDataset):
         self.number += 1
 
 
+class Halve(callbacks.Callback):
+    """Halves the learning rate after the second step."""
+
+    steps = 0
+
+    def on_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.steps == 2:
+            self.model.optimizer.learning_rate = 0.05
+
+
 TOLD = {
     "none": lambda: [],
     "plateau": lambda: [callbacks.ReduceLROnPlateau(factor=0.5, patience=1, min_delta=0.001)],
     "early stopping": lambda: [callbacks.EarlyStopping("val_accuracy", patience=2, restore_best_weights=True)],
     "metric": lambda: [callbacks.EarlyStopping("val_top", patience=2, restore_best_weights=True)],
     "schedule": lambda: [callbacks.LearningRateScheduler(lambda epoch, rate: 0.1 / (epoch + 1))],
-    "batches": lambda: [callbacks.LambdaCallback(on_train_batch_end=Halve())],
+    "batches": lambda: [Halve()],
     "ema": lambda: [callbacks.SwapEMAWeights()],
 }
-
-
-class Halve:
-    """Halves the learning rate after the second step, through the optimizer that it finds in the recorder's model."""
-
-    def __init__(self):
-        self.optimizer, self.steps = None, 0
-
-    def __call__(self, batch, logs):
-        self.steps += 1
-        if self.steps == 2:
-            self.optimizer.learning_rate = 0.05
 
 
 @pytest.mark.parametrize("kind", TOLD)
@@ -671,9 +685,6 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
     for ours in (False, True):
         model, recorder, told = softmax(), Recorder(), TOLD[kind]()
         optimizer = keras.optimizers.SGD(0.1, momentum=0.5, use_ema=kind == "ema", ema_momentum=0.5)
-        for callback in told:
-            if kind == "batches":
-                callback.on_train_batch_end.optimizer = optimizer
         batches = Batches(images, labels, 4, 1, prepare)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         metrics = [keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
