@@ -99,8 +99,8 @@ def child(folder: Path, epochs: int) -> None:
 def start(folder: Path, epochs: int) -> subprocess.Popen:
     """A process that trains in `folder`."""
     words = [sys.executable, "-m", "tests.kills", "--child", str(folder), "--epochs", str(epochs)]
-    log = open(folder / "log", "a")  # noqa: SIM115 (the child's)
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
 def fail(folder: Path, message: str) -> None:

@@ -183,7 +183,7 @@ def write(path: Path, text: str) -> Path:
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
-        if isinstance(error, OSError):  # which of a full disk knows no file
+        if isinstance(error, OSError) and error.errno:  # which of a full disk knows no file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     return path
