@@ -89,13 +89,30 @@ def expect(config, names: str, holds: Callable[[object], bool], expected: str) -
             raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
 
 
-def guard(prog: str, run: Callable[[], int | None], errors: tuple[type[Exception], ...]) -> int:
-    """Run an app's command; the given errors end it with one line and exit code 2, Ctrl-C with code 130."""
+def guard(
+    prog: str,
+    run: Callable[[], int | None],
+    errors: tuple[type[Exception], ...],
+    saved: type[BaseException] | tuple[()] = (),
+) -> int:
+    """Run an app's command; the given errors, and what the system refuses, end it with one line and exit code 2, Ctrl-C
+    with code 130.
+
+    Args:
+        saved: the exception of a run that was told to stop and has saved: its line, and code 0.
+    """
     try:
         return run() or 0
     except (UsageError, *errors) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: {file}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except saved as stop:
+        print(f"\n{prog}: {stop}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; --resume goes on from the last finished epoch", file=sys.stderr)
+        print(f"\n{prog}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvision import engine as floors
 from kvision import flags, regularizers, training, zoo
+from kvision.checkpoints import Checkpoints
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.find import keras_cache
@@ -90,7 +91,8 @@ class Config:
     limit_test: int | None = flag(None, "test on so many images; none takes all")
     test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
     steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
-    resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last finished epoch")
+    checkpoint_every: int | None = flag(None, "steps from one checkpoint to the next; none keeps one after each epoch")
+    resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last checkpoint")
     dtype: str = flag(
         "float32",
         "float32 or float64 for everything, bfloat16 or float16 for the layers with float32 weights",
@@ -135,7 +137,7 @@ class Config:
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
-        expect(self, "limit limit_test steps hidden", lambda value: value >= 1, "at least 1")
+        expect(self, "limit limit_test steps hidden checkpoint_every", lambda value: value >= 1, "at least 1")
         expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
@@ -271,6 +273,7 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
     Raises:
         flags.UsageError, DataError, WeightsError, training.DivergedError: one clear line each. Before the first step
             nothing is written.
+        training.Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
     model_arguments(config)  # a flag that does not fit ends the run before the data are read
     folder = run_folder(config)
@@ -353,10 +356,20 @@ def train(
     compared = dataset.x_test[:COMPARED_IMAGES]
     initial_logits = training.predict(floors.create(model), compared, preprocessing).tolist()
     store_config(config, folder)
+    if config.resume:
+        sweep(folder)
+        if not Checkpoints(folder / "checkpoints").files():
+            log(f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning")
 
     def on_epoch(history: training.History) -> None:
-        write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
-        write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
+        try:
+            write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
+            write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
+        except OSError as error:
+            text = (
+                f"{error.strerror}; the checkpoints in {folder / 'checkpoints'} are intact: --resume goes on from them"
+            )
+            raise OSError(error.errno, text, error.filename) from None
 
     history = training.fit(
         model,
@@ -371,7 +384,8 @@ def train(
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
-        checkpoint=folder / "checkpoint.npz",
+        checkpoint=folder / "checkpoints",
+        checkpoint_every=config.checkpoint_every,
         on_epoch=on_epoch,
     )
     on_epoch(history)
@@ -431,6 +445,13 @@ def train(
         f"{len(dataset.y_test):,}) after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
     )
     return {**result, "folder": str(folder)}
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote into a run folder."""
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "report.html"):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
 
 
 def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
@@ -550,4 +571,4 @@ def command(
             config = replace(recipes.get(name) or type(default)(app=default.app, model=name), **given)
         main(config)
 
-    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError))
+    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), training.Interrupted)

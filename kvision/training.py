@@ -1,11 +1,9 @@
-"""Epochs, learning rates, averages of the weights, early stopping and checkpoints."""
+"""Epochs, learning rates, averages of the weights, early stopping, and runs that stop and go on."""
 
 import itertools
-import json
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +13,15 @@ import numpy as np
 from keras import ops
 
 from kvision import engine as floors
+from kvision.callbacks import Callbacks, logs_of
+from kvision.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.interruption import Interrupted, Interruption
 from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
 from kvision.tracking.environment import seconds_since_process_start
 from kvision.tracking.progress import Progress
-from kvision.weights.archive import Archive, WeightsError, write
 
 SCHEDULES = ("constant", "cosine", "linear", "steps")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -29,11 +29,12 @@ TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
 # Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
 RECALIBRATION_IMAGES = 10_000
 
-DIVERGED = "try a smaller --learning-rate, or --dtype float32; the last checkpoint is intact"
+DIVERGED = "try a smaller --learning-rate, --clip 1 or --dtype float32"
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or a weight is no longer a finite number. The message names the step, the last good checkpoint and what
+    to try."""
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -305,55 +306,6 @@ class History:
     compile_seconds: float | None = None
 
 
-def _names(model, optimizer) -> list[str]:
-    # Keras numbers optimizers and generators on through the whole process ("sgd_1", "seed_generator_3"): no part of it.
-    return [re.sub(r"_\d+/", "/", v.path, count=1) for v in (*model.variables, *optimizer.variables)]
-
-
-def save_checkpoint(path: Path, model, optimizer, history: History, best: list[np.ndarray] | None = None) -> None:
-    """Write everything that a run needs to go on into one npz file, whole or not at all.
-
-    Args:
-        best: the model's variables after the best epoch, for early stopping.
-    """
-    arrays = {f"model/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(model.variables)}
-    arrays |= {f"optimizer/{i:04d}": ops.convert_to_numpy(v.value) for i, v in enumerate(optimizer.variables)}
-    arrays |= {f"best/{i:04d}": value for i, value in enumerate(best or [])}
-    names = _names(model, optimizer)
-    manifest = {"format": "kvision-checkpoint", "names": names, "history": vars(history)}
-    arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
-    write(path, arrays)
-
-
-def load_checkpoint(path: Path, model, optimizer) -> tuple[History, list[np.ndarray] | None]:
-    """Set model and optimizer to the state of a checkpoint; returns the history until then, and the best variables.
-
-    Raises:
-        kvision.weights.WeightsError: the file is broken, or of another network or optimizer. Nothing was changed.
-    """
-    with Archive(path) as archive:
-        arrays = {key: archive.read(key) for key in archive.members}
-    try:
-        manifest = json.loads(bytes(arrays.pop("manifest")))
-    except (KeyError, ValueError):
-        raise WeightsError(f"{path}: not a checkpoint of a training run") from None
-    variables = [*model.variables, *optimizer.variables]
-    keys = [f"model/{i:04d}" for i in range(len(model.variables))]
-    keys += [f"optimizer/{i:04d}" for i in range(len(optimizer.variables))]
-    names = _names(model, optimizer)
-    best = {key: arrays.pop(key) for key in sorted(arrays) if key.startswith("best/")}
-    if not isinstance(manifest, dict):
-        manifest = {}
-    if manifest.get("format") != "kvision-checkpoint" or set(arrays) != set(keys) or manifest.get("names") != names:
-        raise WeightsError(f"{path}: not a checkpoint of {model.name} with this optimizer")
-    for key, variable in zip(keys, variables, strict=True):
-        if arrays[key].shape != tuple(variable.shape):
-            raise WeightsError(f"{path}: {variable.path} has shape {arrays[key].shape}, not {tuple(variable.shape)}")
-    for key, variable in zip(keys, variables, strict=True):
-        variable.assign(arrays[key])
-    return History(**manifest["history"]), list(best.values()) or None
-
-
 def _values(variables) -> list[np.ndarray]:
     return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
 
@@ -389,6 +341,164 @@ class _Average:
             _assign(self.model.variables, kept)
 
 
+class _Run:
+    """A training as it goes: its history, its unfinished epoch, and what moves them on."""
+
+    def __init__(self, engine, batches: Batches, total: int, callbacks: Callbacks, checkpoints: Checkpoints | None):
+        self.engine, self.batches, self.callbacks, self.checkpoints = engine, batches, callbacks, checkpoints
+        self.total, self.epochs = total, math.ceil(total / batches.steps)
+        self.history, self.best = History(), None
+        self.taken, self.stopped = 0, False
+        # Of each step of the unfinished epoch; the newest losses and counts may still be on the device.
+        self.losses, self.correct, self.durations = [], [], []
+        self.first_step_seconds = None
+        self._saved = None
+
+    def start(self) -> None:
+        """From the newest checkpoint, or from the beginning."""
+        state = State()
+        if self.checkpoints:
+            shape = (self.batches.steps, self.batches.batch_size)
+            state = self.checkpoints.read(self.engine.model, self.engine.optimizer, self.callbacks.names, shape)
+        self.history = History(**state.history)
+        self.taken, self.stopped, self.best = state.step, state.stopped, state.best
+        self.losses, self.correct, self.durations = state.losses, state.correct, state.durations
+        if state.step:
+            self._saved = self.place
+        self.callbacks.begin(
+            {"verbose": 0, "epochs": self.epochs, "steps": self.batches.steps}, [kept for _, kept in state.callbacks]
+        )
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Steps taken, epochs finished."""
+        return self.taken, len(self.history.epochs)
+
+    @property
+    def count(self) -> int:
+        """Steps in the running epoch."""
+        return min(self.batches.steps, self.total - len(self.history.epochs) * self.batches.steps)
+
+    def tell(self, hook: str, *arguments, logs: dict | None = None) -> None:
+        """Call a hook of the callbacks, which may read and set variables."""
+        if self.callbacks.callbacks:
+            self.engine.push()
+            self.callbacks.call(hook, *arguments, logs=logs)
+
+    def take_steps(self, progress: Progress, interruption: Interruption, every: int | None) -> float:
+        """The steps that are left of the epoch, with a checkpoint after each `every`; the epoch's seconds until now."""
+        epoch, size, first = len(self.history.epochs), self.batches.batch_size, len(self.losses)
+        earlier, started = sum(self.durations), time.perf_counter()
+        clock = started
+        if first == 0:
+            self.tell("on_epoch_begin", epoch)
+        try:
+            for step, (images, labels) in zip(range(first, self.count), self.batches.epoch(epoch, first), strict=False):
+                if self.callbacks.batches:
+                    self.tell("on_train_batch_begin", step)
+                value, correct = self.engine.train_step(images, labels)
+                self.losses.append(value)
+                self.correct.append(correct)
+                self.taken += 1
+                if self.first_step_seconds is None:
+                    float(value)  # waits for the device
+                    self.first_step_seconds = time.perf_counter() - clock
+                    if self.history.seconds_to_first_step is None:
+                        self.history.seconds_to_first_step = seconds_since_process_start()
+                if self.callbacks.batches:
+                    self.tell("on_train_batch_end", step, logs=self.so_far())
+                ended = self.callbacks.stop
+                # The last step's loss is read, not this one's: the device always has work.
+                latest = self.losses[-1] if ended else self.loss(max(0, step - 1))
+                now = time.perf_counter()
+                self.durations.append(now - clock)
+                if ended:
+                    break
+                progress.update(step + 1, (step + 1) * size, latest)
+                if every and self.taken % every == 0 and step + 1 < self.count:
+                    self.save()
+                    now = time.perf_counter()
+                self.heed(interruption)
+                clock = now
+        finally:
+            self.engine.push()  # after an error or Ctrl-C too: until then JAX's variables are empty
+        if not self.callbacks.stop:
+            for step in range(len(self.losses)):
+                self.loss(step)
+        return earlier + time.perf_counter() - started
+
+    def loss(self, step: int) -> float:
+        """The loss of a step of the unfinished epoch."""
+        value = self.losses[step] = float(self.losses[step])
+        if not math.isfinite(value):
+            raise self.diverged(f"the loss is {value} at step {self.taken - len(self.losses) + step + 1}")
+        return value
+
+    def so_far(self) -> dict[str, float]:
+        """Loss and accuracy on the unfinished epoch's images as shown, at the weights of each step."""
+        self.losses = [float(value) for value in self.losses]
+        self.correct = [int(value) for value in self.correct]
+        count = len(self.losses)
+        return {
+            "loss": float(np.mean(self.losses)),
+            "accuracy": sum(self.correct) / (count * self.batches.batch_size),
+        }
+
+    def end_epoch(self, row: dict, validation: str) -> None:
+        """Put an epoch's row into the history."""
+        history = self.history
+        self.tell("on_epoch_end", len(history.epochs), logs=logs_of(row, validation))
+        self.stopped = self.callbacks.stop
+        history.step_losses += self.losses[: TRACED_STEPS - len(history.step_losses)]
+        if history.compile_seconds is None and self.first_step_seconds is not None and self.durations:
+            history.compile_seconds = max(0.0, self.first_step_seconds - float(np.median(self.durations)))
+        history.epochs.append(row)
+        self.losses, self.correct, self.durations = [], [], []
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this place has one. What it holds is finite."""
+        if self.checkpoints is None or self._saved == self.place:
+            return
+        if self.losses:
+            self.loss(len(self.losses) - 1)
+        elif self.history.epochs and not math.isfinite(self.history.epochs[-1]["loss"]):
+            return  # a callback has ended the run for it
+        if self.losses:
+            self.so_far()  # from the device
+        self.engine.push()
+        state = State(
+            step=self.taken,
+            history=vars(self.history),
+            losses=self.losses,
+            correct=self.correct,
+            durations=self.durations,
+            best=self.best,
+            callbacks=list(zip(self.callbacks.names, self.callbacks.states(), strict=True)),
+            stopped=self.stopped,
+            batches=(self.batches.steps, self.batches.batch_size),
+        )
+        try:
+            self.checkpoints.write(self.engine.model, self.engine.optimizer, state)
+        except NotFiniteError as error:
+            raise self.diverged(f"{error} is no longer finite after step {self.taken}") from None
+        self._saved = self.place
+
+    def heed(self, interruption: Interruption) -> None:
+        """End the run where a signal asked for it."""
+        if interruption.heard:
+            self.save()
+            raise Interrupted(
+                f"stopped by {interruption.heard} after step {self.taken} and saved as {self.checkpoints.newest}; "
+                "--resume goes on from there"
+            )
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error that says what is no longer finite."""
+        newest = self.checkpoints and self.checkpoints.newest
+        last = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written before"
+        return DivergedError(f"{what}; {last}; {DIVERGED}")
+
+
 def fit(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
@@ -402,7 +512,11 @@ def fit(
     also: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    metrics: Sequence[keras.metrics.Metric] = (),
     checkpoint: Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 3,
     on_epoch: Callable[[History], None] = lambda history: None,
     label: str = "epoch",
     accumulate: int = 1,
@@ -411,14 +525,24 @@ def fit(
     """Train for `epochs` epochs, or until `steps` steps.
 
     Args:
-        loss: `loss(labels, logits)`, a scalar tensor; penalties on weights (`model.losses`) are added to it.
+        loss: `loss(labels, logits)`, a scalar tensor, such as a Keras loss with `from_logits=True`; penalties on
+            weights (`model.losses`) are added to it.
         batches: what is shown, a `kvision.regularizers.samples.Mixed` too.
         test: uint8 images and integer labels to score after every `test_every` epochs.
         also: further images and labels by name, scored together with the test images: "train" gives train_loss and
             train_accuracy.
         validation: the like, scored after every epoch; what `early_stopping` goes by.
-        checkpoint: file that is written after every epoch; where it exists, the run goes on from it and ends with the
-            weights of an uninterrupted one.
+        callbacks: Keras callbacks. Their logs have loss and accuracy, and val_loss, val_accuracy and val_ with each
+            metric's name, of the validation images or, where there are none, the test images. They see the weights in
+            training (of a `WeightAverage`, not the average), and at the end the final ones.
+        metrics: Keras metrics of integer labels (n,) and logits (n, classes), such as
+            `keras.metrics.SparseTopKCategoricalAccuracy(5)`; scored on all images that are.
+        checkpoint: folder of the run's checkpoints, see `kvision.checkpoints`. Where it has one, the run goes on from
+            the newest and ends with the weights of an uninterrupted run: to the bit on the same backend, within
+            rounding on another. With it SIGTERM and Ctrl-C are heard between two steps.
+        checkpoint_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes
+            one in any case.
+        keep: how many checkpoints are kept, the newest.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
@@ -427,82 +551,67 @@ def fit(
         has the average instead, and with `early_stopping` what was scored after the best epoch.
 
     Raises:
-        DivergedError: the loss became infinite or not a number; the message says at which step.
-        kvision.weights.WeightsError: the checkpoint is not of this run.
-        ValueError: early stopping without validation images.
+        DivergedError: the loss or a weight became infinite or not a number. No checkpoint was written after it.
+        Interrupted: SIGTERM or Ctrl-C came, the running step was finished and a checkpoint was written. It is a
+            KeyboardInterrupt; a second Ctrl-C raises a plain one at once.
+        kvision.weights.WeightsError: there are checkpoints but none is sound and of this run, or the disk refuses a new
+            one; the message says which is left.
+        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every` or
+            `keep` below 1.
     """
     if early_stopping and validation is None:
         raise ValueError("early stopping goes by validation images: give validation=")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     optimizer.build(model.trainable_variables)
-    history, best = History(), None
-    if checkpoint is not None and checkpoint.exists():
-        history, best = load_checkpoint(checkpoint, model, optimizer)
-        on_epoch(history)
-    averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
-    average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
     engine = floors.create(model, optimizer, loss, accumulate, engine)
     total = min(epochs * batches.steps, steps or math.inf)
-    first_step_seconds, durations = None, []
-    for epoch in range(len(history.epochs), math.ceil(total / batches.steps)):
-        if early_stopping and early_stopping.over(history.epochs):
-            break
-        count = min(batches.steps, total - epoch * batches.steps)
-        losses, hits, started = [], [], time.perf_counter()
-        with Progress(count, f"{label} {epoch + 1}/{math.ceil(total / batches.steps)}") as progress:
-            clock = started
-            try:
-                for step, (images, labels) in zip(range(count), batches.epoch(epoch), strict=False):
-                    value, correct = engine.train_step(images, labels)
-                    losses.append(value)
-                    hits.append(correct)
-                    if first_step_seconds is None:
-                        float(value)  # waits for the device
-                        first_step_seconds = time.perf_counter() - clock
-                        if history.seconds_to_first_step is None:
-                            history.seconds_to_first_step = seconds_since_process_start()
-                    # The last step's loss is read, not this one's: the device always has work.
-                    latest = float(losses[max(0, step - 1)])
-                    if not math.isfinite(latest):
-                        at = epoch * batches.steps + max(1, step)
-                        raise DivergedError(f"the loss is {latest} at step {at}: {DIVERGED}")
-                    now = time.perf_counter()
-                    durations.append(now - clock)
-                    clock = now
-                    progress.update(step + 1, (step + 1) * batches.batch_size, latest)
-            finally:
-                engine.push()  # after an error or Ctrl-C too: until then JAX's variables are empty
-            losses = [float(value) for value in losses]
-            seconds = time.perf_counter() - started
-            row = {
-                "epoch": epoch + 1,
-                "loss": float(np.mean(losses)),
-                "accuracy": sum(int(correct) for correct in hits) / (count * batches.batch_size),
-                "learning_rate": float(ops.convert_to_numpy(optimizer.learning_rate)),
-                "seconds": seconds,
-                "images_per_second": batches.batch_size / float(np.median(durations[-count:])),
-            }
-            if not math.isfinite(row["loss"]):
-                raise DivergedError(f"the loss is {losses[-1]} at the end of epoch {epoch + 1}: {DIVERGED}")
-            scored = {"test": test, **(also or {})} if (epoch + 1) % test_every == 0 else {}
-            scored = {name: pair for name, pair in {**scored, "validation": validation}.items() if pair is not None}
-            with average.inside(epoch) if average and scored else nullcontext():
-                for name, (images, labels) in scored.items():
-                    result = score(predict(engine, images, batches.preprocessing), labels)
-                    row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
-                if early_stopping and early_stopping.best([*history.epochs, row]) == epoch:
-                    best = _values(model.variables)
-            progress.close(describe(row, math.ceil(total / batches.steps)))
-        history.step_losses += losses[: TRACED_STEPS - len(history.step_losses)]
-        if history.compile_seconds is None:
-            history.compile_seconds = max(0.0, first_step_seconds - float(np.median(durations)))
-        history.epochs.append(row)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer, history, best)
-        on_epoch(history)
-    if best is not None:
-        _assign(model.variables, best)
+    checkpoints = Checkpoints(checkpoint, keep) if checkpoint is not None else None
+    run = _Run(engine, batches, total, Callbacks(callbacks, metrics, model, optimizer), checkpoints)
+    averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
+    average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
+    with Interruption(listen=checkpoints is not None) as interruption:
+        run.start()
+        history = run.history
+        if history.epochs:
+            on_epoch(history)
+        while len(history.epochs) < run.epochs and not run.stopped:
+            if early_stopping and early_stopping.over(history.epochs):
+                break
+            epoch = len(history.epochs)
+            with Progress(run.count, f"{label} {epoch + 1}/{run.epochs}") as progress:
+                seconds = run.take_steps(progress, interruption, checkpoint_every)
+                row = {
+                    "epoch": epoch + 1,
+                    **run.so_far(),
+                    "learning_rate": float(ops.convert_to_numpy(optimizer.learning_rate)),
+                    "seconds": seconds,
+                    "images_per_second": batches.batch_size / float(np.median(run.durations)),
+                }
+                scored = {"test": test, **(also or {})} if (epoch + 1) % test_every == 0 else {}
+                scored = {name: pair for name, pair in {**scored, "validation": validation}.items() if pair is not None}
+                with average.inside(epoch) if average and scored else nullcontext():
+                    run.tell("on_test_begin")
+                    for name, (images, labels) in scored.items():
+                        logits = predict(engine, images, batches.preprocessing)
+                        result = score(logits, labels)
+                        row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
+                        row |= {f"{name}_{key}": value for key, value in run.callbacks.measure(logits, labels).items()}
+                    run.tell("on_test_end")
+                    if early_stopping and early_stopping.best([*history.epochs, row]) == epoch:
+                        run.best = _values(model.variables)
+                progress.close(describe(row, run.epochs))
+            run.end_epoch(row, "test" if validation is None else "validation")
+            if checkpoint_every is None or run.taken % checkpoint_every == 0:
+                run.save()
+            on_epoch(history)
+            run.heed(interruption)
+        run.save()
+    if run.best is not None:
+        _assign(model.variables, run.best)
     elif average and history.epochs:
         average.put(len(history.epochs) - 1)
+    run.callbacks.call("on_train_end")
     return history
 
 

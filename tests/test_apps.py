@@ -38,7 +38,12 @@ FLAGS = [
 ]
 FLAGS += ["dropout", "augment", "dtype"]
 FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
-FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoint.npz", "report.html"}
+FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of a run."""
+    return sorted((folder / "checkpoints").iterdir())[-1]
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +167,7 @@ def test_a_run_with_every_regularizer(images, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["validation_loss"])
     assert result["test_loss"] == pytest.approx(best["test_loss"], rel=1e-5)
-    with np.load(tmp_path / "run/weights.npz") as saved, np.load(tmp_path / "run/checkpoint.npz") as stored:
+    with np.load(tmp_path / "run/weights.npz") as saved, np.load(newest(tmp_path / "run")) as stored:
         assert sum(name.startswith("best/") for name in stored.files) == sum(
             name.startswith("model/") for name in stored.files
         )
@@ -367,7 +372,7 @@ def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):
         timeout=300,
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    with np.load(tmp_path / "whole/checkpoint.npz") as a, np.load(tmp_path / "killed/checkpoint.npz") as b:
+    with np.load(newest(tmp_path / "whole")) as a, np.load(newest(tmp_path / "killed")) as b:
         assert a.files == b.files
         for name in a.files:
             if name != "manifest":

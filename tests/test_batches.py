@@ -186,3 +186,18 @@ def test_streams_are_keyed_by_all_of_their_purpose():
     keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, "a", 12), (0, "a", 1, 2), (0,), (0, "a1")]
     assert len({stream(*key).integers(2**63) for key in keys}) == len(keys)
     assert stream(0, "a", 1).integers(2**63) == stream(0, "a", "1").integers(2**63)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_an_epoch_starts_at_a_step(pictures, monkeypatch, start):
+    """With the batches that the whole epoch has from there; the former ones are not drawn."""
+    whole, _ = batches_of(pictures, Augmentation(True, 2, "reflect", 3), n=14)
+    expected = list(whole.epoch(1))
+    assert len(expected) == 3
+    drawn, images = [], Batches.images
+    monkeypatch.setattr(Batches, "images", lambda *arguments: drawn.append(1) or images(*arguments))
+    found = list(whole.epoch(1, start))
+    assert len(drawn) == len(found) == 3 - start
+    for pair, wanted in zip(found, expected[start:], strict=True):
+        for array, other in zip(pair, wanted, strict=True):
+            np.testing.assert_array_equal(array, other)

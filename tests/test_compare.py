@@ -1,12 +1,16 @@
 """Comparing backends: what is computed from the runs, and what becomes of a backend that cannot run."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvision import compare
-from kvision.engine import FLOORS
+from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
 
 
@@ -87,3 +91,32 @@ def test_one_backend_alone_is_no_comparison():
     rows = [dict(REFERENCE)]
     assert np.isclose(rows[0]["test_accuracy"], 0.8)
     assert not compare.passed({"rows": rows, "checks": compare.differences(rows)})
+
+
+def train_elsewhere(backend, folder, *checkpoints):
+    words = [sys.executable, "-m", "tests.elsewhere", str(folder), *map(str, checkpoints)]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    child = subprocess.run(words, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    runs = []
+    for i in range(max(1, len(checkpoints))):
+        with np.load(folder / f"{i}.npz") as stored:
+            runs.append({name: stored[name] for name in stored.files})
+    return runs
+
+
+@pytest.mark.skipif(not all(map(installed, FLOORS)), reason="wants all three backends")
+def test_a_run_goes_on_under_another_backend(tmp_path):
+    """From the middle of an epoch: it ends as on each backend alone, within rounding."""
+    whole = {backend: train_elsewhere(backend, tmp_path / backend)[0] for backend in FLOORS}
+    saved = {backend: tmp_path / backend / "checkpoints" / "step-00000006.npz" for backend in FLOORS}
+    for backend in FLOORS:
+        others = [other for other in FLOORS if other != backend]
+        resumed = train_elsewhere(backend, tmp_path / f"on-{backend}", *(saved[other] for other in others))
+        for other, found in zip(others, resumed, strict=True):
+            assert (found["losses"][:6] == whole[other]["losses"][:6]).all()  # to the bit: they were not computed anew
+            for expected in whole.values():
+                assert found.keys() == expected.keys() and len(found["losses"]) == 8
+                for name, wanted in expected.items():
+                    apart = np.abs(found[name].astype(np.float64) - wanted).max()
+                    assert apart <= 1e-4 * np.abs(wanted).max(), (backend, name)

@@ -18,7 +18,7 @@ STOREYS = (
     {"layers"},
     {"models"},
     {"zoo", "weights", "tasks", "engine"},
-    {"tracking", "transfer", "flags", "applications"},
+    {"tracking", "transfer", "flags", "applications", "checkpoints", "callbacks", "interruption"},
     {"training"},
     {"run", "compare"},
     {"__main__"},

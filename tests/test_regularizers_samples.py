@@ -178,6 +178,9 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     for again, first in zip(to_numpy(mixed.epoch(1)), second, strict=True):
         np.testing.assert_array_equal(again[0], first[0])
         np.testing.assert_array_equal(again[1], first[1])
+    for again, first in zip(to_numpy(mixed.epoch(1, 1)), second[1:], strict=True):
+        np.testing.assert_array_equal(again[0], first[0])
+        np.testing.assert_array_equal(again[1], first[1])
 
 
 def test_of_two_mixers_each_batch_gets_one(pictures):

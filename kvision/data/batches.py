@@ -109,10 +109,14 @@ class Batches:
             images = np.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], np.uint8(0), images)
         return images
 
-    def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of preprocessed float32 images and int32 labels of one epoch; epochs count from 0."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of preprocessed float32 images and int32 labels of one epoch; epochs count from 0.
+
+        Args:
+            start: the step to begin with; the former ones are not drawn.
+        """
         order = stream(self.seed, "order", epoch).permutation(len(self.labels))
-        for step in range(self.steps):
+        for step in range(start, self.steps):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
             images = self.images(indices, epoch, stream(self.seed, "augment", epoch, step))
             yield self.preprocessing(images), self.labels[indices]

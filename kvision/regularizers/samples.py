@@ -167,9 +167,13 @@ class Mixed:
         self.mixers, self.erasing = tuple(mixers), erasing
         self.steps, self.batch_size, self.preprocessing = batches.steps, batches.batch_size, batches.preprocessing
 
-    def epoch(self, epoch: int) -> Iterator[tuple]:
-        """Pairs of images (n, h, w, c) and targets (n, classes), tensors of float32, of one epoch from 0."""
-        for step, (images, labels) in enumerate(self.batches.epoch(epoch)):
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
+        """Pairs of images (n, h, w, c) and targets (n, classes), tensors of float32, of one epoch from 0.
+
+        Args:
+            start: the step to begin with; the former ones are not drawn.
+        """
+        for step, (images, labels) in enumerate(self.batches.epoch(epoch, start), start):
             generator = stream(self.batches.seed, "samples", epoch, step)
             targets = np.eye(self.classes, dtype=np.float32)[labels]
             kinds = [self.mixers[generator.integers(len(self.mixers))]] if self.mixers else []

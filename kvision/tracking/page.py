@@ -168,7 +168,11 @@ def document(title: str, header: str, *sections: str) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """Writes `text` to `path` whole or not at all, creating its folder; a reader never sees half a page."""
+    """Writes `text` to `path` whole or not at all, creating its folder; a reader never sees half a page.
+
+    Raises:
+        OSError: the system refuses; its `filename` is `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -177,8 +181,10 @@ def write(path: Path, text: str) -> Path:
             file.write(text.encode("utf-8", "backslashreplace"))
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno:  # which of a full disk knows no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     return path
 

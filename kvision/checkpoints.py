@@ -1,0 +1,250 @@
+"""The checkpoints of a run: a folder of files `step-00000123.npz`, each of which holds all that the run needs to go on.
+
+A file is written whole or not at all (`kvision.weights.archive.write`): a process that is killed while it writes leaves
+a temporary file beside the former checkpoints, which the next one removes. Arrays are keyed by the variables' names, so
+that a checkpoint of one backend is read on another. Nothing in a checkpoint is code.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from kvision.weights.archive import Archive, WeightsError, listed, refusal, write
+
+FORMAT = "kvision-checkpoint"
+EPOCH = {"losses": np.float64, "correct": np.int64, "durations": np.float64}  # what is kept of each step of an epoch
+
+
+class NotFiniteError(ArithmeticError):
+    """A number to be kept is infinite or not a number; the message is the name of its variable."""
+
+
+@dataclass
+class State:
+    """Where a run is, besides its variables.
+
+    Attributes:
+        step: how many steps were taken in all.
+        history: what the finished epochs gave, plain data.
+        losses, correct, durations: of each step of the unfinished epoch: the loss, how many answers were correct, the
+            seconds.
+        best: the model's variables after the best epoch, for early stopping.
+        callbacks: for each callback the name of its class, and its state, plain data and arrays.
+        stopped: whether a callback has ended the run.
+        batches: (steps in an epoch, images in a step), which a run to go on must share.
+    """
+
+    step: int = 0
+    history: dict = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    correct: list[int] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
+    best: list[np.ndarray] | None = None
+    callbacks: list[tuple[str, dict]] = field(default_factory=list)
+    stopped: bool = False
+    batches: tuple[int, int] | None = None
+
+
+def _named(prefix: str, variables) -> dict[str, keras.Variable]:
+    """The variables by name, in their order."""
+    named = {}
+    for variable in variables:
+        # Keras numbers optimizers and generators on through the whole process ("sgd_1", "seed_generator_3"): no part
+        # of it. So the generators of several layers share a name, and are told apart by their order.
+        name = f"{prefix}/{re.sub(r'_[0-9]+/', '/', variable.path, count=1)}"
+        key, count = name, 1
+        while key in named:
+            count += 1
+            key = f"{name}#{count}"
+        named[key] = variable
+    return named
+
+
+def _detach(value, arrays: dict[str, np.ndarray]):
+    """Plain data whose arrays have moved into `arrays`, as JSON takes it."""
+    if isinstance(value, np.ndarray):
+        key = f"callbacks/{len(arrays):04d}"
+        arrays[key] = value
+        return {"array": key}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_detach(item, arrays) for item in value]}
+    if isinstance(value, dict):
+        return {"items": [[_detach(key, arrays), _detach(item, arrays)] for key, item in value.items()]}
+    return value
+
+
+def _attach(value, arrays: dict[str, np.ndarray]):
+    """The inverse of `_detach`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "items":
+        return {_attach(key, arrays): _attach(item, arrays) for key, item in content}
+    return {"list": list, "tuple": tuple}[kind](_attach(item, arrays) for item in content)
+
+
+class Checkpoints:
+    """The checkpoints in a folder, of one run.
+
+    Args:
+        folder: made with the first checkpoint.
+        keep: how many are kept, the newest.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        kvision.weights.WeightsError: `folder` is a file.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+        if self.folder.exists() and not self.folder.is_dir():
+            raise refusal(self.folder, "is a file; checkpoints want a folder")
+        self.newest: Path | None = None  # the last that was read or written by this object
+        self._broken: list[Path] = []
+
+    def files(self) -> list[Path]:
+        """The checkpoints that are there, the newest last."""
+        found = [path for path in self.folder.glob("step-*.npz") if re.fullmatch(r"step-[0-9]+", path.stem)]
+        return sorted(found, key=lambda path: int(path.stem[5:]))
+
+    def sweep(self) -> None:
+        """Remove what a killed process left of the checkpoint that it was writing."""
+        for path in self.folder.glob(".step-*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def write(self, model, optimizer, state: State) -> Path:
+        """Write a checkpoint, then remove those that are too many; its file.
+
+        Raises:
+            NotFiniteError: a variable is no longer finite. Nothing was written.
+            kvision.weights.WeightsError: the disk refuses; the message names the checkpoint that is left.
+        """
+        variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
+        arrays = {key: ops.convert_to_numpy(variable.value) for key, variable in variables.items()}
+        for key, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise NotFiniteError(key)
+        arrays |= {f"epoch/{name}": np.array(getattr(state, name), dtype) for name, dtype in EPOCH.items()}
+        names = _named("best", model.variables)
+        arrays |= dict(zip(names, state.best, strict=True)) if state.best is not None else {}
+        kept = {}
+        manifest = {
+            "format": FORMAT,
+            "backend": keras.backend.backend(),
+            "step": state.step,
+            "history": state.history,
+            "callbacks": [[name, _detach(content, kept)] for name, content in state.callbacks],
+            "stopped": state.stopped,
+            "batches": state.batches,
+        }
+        arrays |= kept | {"manifest": np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
+        path = self.folder / f"step-{state.step:08d}.npz"
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise refusal(self.folder, f"cannot be made: {error.strerror or error}") from None
+            write(path, arrays)
+        except WeightsError as error:
+            intact = "no checkpoint was written before it"
+            if self.newest:
+                intact = f"the last checkpoint, {self.newest}, is intact: --resume goes on from it"
+            raise WeightsError(f"{error}; {intact}") from None
+        self.newest = path
+        sound = [other for other in self.files() if other == path or other not in self._broken]
+        for other in {*self._broken, *sound[: -self.keep]} - {path}:
+            other.unlink(missing_ok=True)
+        self._broken = []
+        return path
+
+    def read(self, model, optimizer, callbacks: Sequence[str] = (), batches: tuple[int, int] | None = None) -> State:
+        """Set model and optimizer to the newest checkpoint that can be read and is of this run; the state beside them.
+
+        One that is broken is passed over with a warning that names it and the one taken, and goes when the next is
+        written. Without any checkpoint nothing is changed, and the state is that of a run's start.
+
+        Args:
+            callbacks: the names of the classes of the run's callbacks.
+            batches: as in `State`.
+
+        Raises:
+            kvision.weights.WeightsError: there are checkpoints, but none that is sound and of this run. Nothing was
+                changed.
+        """
+        self.sweep()
+        faults: list[WeightsError] = []
+        for path in reversed(self.files()):
+            try:
+                variables, arrays, state = _read(path, model, optimizer, callbacks, batches)
+            except WeightsError as error:
+                faults.append(error)
+                self._broken.append(path)
+                continue
+            for key, variable in variables.items():
+                variable.assign(arrays[key])
+            if faults:
+                text = "; ".join(str(fault) for fault in faults)
+                warnings.warn(f"{text}; passed over, the run goes on from {path}", RuntimeWarning, stacklevel=2)
+            self.newest = path
+            return state
+        if faults:
+            more = f" (nor can {listed(path.name for path in self._broken[1:])})" if faults[1:] else ""
+            raise WeightsError(f"{faults[0]}; no run can go on from it{more}: start a new one in another folder")
+        return State(batches=batches)
+
+
+def _read(path: Path, model, optimizer, callbacks, batches) -> tuple[dict, dict[str, np.ndarray], State]:
+    """The variables by the keys of a checkpoint, its arrays, and its state, all checked."""
+    with Archive(path) as archive:
+        arrays = {key: archive.read(key) for key in archive.members}
+    try:
+        manifest = json.loads(bytes(arrays.pop("manifest")))
+        if manifest["format"] != FORMAT:
+            raise ValueError
+        state = State(
+            step=manifest["step"],
+            history=manifest["history"],
+            callbacks=[(name, _attach(content, arrays)) for name, content in manifest["callbacks"]],
+            stopped=manifest["stopped"],
+            batches=manifest["batches"] and tuple(manifest["batches"]),
+            **{name: arrays.pop(f"epoch/{name}").tolist() for name in EPOCH},
+        )
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise refusal(path, "is not a checkpoint of a training run") from None
+    variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
+    best = {key: arrays[key] for key in _named("best", model.variables) if key in arrays}
+    stored = {key for key in arrays if not key.startswith(("best/", "callbacks/"))}
+    if different := sorted(stored ^ set(variables)):
+        whose = "that network" if different[0] in stored else "this one"
+        raise refusal(
+            path, f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
+        )
+    for key, variable in variables.items():
+        shape, kind = tuple(variable.shape), {"f": "f", "b": "b"}.get(variable.dtype[0], "iu")
+        if arrays[key].shape != shape or arrays[key].dtype.kind not in kind:
+            raise refusal(path, f"{key} is {arrays[key].dtype} {arrays[key].shape}, not {variable.dtype} {shape}")
+        if kind == "iu":
+            # The states of generators are uint32, int64 or int32, by backend; each holds numbers below 2**31.
+            arrays[key] = arrays[key].astype(variable.dtype)
+    if batches is not None and state.batches != tuple(batches):
+        raise refusal(
+            path,
+            f"is of a run with (steps an epoch, images a step) {state.batches}; this run has {tuple(batches)}",
+        )
+    if (names := [name for name, _ in state.callbacks]) != list(callbacks):
+        raise refusal(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
+    if best:
+        state.best = list(best.values())
+    return variables, arrays, state

@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C in a run that keeps checkpoints: heard between two steps, so that it can save first."""
+
+import signal
+import threading
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was told to stop, and has saved: the message names the signal, the step and the checkpoint."""
+
+
+class Interruption:
+    """Listens for SIGTERM and SIGINT while it is entered.
+
+    The first sets `heard`; Ctrl-C after it raises KeyboardInterrupt at once. The former handlers come back at the end.
+    Only a process's main thread can listen: in another nothing is installed. A signal that the process was told to
+    ignore (by `nohup`, say) stays ignored.
+
+    Args:
+        listen: false installs nothing.
+
+    Attributes:
+        heard: the signal's name, or None.
+    """
+
+    def __init__(self, listen: bool = True):
+        self.listen = listen and threading.current_thread() is threading.main_thread()
+        self.heard: str | None = None
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM) if self.listen else ():
+            # None: installed from C, where Python could not bring it back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._former[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _) -> None:
+        if self.heard and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.heard = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
