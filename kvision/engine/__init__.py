@@ -2,13 +2,20 @@
 
 Each floor has a class `Engine` with the same methods, so that nothing above knows which it stands on:
 
-- `Engine(model, optimizer, loss)`; `optimizer` and `loss` may be None where only `predict` is wanted.
+- `Engine(model, optimizer, loss, accumulate)`; `optimizer` and `loss` may be None where only `predict` is wanted. With
+  `accumulate` a batch is cut into so many equal parts, whose mean gradient makes the step; batch norm sees each part.
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
   (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
+- `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
+  `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
+  scales the loss scales these gradients.
+- `evaluate(images, labels) -> (loss, correct)`: in inference mode, still on the device.
 - `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
   heads) the first is predicted; the loss sees them all.
+- `tap(images, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in the order
+  of execution.
 - `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
-  between steps (JAX), they cannot be read until then.
+  between steps (JAX), they cannot be read until then. What is assigned to a variable after it counts in the next step.
 
 And a function `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train together, for
 `kvision.regularizers.batch_norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
@@ -17,6 +24,7 @@ And a function `mean_over_replicas(tensor)`, the differentiable mean over the re
 
 import importlib
 import importlib.util
+import os
 
 FLOORS = ("jax", "tensorflow", "torch")
 
@@ -47,6 +55,40 @@ def main_output(outputs):
     return outputs[0] if isinstance(outputs, list | tuple) else outputs
 
 
-def create(model, optimizer=None, loss=None):
+POLICIES = {  # Keras's names of them
+    "float32": "float32",
+    "float64": "float64",
+    "bfloat16": "mixed_bfloat16",
+    "float16": "mixed_float16",
+}
+
+
+def configure(
+    dtype: str = "float32", *, deterministic: bool = False, compile_cache: str | os.PathLike | None = None
+) -> None:
+    """Set up Keras and its backend for a run, before its model is built.
+
+    Args:
+        dtype: what is computed in. "float32" and "float64" are everything; in "bfloat16" and "float16" layers compute,
+            while variables, logits and loss stay float32. Training in float16 wants `keras.optimizers.
+            LossScaleOptimizer`.
+        deterministic: whether two runs must give the same bits, at some cost of speed. On a GPU PyTorch wants the
+            environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 for it, and says so.
+        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. It is bounded to
+            1 GiB and may be shared by processes. None keeps none.
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    import keras
+
+    if dtype not in POLICIES:
+        raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {dtype!r}")
+    keras.config.set_floatx("float64" if dtype == "float64" else "float32")
+    keras.config.set_dtype_policy(POLICIES[dtype])
+    floor().configure(dtype, deterministic, compile_cache)
+
+
+def create(model, optimizer=None, loss=None, accumulate: int = 1):
     """The active backend's `Engine` for this model."""
-    return floor().Engine(model, optimizer, loss)
+    return floor().Engine(model, optimizer, loss, accumulate)

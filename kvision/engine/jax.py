@@ -2,12 +2,17 @@
 
 On a CPU two of XLA's gradients are slow: that of a convolution to its kernel takes 2.5 to 5 times the convolution's own
 time, that of 2x2 max pooling 31 times. Cut into chunks of the batch and written as a convolution in XLA's own layout,
-the first takes 1.1 to 3 times; as a maximum of slices, pooling and its gradient take 1.6 times the plain pooling. So a
-functional model's graph is walked here with those two in place; other devices keep XLA's. (Least of 5 to 7 timings on
-two cores of a Xeon with AVX-512, JAX 0.10.2, shapes of ResNet-20 and airbench_small at batch 128 and 240.)
+the first takes 1.1 to 3 times; as a maximum of slices, pooling and its gradient take 1.6 times the plain pooling. So
+those two are put into a functional model's graph; other devices keep XLA's. (Least of 5 to 7 timings on two cores of a
+Xeon with AVX-512, JAX 0.10.2, shapes of ResNet-20 and airbench_small at batch 128 and 240.)
+
+Compiling takes far longer than a step, so what was compiled is kept in a folder and found there by the next process.
 """
 
+import os
+import warnings
 from functools import partial, reduce
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,63 +21,139 @@ import numpy as np
 from jax import lax
 
 from kvision.engine import main_output
+from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 CHUNK = 8  # images in one at least: fewer gain nothing, and every loop costs compilation
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+WIDE = ("float32", "float64")  # sums of lower precisions are left to XLA
+CACHE_BYTES = 2**30  # of compiled programs; a ResNet-20's step takes 2 MiB
+
+_options: dict[str, object] = {}  # of the compiler
+
+
+def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike | None) -> None:
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    _options.clear()
+    if deterministic and jax.default_backend() == "gpu":
+        _options["xla_gpu_deterministic_ops"] = True  # a CPU's programs are
+    if compile_cache is None:
+        return
+    try:
+        import filelock  # noqa: F401 (JAX locks the folder with it, and drops what was not used for longest)
+    except ImportError:
+        warnings.warn(
+            "compiled programs are not kept, as the package filelock is missing: pip install kvision-keras[jax]",
+            stacklevel=3,
+        )
+        return
+    Path(compile_cache).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None):
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+        self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
         self._state = None
-        self._step = jax.jit(self._train, donate_argnums=0)
-        self._forward = jax.jit(self._infer)
+        jit = partial(jax.jit, compiler_options=_options or None)
+        self._step = jit(self._train, donate_argnums=0)
+        self._gradients = jit(self._differentiate, donate_argnums=1)
+        self._forward = jit(self._infer)
+        self._score = jit(self._judge)
+        self._graphs = {}
 
     def _call(self, images, training):
-        if jax.default_backend() != "cpu" or not hasattr(self.model, "_run_through_graph"):
+        if not is_graph(self.model):
             return self.model(images, training=training)
-        return self.model._run_through_graph(images, operation_fn=lambda layer: _operation(layer, training))
+        if training not in self._graphs:
+            self._graphs[training] = Graph(self.model, partial(_ready, training=training))
+        return self._graphs[training](jnp.asarray(images, self.model.inputs[0].dtype))
 
-    def _scope(self, trainable, fixed):
-        variables = (*self.model.trainable_variables, *self.model.non_trainable_variables)
-        return keras.StatelessScope(state_mapping=list(zip(variables, (*trainable, *fixed), strict=True)))
+    def _scope(self, trainable, fixed, slots=()):
+        variables, values = (*self.model.trainable_variables, *self.model.non_trainable_variables), (*trainable, *fixed)
+        if slots:
+            variables, values = (*variables, *self.optimizer.variables), (*values, *slots)
+        return keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True)))
 
-    def _objective(self, trainable, fixed, images, labels):
-        with self._scope(trainable, fixed) as scope:
+    def _objective(self, trainable, fixed, slots, images, labels):
+        with self._scope(trainable, fixed, slots) as scope:
             outputs = self._call(images, training=True)
             loss = self.loss(labels, outputs) + sum(self.model.losses)
+            scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
         fixed = [scope.get_current_value(variable) for variable in self.model.non_trainable_variables]
-        return loss, (fixed, main_output(outputs))
+        return scaled, (fixed, loss, _count(labels, main_output(outputs)))
+
+    def _part(self, trainable, fixed, slots, images, labels):
+        gradient = jax.value_and_grad(self._objective, has_aux=True)
+        (_, (fixed, loss, correct)), gradients = gradient(trainable, fixed, slots, images, labels)
+        return fixed, (loss, correct, gradients)
+
+    def _differentiate(self, trainable, fixed, slots, images, labels):
+        if self.accumulate == 1:
+            fixed, (loss, correct, gradients) = self._part(trainable, fixed, slots, images, labels)
+            return loss, correct, gradients, fixed
+
+        def add(carry, part):
+            fixed, sums = carry
+            fixed, more = self._part(trainable, fixed, slots, *part)
+            return (fixed, jax.tree.map(jnp.add, sums, more)), None
+
+        pieces = [jnp.stack(piece) for piece in zip(*parts(self.accumulate, (images, labels)), strict=True)]
+        of_part = jax.eval_shape(self._part, trainable, fixed, slots, *(piece[0] for piece in pieces))[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_part)
+        (fixed, (loss, correct, gradients)), _ = lax.scan(add, (fixed, zeros), pieces)
+        return loss / self.accumulate, correct, [total / self.accumulate for total in gradients], fixed
 
     def _train(self, state, images, labels):
         trainable, fixed, slots = state
-        gradient = jax.value_and_grad(self._objective, has_aux=True)
-        (loss, (fixed, logits)), gradients = gradient(trainable, fixed, images, labels)
+        loss, correct, gradients, fixed = self._differentiate(trainable, fixed, slots, images, labels)
         trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
-        classes = jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == classes)
         return (trainable, fixed, slots), (loss, correct)
 
     def _infer(self, trainable, fixed, images):
         with self._scope(trainable, fixed):
             return main_output(self._call(images, training=False))
 
+    def _judge(self, trainable, fixed, images, labels):
+        with self._scope(trainable, fixed):
+            outputs = self._call(images, training=False)
+            return self.loss(labels, outputs), _count(labels, main_output(outputs))
+
     def _variables(self):
         slots = self.optimizer.variables if self.optimizer else []
         return self.model.trainable_variables, self.model.non_trainable_variables, slots
 
+    def _values(self):
+        return tuple([variable.value for variable in group] for group in self._variables())
+
     def train_step(self, images, labels):
         if self._state is None:
-            # A tuple of lists, as the step returns: another structure would be compiled anew.
-            self._state = tuple([variable.value for variable in group] for group in self._variables())
+            self._state = self._values()  # a tuple of lists, as the step returns: another structure is compiled anew
         self._state, result = self._step(self._state, images, labels)
         return result
 
+    def value_and_grad(self, images, labels):
+        self.push()
+        trainable, fixed, slots = self._values()
+        loss, _, gradients, fixed = self._gradients(trainable, fixed, slots, images, labels)
+        for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True):
+            variable.assign(value)
+        return loss, gradients
+
     def predict(self, images):
         self.push()
-        trainable, fixed, _ = ([variable.value for variable in group] for group in self._variables())
-        return np.asarray(self._forward(trainable, fixed, images))
+        return np.asarray(self._forward(*self._values()[:2], images))
+
+    def evaluate(self, images, labels):
+        self.push()
+        return self._score(*self._values()[:2], images, labels)
+
+    def tap(self, images, training=False):
+        seen = Taps()
+        Graph(self.model, partial(_ready, training=training), joined=False)(jnp.asarray(images), seen)
+        return seen.rows
 
     def push(self):
         if self._state is not None:
@@ -86,32 +167,87 @@ def mean_over_replicas(x):
     return x
 
 
-def _operation(layer, training):
-    if type(layer) is keras.layers.Conv2D and layer.groups == 1 and layer.dilation_rate == (1, 1):
-        return lambda x, mask=None: _conv(layer, x)
-    if type(layer) is keras.layers.MaxPooling2D and layer.padding == "valid" and layer.data_format == "channels_last":
-        return lambda x, mask=None: _max_pool(x, layer.pool_size, layer.strides)
+def _count(labels, logits):
+    """How many of the largest logits are right."""
+    classes = jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
+    return jnp.sum(jnp.argmax(logits, axis=-1) == classes)
+
+
+def _ready(layer, pads=None, relu=False, *, training):
+    kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
+    if is_graph(layer):
+        return Graph(layer, partial(_ready, training=training))
+    if kind is keras.layers.Conv2D and last and replaceable(layer):
+        return lambda x, **_: _conv(layer, x, pads)
+    if kind is keras.layers.DepthwiseConv2D and pads:
+        return lambda x, **_: layer(jnp.pad(x, ((0, 0), *pads, (0, 0))))
+    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last and jax.default_backend() == "cpu":
+        return lambda x, **_: _max_pool(x, layer.pool_size, layer.strides)
+    if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm:
+        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu)
+    if kind is keras.layers.Add and relu:
+        return lambda x, **_: jax.nn.relu(layer(x))
     if getattr(layer, "_call_has_training_arg", False):
         return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
     return layer
 
 
-def _conv(layer, x):
-    """What `layer(x)` computes."""
-    if (
-        layer.compute_dtype != "float32"
-        or layer.data_format != "channels_last"
-        or layer.padding not in ("same", "valid")
-    ):
-        return layer(x)
-    strides, window = layer.strides, layer.kernel_size
-    padding = lax.padtype_to_pads(x.shape[1:3], window, strides, layer.padding.upper())
+def _conv(layer, x, pads):
+    """What `layer(x)` computes, `pads` zeros around the image."""
+    dtype, strides, window = layer.compute_dtype, layer.strides, layer.kernel_size
+    if pads is None:
+        if layer.padding not in ("same", "valid"):
+            return layer(x)
+        reach = [(size - 1) * rate + 1 for size, rate in zip(window, layer.dilation_rate, strict=True)]
+        pads = lax.padtype_to_pads(x.shape[1:3], reach, strides, layer.padding.upper())
+    pads, strides = tuple(map(tuple, pads)), tuple(strides)
+    x, kernel = x.astype(dtype), layer.kernel.value.astype(dtype)
+    plain = layer.groups == 1 and tuple(layer.dilation_rate) == (1, 1) and dtype in WIDE
+    if not plain or jax.default_backend() != "cpu":
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            pads,
+            rhs_dilation=layer.dilation_rate,
+            dimension_numbers=LAYOUT,
+            feature_group_count=layer.groups,
+        )
     # XLA takes 290 times as long for a window larger than the image (3x3 on the last maps of a VGG, 2x2 pixels).
-    compute = _multiply_windows if min(x.shape[1:3]) < max(window) else convolve
-    y = compute(x, layer.kernel.value, tuple(strides), tuple(map(tuple, padding)))
+    elif min(x.shape[1:3]) < max(window):
+        y = _multiply_windows(x, kernel, strides, pads)
+    else:
+        y = convolve(x, kernel, strides, pads)
     if layer.use_bias:
-        y = y + layer.bias.value
+        y = y + layer.bias.value.astype(dtype)
     return layer.activation(y) if layer.activation is not None else y
+
+
+def _batch_norm(layer, x, mask, training, relu):
+    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
+    if mask is not None:
+        y = layer(x, training=training, mask=mask)
+        return jax.nn.relu(y) if relu else y
+    axis = layer.axis % x.ndim
+    axes, shape = [i for i in range(x.ndim) if i != axis], [-1 if i == axis else 1 for i in range(x.ndim)]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    running = layer.moving_mean, layer.moving_variance
+    if training and layer.trainable:
+        mean = jnp.mean(wide, axes)
+        # E[x^2] - E[x]^2 would take one pass less and lose the variance where the mean is large.
+        variance = jnp.mean(jnp.square(wide - mean.reshape(shape)), axes)
+        for old, new in zip(running, (mean, variance), strict=True):
+            old.assign(old.value * layer.momentum + new.astype(old.dtype) * (1 - layer.momentum))
+    else:
+        mean, variance = (statistic.value.astype(wide.dtype) for statistic in running)
+    factor = lax.rsqrt(variance + layer.epsilon)
+    if layer.scale:
+        factor = factor * layer.gamma.value
+    offset = -mean * factor
+    if layer.center:
+        offset = offset + layer.beta.value
+    y = (wide * factor.reshape(shape) + offset.reshape(shape)).astype(layer.compute_dtype)
+    return jax.nn.relu(y) if relu else y
 
 
 def _multiply_windows(x, kernel, strides, padding):

@@ -1,41 +1,84 @@
 """PyTorch: the step runs eagerly; the variables hold the state.
 
-A functional model's graph is walked here instead of calling the model. So batch norm can be PyTorch's own: Keras
-composes it of a dozen operations, each a pass over the activations. And convolution and pooling see channels_last
-format: Keras's (n, h, w, c), looked at as (n, c, h, w), is just that, but Keras copies it first.
+In a functional model's graph batch norm is PyTorch's own (Keras composes it of a dozen operations, each a pass over the
+activations), a ReLU behind it works in its memory, and convolution and pooling see channels_last format: Keras's
+(n, h, w, c), looked at as (n, c, h, w), is just that, but Keras copies it first.
 """
+
+from functools import partial
 
 import keras
 import torch
 from keras import ops
 
 from kvision.engine import main_output
+from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+
+F = torch.nn.functional
+
+
+def configure(dtype: str, deterministic: bool, compile_cache) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # every batch has one shape, for which the best is then found
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None):
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+        self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self._graphs = {}
 
     def _call(self, images, training):
-        images = ops.convert_to_tensor(images)
-        if not hasattr(self.model, "_run_through_graph"):
-            return self.model(images, training=training)
-        return self.model._run_through_graph(images, operation_fn=lambda layer: _operation(layer, training))
+        if not is_graph(self.model):
+            return self.model(ops.convert_to_tensor(images), training=training)
+        if training not in self._graphs:
+            self._graphs[training] = Graph(self.model, partial(_ready, training=training))
+        return self._graphs[training](ops.convert_to_tensor(images, self.model.inputs[0].dtype))
 
-    def train_step(self, images, labels):
+    def _part(self, images, labels):
+        variables = [variable.value for variable in self.model.trainable_variables]
         outputs, labels = self._call(images, training=True), ops.convert_to_tensor(labels)
         loss = self.loss(labels, outputs) + sum(self.model.losses)
-        variables = self.model.trainable_variables
-        gradients = torch.autograd.grad(loss, [variable.value for variable in variables])
+        scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
+        gradients = torch.autograd.grad(scaled, variables)
         with torch.no_grad():
-            self.optimizer.apply(gradients, variables)
-            classes = labels.argmax(dim=-1) if labels.ndim == 2 else labels
-            correct = (main_output(outputs).argmax(dim=-1) == classes).sum()
-        return loss.detach(), correct
+            return loss.detach(), _count(labels, main_output(outputs)), gradients
+
+    def _differentiate(self, images, labels):
+        if self.accumulate == 1:
+            return self._part(images, labels)
+        first, *others = parts(self.accumulate, (images, labels))
+        loss, correct, sums = self._part(*first)
+        for part in others:
+            more_loss, more_correct, more = self._part(*part)
+            loss, correct = loss + more_loss, correct + more_correct
+            torch._foreach_add_(sums, more)
+        torch._foreach_div_(sums, self.accumulate)
+        return loss / self.accumulate, correct, sums
+
+    def train_step(self, images, labels):
+        loss, correct, gradients = self._differentiate(images, labels)
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.model.trainable_variables)
+        return loss, correct
+
+    def value_and_grad(self, images, labels):
+        loss, _, gradients = self._differentiate(images, labels)
+        return loss, gradients
 
     def predict(self, images):
         with torch.inference_mode():
             return ops.convert_to_numpy(main_output(self._call(images, training=False)))
+
+    def evaluate(self, images, labels):
+        with torch.inference_mode():
+            outputs, labels = self._call(images, training=False), ops.convert_to_tensor(labels)
+            return self.loss(labels, outputs), _count(labels, main_output(outputs))
+
+    def tap(self, images, training=False):
+        seen = Taps()
+        with torch.no_grad():
+            Graph(self.model, partial(_ready, training=training), joined=False)(ops.convert_to_tensor(images), seen)
+        return seen.rows
 
     def push(self):
         pass
@@ -57,55 +100,102 @@ def mean_over_replicas(x):
     return _Mean.apply(x) if torch.distributed.is_initialized() else x
 
 
-def _operation(layer, training):
-    if type(layer) is keras.layers.Conv2D and layer.data_format == "channels_last":
-        return lambda x, mask=None: _conv(layer, x)
-    if type(layer) is keras.layers.MaxPooling2D and layer.padding == "valid" and layer.data_format == "channels_last":
-        return lambda x, mask=None: _max_pool(layer, x)
-    if type(layer) is keras.layers.BatchNormalization and not layer.renorm and not layer.synchronized:
-        return lambda x, mask=None: _batch_norm(layer, x, mask, training)
+def _count(labels, logits):
+    """How many of the largest logits are right."""
+    classes = labels.argmax(dim=-1) if labels.ndim == 2 else labels
+    return (logits.argmax(dim=-1) == classes).sum()
+
+
+def _ready(layer, pads=None, relu=False, *, training):
+    kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
+    if is_graph(layer):
+        return Graph(layer, partial(_ready, training=training))
+    if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and replaceable(layer):
+        return lambda x, **_: _conv(layer, x, pads)
+    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
+        return lambda x, **_: _max_pool(layer, x)
+    if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm and not layer.synchronized:
+        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu)
+    if kind is keras.layers.Dense and replaceable(layer):
+        return lambda x, **_: _dense(layer, x)
+    if kind is keras.layers.Activation and replaceable(layer):
+        return lambda x, **_: layer.activation(_cast(x, layer))
+    if kind is keras.layers.Add and replaceable(layer):
+        return lambda terms, **_: _add(layer, terms, relu)
     if getattr(layer, "_call_has_training_arg", False):
         return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
     return layer
 
 
-def _conv(layer, x):
-    """What `layer(x)` computes."""
+def _cast(x, layer):
+    return x.to(getattr(torch, layer.compute_dtype))
+
+
+def _conv(layer, x, pads):
+    """What `layer(x)` computes, `pads` zeros around the image."""
+    depthwise = type(layer) is keras.layers.DepthwiseConv2D
     even = any(size % 2 == 0 for size in layer.kernel_size)
-    if layer.compute_dtype != "float32" or (layer.padding != "valid" and (even or max(layer.strides) > 1)):
-        return layer(x)  # other precisions, and "same" where it pads one side more than the other
-    y = torch.nn.functional.conv2d(
+    if layer.padding != "valid" and (even or max(layer.strides) > 1):
+        return layer(x)  # "same" where it pads one side more than the other
+    x, kernel = _cast(x, layer), _cast(layer.kernel.value, layer)
+    if pads and any(above != below for above, below in pads):
+        x, pads = F.pad(x, (0, 0, *pads[1], *pads[0])), None
+    groups = x.shape[-1] if depthwise else layer.groups
+    y = F.conv2d(
         x.permute(0, 3, 1, 2),
-        layer.kernel.value.permute(3, 2, 0, 1),
-        layer.bias.value if layer.use_bias else None,
+        (kernel.permute(2, 3, 0, 1).flatten(0, 1)[:, None] if depthwise else kernel.permute(3, 2, 0, 1)),
+        _cast(layer.bias.value, layer) if layer.use_bias else None,
         stride=layer.strides,
-        padding=layer.padding,
+        padding=tuple(above for above, _ in pads) if pads else layer.padding,
         dilation=layer.dilation_rate,
-        groups=layer.groups,
+        groups=groups,
     ).permute(0, 2, 3, 1)
     return layer.activation(y) if layer.activation is not None else y
 
 
+def _dense(layer, x):
+    """What `layer(x)` computes; in float64 too, which Keras's matrix product narrows to float32."""
+    x = torch.matmul(_cast(x, layer), _cast(layer.kernel.value, layer))
+    if layer.use_bias:
+        x = x + _cast(layer.bias.value, layer)
+    return layer.activation(x) if layer.activation is not None else x
+
+
+def _add(layer, terms, relu):
+    """The sum of tensors of one shape; with `relu` what is below 0 becomes 0, in the sum's memory."""
+    first, second, *others = terms
+    if len({term.ndim for term in terms}) > 1:
+        y = layer(terms)
+        return F.relu(y) if relu else y
+    y = _cast(first, layer) + _cast(second, layer)
+    for other in others:
+        y = y + other
+    return F.relu_(y) if relu else y
+
+
 def _max_pool(layer, x):
     """What `layer(x)` computes."""
-    pooled = torch.nn.functional.max_pool2d(x.permute(0, 3, 1, 2), layer.pool_size, layer.strides)
+    pooled = F.max_pool2d(_cast(x, layer).permute(0, 3, 1, 2), layer.pool_size, layer.strides)
     return pooled.permute(0, 2, 3, 1)
 
 
-def _batch_norm(layer, x, mask, training):
-    """What `layer(x, training=training)` computes, and the same new running statistics."""
-    if mask is not None or x.ndim != 4 or x.dtype != torch.float32 or layer.axis not in (-1, 3):
-        return layer(x, training=training, mask=mask)
-    x = x.permute(0, 3, 1, 2)
+def _batch_norm(layer, x, mask, training, relu):
+    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
+    if mask is not None or x.ndim not in (2, 4) or layer.axis not in (-1, x.ndim - 1):
+        y = layer(x, training=training, mask=mask)
+        return F.relu(y) if relu else y
+    x = x if x.dtype.is_floating_point else _cast(x, layer)
+    x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
     gamma = layer.gamma.value if layer.scale else None
     beta = layer.beta.value if layer.center else None
     running = layer.moving_mean.value, layer.moving_variance.value
-    if not (training and layer.trainable):
-        y = torch.nn.functional.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
-        return y.permute(0, 2, 3, 1)
-    y, mean, deviation = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, layer.epsilon)
-    with torch.no_grad():
-        # `deviation` is 1 / sqrt(variance + epsilon) of the biased variance, which is what Keras keeps.
-        for old, new in zip(running, (mean, deviation**-2 - layer.epsilon), strict=True):
-            old.lerp_(new, 1 - layer.momentum)
-    return y.permute(0, 2, 3, 1)
+    if training and layer.trainable:
+        y, mean, deviation = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, layer.epsilon)
+        with torch.no_grad():
+            # `deviation` is 1 / sqrt(variance + epsilon) of the biased variance, which is what Keras keeps.
+            for old, new in zip(running, (mean, deviation**-2 - layer.epsilon), strict=True):
+                old.lerp_(new.to(old.dtype), 1 - layer.momentum)
+    else:
+        y = F.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
+    y = F.relu_(y) if relu else y
+    return _cast(y.permute(0, 2, 3, 1) if y.ndim == 4 else y, layer)
