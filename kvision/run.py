@@ -20,6 +20,7 @@ from kvision import engine as floors
 from kvision import flags, regularizers, training, zoo
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
+from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import blank, whitening_kernel
 from kvision.random import stream
@@ -34,7 +35,6 @@ from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
 
 ERRORS = (DataError, WeightsError, training.DivergedError)
-DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
 
@@ -91,7 +91,19 @@ class Config:
     test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
     steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
     resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last finished epoch")
-    dtype: str = flag("float32", "float32, or bfloat16 for the layers with float32 weights", choices=tuple(DTYPES))
+    dtype: str = flag(
+        "float32",
+        "float32 or float64 for everything, bfloat16 or float16 for the layers with float32 weights",
+        choices=tuple(floors.POLICIES),
+    )
+    engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
+    accumulate: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
+    deterministic: bool = flag(False, "the same bits in every run on the same machine, where that costs speed")
+    compile_cache: str = flag(
+        "auto",
+        "folder that keeps JAX's compiled programs for the next run; auto is one in Keras's cache, off keeps none",
+        metavar="FOLDER",
+    )
     weights: str | None = flag(None, "start from this weights file instead of random weights", metavar="FILE")
     bias_factor: float = flag(1.0, "learning-rate factor of the batch norms' offsets")
     whiten: bool = flag(False, "set the layer whiten_conv from the training images and freeze it")
@@ -101,7 +113,7 @@ class Config:
     def __post_init__(self):
         expect = flags.expect
         expect(self, "epochs", lambda value: value >= 0, "0 or more")
-        expect(self, "batch_size test_every", lambda value: value >= 1, "at least 1")
+        expect(self, "batch_size test_every accumulate", lambda value: value >= 1, "at least 1")
         expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
         expect(self, "max_norm clip mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
         expect(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
@@ -114,6 +126,12 @@ class Config:
         expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
         expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
         expect(self, "early_stopping", lambda value: value >= 1, "at least 1")
+        if self.engine == "keras" and self.accumulate != 1:
+            raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
+        if self.batch_size % self.accumulate:
+            raise flags.UsageError(
+                f"--batch-size {self.batch_size} cannot be cut into {self.accumulate} equal parts: choose a multiple"
+            )
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
@@ -311,7 +329,10 @@ def train(
     """
     started = time.perf_counter()
     backend = keras.backend.backend()
-    keras.config.set_dtype_policy(DTYPES[config.dtype])
+    cache = {"auto": keras_cache().parent / "kvision-programs", "off": None}.get(
+        config.compile_cache, config.compile_cache
+    )
+    floors.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
     full = dataset
     dataset = full.subset(train=config.limit, test=config.limit_test, seed=config.seed)
     model, preprocessing, own = build(config, full, skip)
@@ -348,6 +369,8 @@ def train(
         steps=config.steps,
         validation=validation,
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
+        accumulate=config.accumulate,
+        engine=config.engine,
         checkpoint=folder / "checkpoint.npz",
         on_epoch=on_epoch,
     )
@@ -426,11 +449,11 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
     if factors:
         optimizer = LearningRateFactors(optimizer, factors)
     if config.ema is not None:
-        return training.ExponentialAverage(optimizer, config.ema)
+        optimizer = training.ExponentialAverage(optimizer, config.ema)
     if config.swa is not None:
         first = max(1, config.epochs - round(config.swa * config.epochs))
-        return training.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
-    return optimizer
+        optimizer = training.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
+    return keras.optimizers.LossScaleOptimizer(optimizer) if config.dtype == "float16" else optimizer
 
 
 def regularize_weights(config: Config, model: keras.Model) -> None:

@@ -404,6 +404,8 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: Callable[[History], None] = lambda history: None,
     label: str = "epoch",
+    accumulate: int = 1,
+    engine: str = "native",
 ) -> History:
     """Train for `epochs` epochs, or until `steps` steps.
 
@@ -416,6 +418,7 @@ def fit(
         validation: the like, scored after every epoch; what `early_stopping` goes by.
         checkpoint: file that is written after every epoch; where it exists, the run goes on from it and ends with the
             weights of an uninterrupted one.
+        accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
     Returns:
@@ -434,8 +437,9 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         history, best = load_checkpoint(checkpoint, model, optimizer)
         on_epoch(history)
-    average = _Average(model, optimizer, batches) if isinstance(optimizer, WeightAverage) else None
-    engine = floors.create(model, optimizer, loss)
+    averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
+    average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
+    engine = floors.create(model, optimizer, loss, accumulate, engine)
     total = min(epochs * batches.steps, steps or math.inf)
     first_step_seconds, durations = None, []
     for epoch in range(len(history.epochs), math.ceil(total / batches.steps)):

@@ -27,6 +27,7 @@ import importlib.util
 import os
 
 FLOORS = ("jax", "tensorflow", "torch")
+KINDS = ("native", "keras")
 
 
 def installed(backend: str) -> bool:
@@ -89,6 +90,13 @@ def configure(
     floor().configure(dtype, deterministic, compile_cache)
 
 
-def create(model, optimizer=None, loss=None, accumulate: int = 1):
-    """The active backend's `Engine` for this model."""
-    return floor().Engine(model, optimizer, loss, accumulate)
+def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "native"):
+    """The `Engine` of a model: the active backend's, or with `kind` "keras" Keras's own step.
+
+    Raises:
+        ValueError: an unknown kind; Keras's own step of a model with several outputs or with `accumulate`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"engine must be one of {', '.join(KINDS)}, got {kind!r}")
+    module = floor() if kind == "native" else importlib.import_module("kvision.engine.keras")
+    return module.Engine(model, optimizer, loss, accumulate)

@@ -1,0 +1,45 @@
+"""Keras's own step, that of `model.fit`, behind an engine's methods: to compare with, and for what the floors lack.
+
+Chosen by `kvision.engine.create(..., kind="keras")`, whatever the backend. The model is compiled as Keras does by
+default, and every step is one call of `train_on_batch`.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class Engine:
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+        if accumulate != 1:
+            raise ValueError("Keras's own step accumulates over steps: give its optimizer gradient_accumulation_steps")
+        if len(model.outputs) != 1:
+            raise ValueError(f"Keras's own step wants one output, and {model.name} has {len(model.outputs)}")
+        self.model, self.optimizer = model, optimizer
+        if optimizer is not None:
+            right = keras.metrics.MeanMetricWrapper(_right, name="right")
+            model.compile(optimizer, loss, metrics=[right], auto_scale_loss=False)
+
+    def train_step(self, images, labels):
+        self.model.reset_metrics()
+        row = self.model.train_on_batch(images, labels, return_dict=True)
+        return row["loss"], round(float(row["right"]) * len(images))
+
+    def evaluate(self, images, labels):
+        self.model.reset_metrics()
+        row = self.model.test_on_batch(images, labels, return_dict=True)
+        return row["loss"], round(float(row["right"]) * len(images))
+
+    def predict(self, images):
+        return np.asarray(self.model.predict_on_batch(images))
+
+    def push(self):
+        pass
+
+
+def _right(labels, logits):
+    """For each image, whether its largest logit is right."""
+    classes = (
+        ops.argmax(labels, axis=-1) if len(labels.shape) == 2 and labels.shape[-1] > 1 else ops.reshape(labels, -1)
+    )
+    return ops.cast(ops.equal(ops.cast(classes, "int32"), ops.cast(ops.argmax(logits, axis=-1), "int32")), "float32")
