@@ -57,9 +57,9 @@ STAGES = {
 # The largest difference that passes, relative to the scale of what is compared; None is shown and not judged. Scale is
 # the largest magnitude in the tensor; of gradients and weights the largest in their layer, because the gradient of a
 # bias before a batch norm is 0 and rounding all that is there of it. In float32 gradients are not judged: where a ReLU
-# reads a number of the size of rounding, the backends take its two sides. In ResNet-20 at batch 8, three numbers of 1e-6
-# did so between JAX and TensorFlow, and gradients parted by 7e-2; between TensorFlow and PyTorch none did, and the
-# gradients agreed to 1e-5.
+# reads a number of the size of rounding, backends take its two sides. In ResNet-20 at batch 8, three numbers of 1e-6
+# did so between JAX and TensorFlow, and gradients parted by 7e-2; between TensorFlow and PyTorch none did, and they
+# agreed to 1e-5.
 LIMITS: dict[str, dict[str, float | None]] = {
     "float64": {**dict.fromkeys(STAGES, 1e-10), "initial": 0.0, "weights": 1e-9},
     "float32": {
@@ -76,18 +76,10 @@ LIMITS: dict[str, dict[str, float | None]] = {
 }
 GROWN = 0.03  # a layer whose inputs part by this share of what its outputs do has not parted by itself
 # Attributes that every layer has and that say nothing of what it computes.
-COMMON = (
-    "name",
-    "built",
-    "autocast",
-    "supports_jit",
-    "supports_masking",
-    "stateful",
-    "rank",
-    "seed",
-    "inputs",
-    "outputs",
-)
+COMMON = {
+    *("name", "built", "autocast", "supports_jit", "supports_masking", "stateful", "rank", "seed", "inputs", "outputs"),
+    *("training", "call_signature_parameters", "lora_enabled", "lora_rank", "lora_alpha"),
+}
 
 
 @dataclass(frozen=True)
@@ -334,7 +326,7 @@ def _settings(a: Result, b: Result, at: int, other: int) -> dict[str, list]:
 def first_fault(results: Sequence[Result], a: Result, b: Result, limits: Mapping[str, float | None]) -> dict | None:
     """The first place where `b` parts from the reference `a`; None where it does not.
 
-    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable" or "loss") and what belongs to the kind.
+    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable" or "loss"), what belongs to the kind.
     """
     found = stage_gaps(a, b)
     beyond = [stage for stage in STAGES if limits[stage] is not None and not found[stage].size <= limits[stage]]
@@ -810,7 +802,8 @@ def check(question: Question) -> None:
     shape = question.input_shape
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise UsageError(
-            f"--input-shape must be an image's, height x width x channels as in 32x32x3, got {'x'.join(map(str, shape))}"
+            "--input-shape must be an image's, height x width x channels as in 32x32x3, "
+            f"got {'x'.join(map(str, shape))}"
         )
     path = Path(question.model)
     if path.suffix == ".keras":
@@ -823,7 +816,7 @@ def check(question: Question) -> None:
 def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[[str], None] = print) -> dict:
     """Run a model on each installed backend and compare; returns the report, a dictionary of plain values.
 
-    Beside what `judge` gives it holds the question, versions, hardware, and the backends that "failed", with the reason.
+    Beside what `judge` gives it holds the question, versions, hardware, and the backends that "failed", with reasons.
 
     Raises:
         UsageError: an unknown backend, fewer than two that are installed, no such model; one clear line.
@@ -900,13 +893,14 @@ def _describe(fault: dict) -> list[str]:
     stage = STAGES[fault["stage"]]
     if fault["kind"] == "loss":
         a, b = map(_value, fault["values"])
+        where = "the loss" if fault["name"] == "loss" else f"the loss of {fault['name']}"
         return [
-            f"{backend} parts from {first} at the {fault['name'] if fault['name'] == 'loss' else 'loss of ' + fault['name']}",
+            f"{backend} parts from {first} at {where}",
             f"  {a} on {first}, {b} on {backend}: {_size(fault['difference'])} of it",
             "  the outputs agreed, so the fault lies in the loss"
             if fault["name"] == "loss"
-            else "  the first loss and every gradient agreed, so the fault lies in the optimizer, or rounding has grown: "
-            "see how the losses part",
+            else "  the first loss and every gradient agreed, so the fault lies in the optimizer, or "
+            "rounding has grown: see how the losses part",
         ]
     if fault["kind"] == "joined":
         return [
@@ -1002,8 +996,8 @@ def text(report: dict) -> str:
             lines.append(f"{i:<6}" + "".join(f"{_value(value):<22}" for value in values) + _size(apart))
         if LIMITS[question["dtype"]]["losses"] is None:
             lines += (
-                "Gradients part where rounding decides a ReLU's side, later losses ever more, the higher the learning rate;",
-                "--dtype float64 tells rounding from error.",
+                "Gradients part where rounding decides a ReLU's side, and later losses ever more, the higher the",
+                "learning rate; --dtype float64 tells rounding from error.",
             )
     lines += ["", *(f"NOTE: {note}" for note in report["notes"])] if report["notes"] else [""]
     for backend, row in report["failed"].items():
