@@ -326,7 +326,7 @@ def _settings(a: Result, b: Result, at: int, other: int) -> dict[str, list]:
 def first_fault(results: Sequence[Result], a: Result, b: Result, limits: Mapping[str, float | None]) -> dict | None:
     """The first place where `b` parts from the reference `a`; None where it does not.
 
-    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable" or "loss"), what belongs to the kind.
+    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable", "loss", "step") and what belongs to it.
     """
     found = stage_gaps(a, b)
     beyond = [stage for stage in STAGES if limits[stage] is not None and not found[stage].size <= limits[stage]]
@@ -343,8 +343,10 @@ def first_fault(results: Sequence[Result], a: Result, b: Result, limits: Mapping
         return fault | _backward_fault(a, b, limits["gradients"])
     if beyond[0] == "losses":
         pairs = enumerate(zip(a.losses, b.losses, strict=True), start=1)
-        parted = [item for i, pair in pairs if not (item := _loss_gap(f"step {i}", *pair)).size <= limits["losses"]]
-        return fault | {"kind": "loss", **_place(parted[0])}
+        gaps = [_loss_gap(f"step {i}", *pair) for i, pair in pairs]
+        at = next(i for i, item in enumerate(gaps) if not item.size <= limits["losses"])
+        before = worst(gaps[:at]).size
+        return fault | {"kind": "step", **_place(gaps[at]), "before": before, "grown": before > GROWN * gaps[at].size}
     return fault | {"kind": "loss" if beyond[0] == "loss" else "variable"}
 
 
@@ -537,17 +539,22 @@ def _build(question: Question, keras):
         if model.built:
             model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers, as a graph
     shape = getattr(model, "input_shape", None) if model.built else (None, *(question.input_shape or ()))
+    return model, _check_shape(question, shape, model.built)
+
+
+def _check_shape(question: Question, shape, built: bool) -> tuple[int, int, int]:
+    """The (height, width, channels) to take for a model that reads inputs of `shape`."""
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise UsageError(
             f"{question.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
-            + ("" if model.built else ": the model is not built, give --input-shape")
+            + ("" if built else ": the model is not built, give --input-shape")
         )
     wanted = question.input_shape or shape[1:]
     if any(side is None for side in wanted):
         raise UsageError(f"{question.model} reads images of any size {shape[1:]}: give --input-shape, as in 32x32x3")
     if any(side not in (None, given) for side, given in zip(shape[1:], wanted, strict=True)):
         raise UsageError(f"{question.model} reads images of {shape[1:]}, not of --input-shape {wanted}")
-    return model, tuple(wanted)
+    return tuple(wanted)
 
 
 def _start(model, question: Question) -> None:
@@ -764,7 +771,7 @@ def answer(question: Question) -> Result:
 
 
 def child(folder: str) -> int:
-    """Answer the question in a folder with the active backend; the exit code."""
+    """Answer the question in a folder with the active backend; the exit code. A wrong question becomes a file there."""
     from kvision.data import DataError
 
     content = json.loads((Path(folder) / "question.json").read_text())
@@ -773,7 +780,7 @@ def child(folder: str) -> int:
     try:
         answer(Question(**content)).save(Path(folder))
     except (UsageError, DataError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        (Path(folder) / "wrong").write_text(str(error))
         return 2
     except Exception:
         traceback.print_exc()
@@ -840,12 +847,12 @@ def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[
                 return 2, ""
             words = [sys.executable, "-m", "kvision.parity", str(folder)]
             path = folder / f"{backend}.log"
-            with open(path, "w") as stream:
+            with open(path, "w") as file:
                 environment = {**os.environ, "KERAS_BACKEND": backend}
-                code = subprocess.run(words, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
+                code = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
             text = path.read_text(errors="replace").strip()
-            if code == 2:
-                wrong.append(text.rpartition("\n")[2])
+            if (folder / "wrong").exists():
+                wrong.append((folder / "wrong").read_text())
             log(f"{backend}: {'done' if code == 0 else 'failed'}")
             return code, text
 
@@ -891,16 +898,23 @@ def _value(value: float) -> str:
 def _describe(fault: dict) -> list[str]:
     backend, first = fault["backend"], fault["reference"]
     stage = STAGES[fault["stage"]]
-    if fault["kind"] == "loss":
+    if fault["kind"] in ("loss", "step"):
         a, b = map(_value, fault["values"])
-        where = "the loss" if fault["name"] == "loss" else f"the loss of {fault['name']}"
+        if fault["kind"] == "loss":
+            reason = "the outputs agreed, so the fault lies in the loss"
+        elif fault["grown"]:
+            reason = (
+                f"the losses before parted by {_size(fault['before'])} already: rounding has grown from step to step, "
+                "which a smaller --learning-rate or a larger --batch slows"
+            )
+        else:
+            agreed = f"agreed to {_size(fault['before'])}" if fault["before"] else "agreed"
+            reason = f"the losses before {agreed}, and so did every gradient, so the fault lies in the optimizer"
+        where = "the loss" if fault["kind"] == "loss" else f"the loss of {fault['name']}"
         return [
             f"{backend} parts from {first} at {where}",
             f"  {a} on {first}, {b} on {backend}: {_size(fault['difference'])} of it",
-            "  the outputs agreed, so the fault lies in the loss"
-            if fault["name"] == "loss"
-            else "  the first loss and every gradient agreed, so the fault lies in the optimizer, or "
-            "rounding has grown: see how the losses part",
+            f"  {reason}",
         ]
     if fault["kind"] == "joined":
         return [
