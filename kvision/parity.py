@@ -326,7 +326,7 @@ def _settings(a: Result, b: Result, at: int, other: int) -> dict[str, list]:
 def first_fault(results: Sequence[Result], a: Result, b: Result, limits: Mapping[str, float | None]) -> dict | None:
     """The first place where `b` parts from the reference `a`; None where it does not.
 
-    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable", "loss", "step") and what belongs to it.
+    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable", "loss", "step") and what is of it.
     """
     found = stage_gaps(a, b)
     beyond = [stage for stage in STAGES if limits[stage] is not None and not found[stage].size <= limits[stage]]
@@ -672,13 +672,6 @@ def _squares(labels, outputs):
     return sum(ops.mean(ops.square(tensor)) for tensor in tensors) / len(tensors)
 
 
-def _stay_double() -> None:
-    """Let Keras's operations give float64 of float64: on JAX and PyTorch its means and matrix products give float32."""
-    from keras.src.backend.common import dtypes
-
-    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-
-
 def answer(question: Question) -> Result:
     """What the active backend computes; for a process of its own, whose dtype it sets.
 
@@ -695,8 +688,6 @@ def answer(question: Question) -> Result:
     from kvision.tasks.classification import cross_entropy
 
     engine.configure(dtype=question.dtype, deterministic=True)
-    if question.dtype == "float64":
-        _stay_double()
     model, shape = _build(question, keras)
     classes = _number_of_classes(model, keras) if model.built else None
     images, labels = _images(question, shape, classes)

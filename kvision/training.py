@@ -104,8 +104,9 @@ def make_optimizer(
         clip_global_norm: all gradients are scaled down together where they are longer than this as one vector (Pascanu,
             Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063, algorithm 1). One of the three, or none.
     """
-    # As doubles of NumPy: TensorFlow makes a float32 of Python's before Keras casts it to the variables' dtype.
-    momentum, weight_decay = np.float64(momentum), np.float64(weight_decay)
+    if keras.config.floatx() == "float64":
+        # Keras casts Python's numbers to the variables' type, which TensorFlow does by way of float32; not NumPy's.
+        momentum, weight_decay = np.float64(momentum), np.float64(weight_decay)
     options = {
         "weight_decay": weight_decay or None,
         "clipvalue": clip_value,

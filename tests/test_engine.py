@@ -7,6 +7,7 @@ from keras import ops
 
 from kvision import engine, regularizers
 from kvision.data.preprocessing import Preprocessing
+from kvision.engine.graph import Graph
 from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import make_optimizer, predict
@@ -120,6 +121,83 @@ def test_predict_sees_the_last_step():
     assert abs(after - before).max() > 0.01
 
 
+def test_value_and_grad_is_that_of_the_closed_form_and_updates_nothing():
+    model, x, labels = softmax_regression(), noise(6, 5), np.arange(6, dtype=np.int32) % 3
+    kernel, bias = (value(variable).astype(np.float64) for variable in model.trainable_variables)
+    plain = PlainSoftmax(model, 1.0, 0.0, 0.0)
+    expected = plain.step(x, labels)
+    loss, gradients = engine.create(model, loss=cross_entropy()).value_and_grad(x, labels)
+    assert float(loss) == pytest.approx(expected[0], rel=1e-5)
+    for gradient, before, after in zip(gradients, (kernel, bias), (plain.kernel, plain.bias), strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(gradient), before - after, atol=1e-6)
+    np.testing.assert_array_equal(value(model.trainable_variables[0]), kernel.astype(np.float32))
+
+
+def test_evaluate_is_inference_and_sees_the_last_step():
+    model = normalised()
+    floor, x, labels = floor_of(model, keras.optimizers.SGD(0.1)), noise(7, 6, 5, 4), np.arange(7, dtype=np.int32) % 3
+    floor.train_step(x, labels)
+    loss, correct = floor.evaluate(x, labels)
+    scores = floor.predict(x).astype(np.float64)
+    losses = np.log(np.exp(scores).sum(axis=1)) - scores[range(7), labels]
+    assert float(loss) == pytest.approx(losses.mean(), rel=1e-5)
+    assert int(correct) == (scores.argmax(axis=1) == labels).sum()
+
+
+def test_accumulated_parts_make_the_step_of_the_whole():
+    """Without batch norm, whose statistics are each part's own."""
+    x, labels = noise(12, 5), np.arange(12, dtype=np.int32) % 3
+    steps = []
+    for count in (1, 3):
+        model = softmax_regression()
+        regularizers.attach(model, keras.regularizers.L1L2(0.02, 0.03))
+        optimizer = make_optimizer("sgd", 0.5)
+        optimizer.build(model.trainable_variables)
+        floor = engine.create(model, optimizer, cross_entropy(), accumulate=count)
+        results = [floor.train_step(x, labels) for _ in range(2)]
+        floor.push()
+        steps.append(
+            [np.array([float(part) for result in results for part in result]), *map(value, model.trainable_variables)]
+        )
+    for whole, parts in zip(*steps, strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_each_accumulated_part_has_its_own_statistics():
+    model = normalised()
+    bn, x, labels = model.get_layer("bn"), 2 * noise(8, 6, 5, 4) + 3, np.zeros(8, np.int32)
+    mean = value(bn.moving_mean).astype(np.float64)
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    floor = engine.create(model, optimizer, cross_entropy(), accumulate=2)
+    floor.train_step(x, labels)
+    floor.push()
+    for part in (x[:4], x[4:]):
+        mean = 0.9 * mean + 0.1 * part.mean(axis=(0, 1, 2), dtype=np.float64)
+    np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
+    with pytest.raises(ValueError, match="a batch of 7 cannot be cut into 2 equal parts"):
+        floor.train_step(x[:7], labels[:7])
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 1e38])
+def test_a_scaled_loss_makes_the_same_step_or_none(scale):
+    """Gradients are scaled back; where they overflow, the step is left out and the scale halved."""
+    x, labels = 1000 * noise(6, 5), np.arange(6, dtype=np.int32) % 3
+    weights = []
+    for optimizer in (keras.optimizers.SGD(0.5), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), scale)):
+        model = softmax_regression()
+        floor = floor_of(model, optimizer)
+        loss, _ = floor.train_step(x, labels)
+        floor.push()
+        weights.append(value(model.trainable_variables[0]))
+    assert np.isfinite(float(loss))
+    if scale > 1e30:
+        np.testing.assert_array_equal(weights[1], value(softmax_regression().trainable_variables[0]))
+        assert float(value(optimizer.dynamic_scale)) == pytest.approx(scale / 2)
+    else:
+        np.testing.assert_allclose(weights[1], weights[0], rtol=1e-5)
+
+
 def test_penalties_are_part_of_the_loss():
     model = softmax_regression()
     x, labels = noise(6, 5), np.arange(6, dtype=np.int32) % 3
@@ -199,9 +277,53 @@ def mixture():
     x = layers.Add(name="add")([activation("gelu", name="gelu")(x), y])
     x = activation("tanh", name="tanh")(conv(8, 5, 2, name="wide_conv")(x))
     x = conv(8, 3, name="conv_wider_than_its_map", use_bias=True)(x)
+    z = batch_norm(name="residual_bn")(conv(8, 3, name="residual_conv")(x))
+    z = layers.DepthwiseConv2D(3, name="depthwise", depthwise_initializer=Variance())(
+        layers.ZeroPadding2D(1, name="depthwise_pad")(activation("relu", name="residual_relu")(z))
+    )
+    z = layers.ZeroPadding2D(((1, 0), (2, 1)), name="lopsided_pad")(z)
+    z = layers.Conv2D(8, (2, 4), name="lopsided_pad_conv", kernel_initializer=Variance())(z)
+    x = activation("relu", name="sum_relu")(layers.Add(name="sum")([x, z]))
+    y = batch_norm(name="read_twice_bn")(x)
+    x = layers.Add(name="three")([activation("relu", name="beside_relu")(y), y, x])
+    x = layers.Lambda(lambda both: both[0] * both[1], name="product")([x, y])
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     x = batch_norm(name="vector_bn", center=False)(x)
     return fill(keras.Model(inputs, logits(4)(x)))
+
+
+def test_what_is_one_operation_is_one_call():
+    """Borders go into the convolution behind them, a ReLU into the batch norm or the addition before it."""
+    model, layers_called = mixture(), []
+    Graph(model, lambda layer, pads=None, relu=False: layers_called.append((layer.name, pads, relu)) or layer)
+    joined = [(name, pads, relu) for name, pads, relu in layers_called if pads or relu]
+    one = ((1, 1), (1, 1))
+    assert sorted(joined) == [
+        ("depthwise", one, False),
+        ("first_bn", None, True),
+        ("lopsided_pad_conv", ((1, 0), (2, 1)), False),
+        ("padded_conv", one, False),
+        ("residual_bn", None, True),
+        ("sum", None, True),
+        ("wide_conv", ((2, 2), (2, 2)), False),
+    ]
+    assert len(layers_called) == len(model.layers) - 1 - len(joined)
+
+
+def test_tap_shows_every_layer():
+    model, x = mixture(), noise(5, 13, 12, 3)
+    rows = engine.create(model).tap(x)
+    shown = keras.Model(model.inputs[0], [layer.output for layer in model.layers[1:]])
+    expected = dict(zip([layer.name for layer in model.layers[1:]], shown.predict_on_batch(x), strict=True))
+    assert {layer.name for layer, _ in rows} == set(expected)
+    seen = set()
+    for layer, (output,) in rows:
+        assert {node.operation.name for node in layer._inbound_nodes[0].parent_nodes} - {"input_layer"} <= seen | {
+            model.layers[0].name
+        }
+        seen.add(layer.name)
+        scale = max(1.0, abs(expected[layer.name]).max())
+        np.testing.assert_allclose(output, expected[layer.name], atol=1e-5 * scale, err_msg=layer.name)
 
 
 def test_inference_is_kerass():
@@ -274,6 +396,129 @@ def test_a_model_that_is_no_graph():
     floor = floor_of(wrapped, keras.optimizers.SGD(0.1))
     losses = [float(floor.train_step(x, np.arange(6, dtype=np.int32) % 3)[0]) for _ in range(3)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_model_within_a_model():
+    inner = keras.Sequential([keras.Input((6, 6, 3)), layers.Flatten()])
+    inputs = keras.Input((6, 6, 3))
+    x = batch_norm(name="bn")(conv(4, 3, 2, name="conv")(inputs))
+    block = keras.Model(inputs, layers.Flatten()(activation("relu", name="relu")(x)), name="block")
+    outer = keras.Input((6, 6, 3))
+    model = fill(keras.Model(outer, layers.Concatenate()([block(outer), block(0.5 * outer), inner(outer)])))
+    x = noise(4, 6, 6, 3)
+    expected = model.predict_on_batch(x)
+    np.testing.assert_allclose(engine.create(model).predict(x), expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.fixture
+def computed_in():
+    """`computed_in(dtype)` configures the engine; after the test it is as before."""
+    yield lambda dtype, **options: engine.configure(dtype, **options)
+    engine.configure("float32")
+
+
+def test_float64_is_double_all_the_way(computed_in):
+    """Batch norm, dense layer, loss, gradient and update, against NumPy."""
+    computed_in("float64")
+    x = np.random.default_rng(0).standard_normal((8, 3, 3, 4)) + 3
+    labels = np.arange(8, dtype=np.int32) % 3
+    model = normalised((3, 3, 4))
+    bn, kernel = model.get_layer("bn"), model.get_layer("logits").kernel
+    assert {variable.dtype for variable in model.weights} == {"float64"}
+    gamma, beta = value(bn.gamma), value(bn.beta)
+    before, bias = value(kernel), value(model.get_layer("logits").bias)
+    normal = (x - x.mean(axis=(0, 1, 2))) / np.sqrt(x.var(axis=(0, 1, 2)) + 1e-5)
+    features = (normal * gamma + beta).reshape(8, -1)
+    scores = features @ before + bias
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    floor = floor_of(model, make_optimizer("sgd", 0.5))
+    mean = 0.9 * value(bn.moving_mean) + 0.1 * x.mean(axis=(0, 1, 2))
+    variance = 0.9 * value(bn.moving_variance) + 0.1 * x.var(axis=(0, 1, 2))
+    loss, _ = floor.train_step(x, labels)
+    floor.push()
+    assert float(loss) == pytest.approx(-np.log(shares)[range(8), labels].mean(), rel=1e-13)
+    gradient = features.T @ (shares - np.eye(3)[labels]) / 8
+    speed = -0.5 * gradient
+    np.testing.assert_allclose(value(kernel), before + 0.9 * speed - 0.5 * gradient, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-13)
+    np.testing.assert_allclose(value(bn.moving_variance), variance, rtol=1e-13)
+    inferred = floor.predict(x)
+    normal = (x - mean) / np.sqrt(variance + 1e-5) * value(bn.gamma) + value(bn.beta)
+    expected = normal.reshape(8, -1) @ value(kernel) + value(model.get_layer("logits").bias)
+    np.testing.assert_allclose(inferred, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_float64_of_every_layer_is_float32_but_for_rounding(computed_in):
+    narrow = engine.create(mixture()).predict(noise(5, 13, 12, 3))
+    computed_in("float64")
+    wide = engine.create(mixture()).predict(noise(5, 13, 12, 3))
+    assert wide.dtype == np.float64
+    np.testing.assert_allclose(narrow, wide, atol=1e-5 * abs(wide).max())
+    assert abs(narrow - wide).max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_half_precision_trains(computed_in, dtype, tolerance):
+    """Variables and logits stay float32; the first loss is float32's within the type's rounding, and it falls."""
+    x, labels, losses = noise(16, 6, 5, 4), np.arange(16, dtype=np.int32) % 3, []
+
+    def net():
+        inputs = keras.Input((6, 5, 4))
+        y = activation("relu", name="relu")(batch_norm(name="bn")(conv(8, 3, 2, name="conv")(inputs)))
+        y = max_pool(2, name="pool")(conv(8, 3, name="second_conv", use_bias=True)(y))
+        return fill(keras.Model(inputs, logits(3)(layers.Flatten()(y))))
+
+    for kind in ("float32", dtype):
+        computed_in(kind)
+        model = net()
+        assert {variable.dtype for variable in model.weights} == {"float32"}
+        assert model.get_layer("conv").compute_dtype == kind
+        floor = floor_of(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), 2.0**10))
+        assert floor.predict(x).dtype == np.float32
+        losses.append([float(floor.train_step(x, labels)[0]) for _ in range(20)])
+    assert losses[1][0] == pytest.approx(losses[0][0], abs=tolerance)
+    assert losses[1][0] != losses[0][0]
+    assert losses[1][-1] < 0.7 * losses[1][0]
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(ValueError, match="dtype must be one of float32, float64, bfloat16, float16, got 'int8'"):
+        engine.configure("int8")
+
+
+def test_compiled_programs_are_kept(computed_in, tmp_path):
+    """JAX finds them again: the second engine of the same program writes no other."""
+    computed_in("float32", compile_cache=tmp_path / "programs")
+    counts = []
+    for _ in range(2):
+        floor = floor_of(normalised(), keras.optimizers.SGD(0.1))
+        floor.train_step(noise(7, 6, 5, 4), np.zeros(7, np.int32))
+        counts.append(len(list((tmp_path / "programs").glob("*-cache"))))
+    assert counts[0] == counts[1]
+    assert bool(counts[0]) == (keras.backend.backend() == "jax")
+
+
+def test_kerass_own_step_is_the_floors():
+    x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
+    found = []
+    for kind in engine.KINDS:
+        model = mixture()
+        optimizer = make_optimizer("sgd", 0.1)
+        optimizer.build(model.trainable_variables)
+        floor = engine.create(model, optimizer, cross_entropy(0.1), kind=kind)
+        step = [float(part) for part in floor.train_step(x, labels)]
+        floor.push()
+        score = [float(part) for part in floor.evaluate(x, labels)]
+        found.append(
+            [np.array(step), np.array(score), floor.predict(x), value(model.get_layer("first_bn").moving_mean)]
+        )
+    for ours, kerass in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, kerass, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="engine must be one of native, keras, got 'fast'"):
+        engine.create(model, kind="fast")
+    with pytest.raises(ValueError, match="give its optimizer gradient_accumulation_steps"):
+        engine.create(model, kind="keras", accumulate=2)
 
 
 def test_floors():

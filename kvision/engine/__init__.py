@@ -86,6 +86,10 @@ def configure(
     if dtype not in POLICIES:
         raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {dtype!r}")
     keras.config.set_floatx("float64" if dtype == "float64" else "float32")
+    # On JAX and PyTorch Keras 3.15 makes float32 of whatever means, variances and matrix products are of: its rules of
+    # promotion end in this table.
+    narrowed = importlib.import_module("keras.src.backend.common.dtypes").BIT64_TO_BIT32_DTYPE
+    narrowed["float64"] = "float64" if dtype == "float64" or keras.backend.backend() == "tensorflow" else "float32"
     keras.config.set_dtype_policy(POLICIES[dtype])
     floor().configure(dtype, deterministic, compile_cache)
 

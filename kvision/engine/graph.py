@@ -109,6 +109,12 @@ def is_graph(model: keras.Model) -> bool:
     return hasattr(model, "_nodes_by_depth")
 
 
+def nested(model: keras.Model, ready: Callable) -> Callable:
+    """What is called in the place of a model that is a layer of another one."""
+    graph = Graph(model, ready)
+    return lambda inputs, **_: graph(inputs)
+
+
 def replaceable(layer: keras.layers.Layer) -> bool:
     """Whether a layer does what its class says and no more: no penalty on its output, no low-rank or integer kernel."""
     return (
@@ -158,10 +164,11 @@ def parts(count: int, arrays: Sequence) -> list[tuple]:
     Raises:
         ValueError: the examples cannot be shared out equally.
     """
-    size, rest = divmod(len(arrays[0]), count)
+    total = arrays[0].shape[0]
+    size, rest = divmod(total, count)
     if rest or not size:
         raise ValueError(
-            f"a batch of {len(arrays[0])} cannot be cut into {count} equal parts to accumulate gradients over: "
+            f"a batch of {total} cannot be cut into {count} equal parts to accumulate gradients over: "
             "choose a batch size that is a multiple"
         )
     return [tuple(array[i * size : (i + 1) * size] for array in arrays) for i in range(count)]

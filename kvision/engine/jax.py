@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 CHUNK = 8  # images in one at least: fewer gain nothing, and every loop costs compilation
@@ -176,20 +176,17 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind is keras.layers.Conv2D and last and replaceable(layer):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.DepthwiseConv2D and pads:
         return lambda x, **_: layer(jnp.pad(x, ((0, 0), *pads, (0, 0))))
     if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last and jax.default_backend() == "cpu":
         return lambda x, **_: _max_pool(x, layer.pool_size, layer.strides)
-    if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm:
-        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu)
-    if kind is keras.layers.Add and relu:
-        return lambda x, **_: jax.nn.relu(layer(x))
+    call = layer
     if getattr(layer, "_call_has_training_arg", False):
-        return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
-    return layer
+        call = lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})  # noqa: E731
+    return (lambda *args, **kwargs: jax.nn.relu(call(*args, **kwargs))) if relu else call
 
 
 def _conv(layer, x, pads):
@@ -221,33 +218,6 @@ def _conv(layer, x, pads):
     if layer.use_bias:
         y = y + layer.bias.value.astype(dtype)
     return layer.activation(y) if layer.activation is not None else y
-
-
-def _batch_norm(layer, x, mask, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
-    if mask is not None:
-        y = layer(x, training=training, mask=mask)
-        return jax.nn.relu(y) if relu else y
-    axis = layer.axis % x.ndim
-    axes, shape = [i for i in range(x.ndim) if i != axis], [-1 if i == axis else 1 for i in range(x.ndim)]
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    running = layer.moving_mean, layer.moving_variance
-    if training and layer.trainable:
-        mean = jnp.mean(wide, axes)
-        # E[x^2] - E[x]^2 would take one pass less and lose the variance where the mean is large.
-        variance = jnp.mean(jnp.square(wide - mean.reshape(shape)), axes)
-        for old, new in zip(running, (mean, variance), strict=True):
-            old.assign(old.value * layer.momentum + new.astype(old.dtype) * (1 - layer.momentum))
-    else:
-        mean, variance = (statistic.value.astype(wide.dtype) for statistic in running)
-    factor = lax.rsqrt(variance + layer.epsilon)
-    if layer.scale:
-        factor = factor * layer.gamma.value
-    offset = -mean * factor
-    if layer.center:
-        offset = offset + layer.beta.value
-    y = (wide * factor.reshape(shape) + offset.reshape(shape)).astype(layer.compute_dtype)
-    return jax.nn.relu(y) if relu else y
 
 
 def _multiply_windows(x, kernel, strides, padding):

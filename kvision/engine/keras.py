@@ -18,7 +18,7 @@ class Engine:
         self.model, self.optimizer = model, optimizer
         if optimizer is not None:
             right = keras.metrics.MeanMetricWrapper(_right, name="right")
-            model.compile(optimizer, loss, metrics=[right], auto_scale_loss=False)
+            model.compile(optimizer, _of_integers(loss), metrics=[right], auto_scale_loss=False)
 
     def train_step(self, images, labels):
         self.model.reset_metrics()
@@ -35,6 +35,11 @@ class Engine:
 
     def push(self):
         pass
+
+
+def _of_integers(loss):
+    """Keras makes numbers of labels; the loss gets integers, but for targets (n, classes)."""
+    return lambda labels, outputs: loss(labels if len(labels.shape) == 2 else ops.cast(labels, "int32"), outputs)
 
 
 def _right(labels, logits):

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 HALVES = ("float16", "bfloat16")
 
@@ -108,7 +108,7 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind = type(layer)
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind is keras.layers.Conv2D and pads and layer.groups == 1:
         return lambda x, **_: _conv(layer, x, pads)
     if pads:
@@ -138,11 +138,9 @@ def _conv(layer, x, pads):
 
 
 def _batch_norm(layer, x, mask, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
+    """What `layer(x, training=training)` computes, and the same new running statistics."""
     fused = x.dtype == tf.float32 or (x.dtype.name in HALVES and x.dtype.name == layer.compute_dtype)
-    if mask is None and x.dtype == tf.float64:
-        y = _wide_batch_norm(layer, x, training)
-    elif mask is not None or x.shape.rank != 4 or not fused or layer.axis not in (-1, 3):
+    if mask is not None or x.shape.rank != 4 or not fused or layer.axis not in (-1, 3):
         y = layer(x, training=training, mask=mask)
     else:
         y = _fused_batch_norm(layer, x, training)
@@ -164,26 +162,6 @@ def _fused_batch_norm(layer, x, training):
     if training:
         # The operation gives the unbiased variance; Keras keeps the biased one.
         count = tf.cast(tf.size(x) // tf.shape(x)[-1], tf.float32)
-        _keep(layer, batch_mean, batch_variance * ((count - 1) / count))
+        for running, batch in ((mean, batch_mean), (variance, batch_variance * ((count - 1) / count))):
+            running.assign(running.value * layer.momentum + batch * (1 - layer.momentum))
     return y
-
-
-def _wide_batch_norm(layer, x, training):
-    axis = layer.axis % x.shape.rank
-    axes, shape = [i for i in range(x.shape.rank) if i != axis], [-1 if i == axis else 1 for i in range(x.shape.rank)]
-    mean, variance = layer.moving_mean.value, layer.moving_variance.value
-    if training and layer.trainable:
-        mean, variance = tf.nn.moments(x, axes)
-        _keep(layer, mean, variance)
-    factor = tf.math.rsqrt(variance + layer.epsilon)
-    if layer.scale:
-        factor = factor * layer.gamma.value
-    offset = -mean * factor
-    if layer.center:
-        offset = offset + layer.beta.value
-    return x * tf.reshape(factor, shape) + tf.reshape(offset, shape)
-
-
-def _keep(layer, mean, variance):
-    for running, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        running.assign(running.value * layer.momentum + batch * (1 - layer.momentum))

@@ -12,7 +12,7 @@ import torch
 from keras import ops
 
 from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, replaceable
+from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 F = torch.nn.functional
 
@@ -109,7 +109,7 @@ def _count(labels, logits):
 def _ready(layer, pads=None, relu=False, *, training):
     kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
     if is_graph(layer):
-        return Graph(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training))
     if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and replaceable(layer):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
@@ -154,7 +154,7 @@ def _conv(layer, x, pads):
 
 
 def _dense(layer, x):
-    """What `layer(x)` computes; in float64 too, which Keras's matrix product narrows to float32."""
+    """What `layer(x)` computes."""
     x = torch.matmul(_cast(x, layer), _cast(layer.kernel.value, layer))
     if layer.use_bias:
         x = x + _cast(layer.bias.value, layer)
@@ -180,7 +180,7 @@ def _max_pool(layer, x):
 
 
 def _batch_norm(layer, x, mask, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics; in float64 all the way."""
+    """What `layer(x, training=training)` computes, and the same new running statistics."""
     if mask is not None or x.ndim not in (2, 4) or layer.axis not in (-1, x.ndim - 1):
         y = layer(x, training=training, mask=mask)
         return F.relu(y) if relu else y
