@@ -74,7 +74,9 @@ LIMITS: dict[str, dict[str, float | None]] = {
         "weights": None,
     },
 }
-GROWN = 0.03  # a layer whose inputs part by this share of what its outputs do has not parted by itself
+# A layer whose inputs part by this share of what its outputs do has not parted by itself; nor has a loss, where the
+# gradients or losses before did. (A batch norm over four numbers multiplies rounding by a thousand.)
+GROWN, GROWN_IN_A_STEP = 0.03, 1e-3
 # Attributes that every layer has and that say nothing of what it computes.
 COMMON = {
     *("name", "built", "autocast", "supports_jit", "supports_masking", "stateful", "rank", "seed", "inputs", "outputs"),
@@ -345,8 +347,9 @@ def first_fault(results: Sequence[Result], a: Result, b: Result, limits: Mapping
         pairs = enumerate(zip(a.losses, b.losses, strict=True), start=1)
         gaps = [_loss_gap(f"step {i}", *pair) for i, pair in pairs]
         at = next(i for i, item in enumerate(gaps) if not item.size <= limits["losses"])
-        before = worst(gaps[:at]).size
-        return fault | {"kind": "step", **_place(gaps[at]), "before": before, "grown": before > GROWN * gaps[at].size}
+        before = max(worst(gaps[:at]).size, found["gradients"].size)
+        grown = before > GROWN_IN_A_STEP * gaps[at].size
+        return fault | {"kind": "step", **_place(gaps[at]), "before": before, "grown": grown}
     return fault | {"kind": "loss" if beyond[0] == "loss" else "variable"}
 
 
@@ -895,12 +898,12 @@ def _describe(fault: dict) -> list[str]:
             reason = "the outputs agreed, so the fault lies in the loss"
         elif fault["grown"]:
             reason = (
-                f"the losses before parted by {_size(fault['before'])} already: rounding has grown from step to step, "
-                "which a smaller --learning-rate or a larger --batch slows"
+                f"losses or gradients before parted by {_size(fault['before'])} already: rounding has grown from step "
+                "to step, which a smaller --learning-rate or a larger --batch slows"
             )
         else:
             agreed = f"agreed to {_size(fault['before'])}" if fault["before"] else "agreed"
-            reason = f"the losses before {agreed}, and so did every gradient, so the fault lies in the optimizer"
+            reason = f"the losses before and every gradient {agreed}, so the fault lies in the optimizer"
         where = "the loss" if fault["kind"] == "loss" else f"the loss of {fault['name']}"
         return [
             f"{backend} parts from {first} at {where}",
