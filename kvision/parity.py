@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -667,6 +668,13 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays])
 
 
+def _on_values(loss: Callable, labels, outputs):
+    """`loss` of the outputs as numbers: on TensorFlow Keras sees a softmax before a cross-entropy and leaves it out."""
+    import keras
+
+    return loss(labels, keras.tree.map_structure(lambda output: output * 1, outputs))
+
+
 def _squares(labels, outputs):
     import keras
     from keras import ops
@@ -700,7 +708,7 @@ def answer(question: Question) -> Result:
     if not model.built:
         model(ops.convert_to_tensor(batch))
         classes = _number_of_classes(model, keras)
-    loss = cross_entropy() if classes else _squares
+    loss = partial(_on_values, cross_entropy()) if classes else _squares
     _start(model, question)
 
     def values(variables):
@@ -847,6 +855,7 @@ def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[
             text = path.read_text(errors="replace").strip()
             if (folder / "wrong").exists():
                 wrong.append((folder / "wrong").read_text())
+                return code, text
             log(f"{backend}: {'done' if code == 0 else 'failed'}")
             return code, text
 

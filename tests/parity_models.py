@@ -80,3 +80,10 @@ def vector() -> keras.Model:
 
 def nothing() -> None:
     """No model."""
+
+
+def keras_dropout() -> keras.Model:
+    """A model with Keras's own dropout, which draws other numbers on each backend."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    x = keras.layers.Dropout(0.5, seed=0, name="dropout")(conv(4, 3, name="conv")(inputs))
+    return keras.Model(inputs, logits(3)(global_pool()(x)), name="keras_dropout")

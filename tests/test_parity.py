@@ -467,6 +467,15 @@ def test_a_wrong_gradient_is_named():
 
 
 @all_installed
+def test_noise_that_keras_draws_is_named(capsys):
+    words = ["parity", "tests.parity_models:keras_dropout", "--steps", "0", "--backends", "tensorflow,torch"]
+    assert __main__.main(words) == 1
+    shown = capsys.readouterr().out
+    assert "torch parts from tensorflow at dropout, layer 2 of 4, in training, every layer" in shown
+    assert "Keras's Dropout draws from the backend's generator; kvision.regularizers.Dropout draws the same" in shown
+
+
+@all_installed
 def test_a_network_of_the_zoo_in_float32(tmp_path, capsys):
     out = tmp_path / "report.json"
     assert __main__.main(["parity", "resnet20", "--dtype", "float32", "--steps", "3", "--out", str(out)]) == 0
