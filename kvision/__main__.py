@@ -36,7 +36,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on stderr and code 2."""
-    from kvision import compare
+    from kvision import compare, parity
     from kvision.flags import UsageError
     from kvision.weights import WeightsError, cli
     from kvision.zoo import UnknownModelError
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.set_defaults(handler=_info)
     cli.add_commands(commands)
     compare.add_commands(commands)
+    parity.add_commands(commands)
     arguments, others = parser.parse_known_args(argv)
     passes_flags = getattr(arguments, "passes_flags", False)  # what `compare` does not know goes to the app
     if others and not passes_flags:

@@ -20,7 +20,7 @@ STOREYS = (
     {"zoo", "weights", "tasks", "engine"},
     {"tracking", "transfer", "flags", "applications", "checkpoints", "callbacks", "interruption"},
     {"training"},
-    {"run", "compare"},
+    {"run", "compare", "parity"},
     {"__main__"},
     {"apps"},
 )
@@ -198,7 +198,7 @@ def test_no_folder_is_named_like_a_backend():
         ("import kvision", {"keras", "numpy", *BACKENDS}),
         ("import kvision.data, kvision.data.batches, kvision.tracking, kvision.flags", {"keras", *BACKENDS}),
         ("import kvision.zoo, kvision.weights, kvision.weights.cli, kvision.engine", {"keras", *BACKENDS}),
-        ("import kvision.compare, kvision.__main__", {"keras", *BACKENDS}),
+        ("import kvision.compare, kvision.parity, kvision.__main__", {"keras", *BACKENDS}),
     ],
 )
 def test_import_is_light(statement, absent):
