@@ -130,15 +130,21 @@ class Config:
         expect(self, "early_stopping", lambda value: value >= 1, "at least 1")
         if self.engine == "keras" and self.accumulate != 1:
             raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
-        if self.batch_size % self.accumulate:
-            raise flags.UsageError(
-                f"--batch-size {self.batch_size} cannot be cut into {self.accumulate} equal parts: choose a multiple"
-            )
+        expect_parts(self.batch_size, self.accumulate)
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
         expect(self, "limit limit_test steps hidden checkpoint_every", lambda value: value >= 1, "at least 1")
         expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+
+
+def expect_parts(batch_size: int, accumulate: int) -> None:
+    """Check that a batch can be cut into equal parts; raises `flags.UsageError`."""
+    if batch_size % accumulate:
+        raise flags.UsageError(
+            f"a batch of {batch_size} images cannot be cut into {accumulate} equal parts: choose a --batch-size "
+            "that is a multiple of --accumulate"
+        )
 
 
 def model_arguments(config: Config) -> dict[str, object]:
@@ -345,6 +351,7 @@ def train(
     if config.early_stopping:
         dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
     batches = batches_of(config, dataset, preprocessing)
+    expect_parts(batches.batch_size, config.accumulate)  # of few images a batch is all
     optimizer = optimizer_of(config, batches.steps, factors or {})
     command = f"KERAS_BACKEND={backend} python -m apps.{config.app} {shlex.join(arguments_of(config))}"
     log(

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from apps import cifar10, mnist, regularize, transfer
-from kvision import flags
+from kvision import engine, flags
 from kvision.data import load
+from kvision.flags import UsageError
 from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
 from kvision.training import ExponentialAverage, StochasticAverage
 from kvision.transfer import LearningRateFactors
@@ -36,7 +37,7 @@ FLAGS = [
     "l1",
     "l2",
 ]
-FLAGS += ["dropout", "augment", "dtype"]
+FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
 FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
@@ -92,6 +93,51 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
         model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000, out=str(tmp_path / "again")
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16", "accumulate": 2, "ema": 0.5, "bias_factor": 64.0},
+        {"dtype": "float64", "deterministic": True},
+        {"engine": "keras", "bias_factor": 64.0},
+    ],
+    ids=lambda changes: changes.get("dtype", "keras"),
+)
+def test_ways_to_compute_a_run(changes, images, tmp_path):
+    """Each learns as float32 does: the losses of the first steps are the same within half precision's rounding."""
+    base = replace(
+        cifar10.RECIPES["airbench_small"],
+        data=images,
+        limit=20,
+        limit_test=10,
+        epochs=1,
+        batch_size=10,
+        bias_factor=changes.get("bias_factor", 1.0),
+    )
+    losses = []
+    try:
+        for name, config in (("plain", base), ("changed", replace(base, **changes))):
+            cifar10.main(replace(config, out=str(tmp_path / name)))
+            losses.append(json.loads((tmp_path / name / "trace.json").read_text())["step_losses"])
+    finally:
+        engine.configure("float32")
+    limit = 1e-4 if changes.get("dtype") != "float16" else 0.1
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=limit)
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 50, "accumulate": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
+        ({"engine": "keras", "accumulate": 2}, "--accumulate is the native engine's"),
+        ({"accumulate": 0}, "--accumulate must be at least 1"),
+    ],
+)
+def test_accumulation_that_cannot_work_is_named(changes, message):
+    with pytest.raises(UsageError, match=message):
+        Config(**changes)
 
 
 def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):

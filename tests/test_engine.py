@@ -283,7 +283,7 @@ def mixture():
     )
     z = layers.ZeroPadding2D(((1, 0), (2, 1)), name="lopsided_pad")(z)
     z = layers.Conv2D(8, (2, 4), name="lopsided_pad_conv", kernel_initializer=Variance())(z)
-    x = activation("relu", name="sum_relu")(layers.Add(name="sum")([x, z]))
+    x = layers.ReLU(name="sum_relu")(layers.Add(name="sum")([x, z]))
     y = batch_norm(name="read_twice_bn")(x)
     x = layers.Add(name="three")([activation("relu", name="beside_relu")(y), y, x])
     x = layers.Lambda(lambda both: both[0] * both[1], name="product")([x, y])

@@ -25,6 +25,7 @@ def peer(monkeypatch):
     def made(name):
         shape = (SIZES[name], SIZES[name], 3)
         make = getattr(keras.applications, CONSTRUCTORS[name])
+        keras.utils.clear_session()  # Keras numbers unnamed layers on through the whole process
         network, arrays = make(weights=None, input_shape=shape, classes=7, classifier_activation=None), {}
         for layer in network.layers:
             for variable in layer.weights:

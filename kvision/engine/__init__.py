@@ -76,7 +76,7 @@ def configure(
         deterministic: whether two runs must give the same bits, at some cost of speed. On a GPU PyTorch wants the
             environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 for it, and says so.
         compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. It is bounded to
-            1 GiB and may be shared by processes. None keeps none.
+            1 GiB and may be shared by processes. None leaves JAX's own setting, which is to keep none.
 
     Raises:
         ValueError: an unknown dtype.

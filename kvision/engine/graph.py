@@ -126,7 +126,10 @@ def replaceable(layer: keras.layers.Layer) -> bool:
 
 def is_relu(layer: keras.layers.Layer) -> bool:
     """Whether a layer is a plain ReLU."""
-    plain = type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
+    if type(layer) is keras.layers.ReLU:
+        plain = layer.max_value is None and not layer.negative_slope and not layer.threshold
+    else:
+        plain = type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
     return plain and replaceable(layer)
 
 

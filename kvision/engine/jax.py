@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 from kvision.engine import main_output
 from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
@@ -50,7 +51,9 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
     Path(compile_cache).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
+    if jax.config.jax_compilation_cache_dir != os.fspath(compile_cache):
+        jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
+        compilation_cache.reset_cache()  # the folder is opened once, at the first compilation
 
 
 class Engine:
