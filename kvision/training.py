@@ -115,7 +115,7 @@ def make_optimizer(
         "global_clipnorm": clip_global_norm,
     }
     if name == "sgd":
-        optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=momentum > 0, **options)
+        optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=bool(momentum > 0), **options)
     elif name in ("adam", "adamw"):
         optimizer = keras.optimizers.Adam(learning_rate, beta_1=momentum, **options)
     else:

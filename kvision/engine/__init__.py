@@ -56,6 +56,13 @@ def main_output(outputs):
     return outputs[0] if isinstance(outputs, list | tuple) else outputs
 
 
+def innermost(optimizer):
+    """The optimizer that makes the update, inside those that scale, average or bound it."""
+    while inner := getattr(optimizer, "inner", None) or getattr(optimizer, "inner_optimizer", None):
+        optimizer = inner
+    return optimizer
+
+
 POLICIES = {  # Keras's names of them
     "float32": "float32",
     "float64": "float64",

@@ -50,7 +50,7 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
         return
     Path(compile_cache).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # an optimizer starts by a dozen tiny ones
     if jax.config.jax_compilation_cache_dir != os.fspath(compile_cache):
         jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
         compilation_cache.reset_cache()  # the folder is opened once, at the first compilation

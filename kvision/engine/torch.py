@@ -11,7 +11,7 @@ import keras
 import torch
 from keras import ops
 
-from kvision.engine import main_output
+from kvision.engine import innermost, main_output
 from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
 
 F = torch.nn.functional
@@ -28,6 +28,7 @@ class Engine:
         self._graphs = {}
         if optimizer is not None:
             _lay_out([*model.trainable_variables, *optimizer.variables])
+            _decay_at_once(innermost(optimizer))
 
     def _call(self, images, training):
         if not is_graph(self.model):
@@ -95,6 +96,22 @@ def _lay_out(variables):
     for variable in variables:
         if len(variable.shape) == 4 and variable._value is not None:
             variable._value.data = variable._value.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def _decay_at_once(optimizer):
+    """Let decoupled weight decay pass over all kernels in one call; Keras asks for the rate and decays one by one."""
+    if optimizer.weight_decay is None:
+        return
+    kernels = []
+
+    def decay(variables):
+        if not kernels:
+            kernels.extend(variable.value for variable in variables if optimizer._use_weight_decay(variable))
+        rate = ops.convert_to_tensor(optimizer.learning_rate) * optimizer.weight_decay
+        if kernels:
+            torch._foreach_mul_(kernels, 1 - rate)
+
+    optimizer._apply_weight_decay = decay
 
 
 class _Mean(torch.autograd.Function):
