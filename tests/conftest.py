@@ -1,4 +1,5 @@
 import gc
+import signal
 
 import keras  # noqa: F401 (imported before the line below)
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 # A backend is a million objects: passing over them in every collection takes longer than many a test.
 gc.collect()
 gc.freeze()
+
+# A shell's job in the background begins with Ctrl-C ignored, and so would the tests of it and their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
