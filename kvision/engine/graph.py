@@ -34,7 +34,6 @@ class Graph:
         nodes = [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
         nodes = [node for node in nodes if node.operation and not node.is_input]
         self.inputs = [id(tensor) for tensor in model.inputs]
-        self.dtypes = [tensor.dtype for tensor in model.inputs]
         self.outputs = [id(tensor) for tensor in model.outputs]
         self.structure = model._outputs_struct
         uses = Counter(self.outputs)
@@ -64,18 +63,12 @@ class Graph:
                 function, arguments = ready(node.operation, pads=_pads(first.operation)), first.arguments
             else:
                 function, arguments = ready(first.operation, relu=True), first.arguments
-            single = arguments._single_positional_tensor
             outputs = [id(tensor) for tensor in node.outputs]
-            read = {id(tensor) for tensor in arguments.keras_tensors}
-            self.calls.append([function, id(single) if single is not None else None, arguments, outputs, read, node])
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Turn what each call reads into what nobody reads after it."""
+            self.calls.append(_Call(node.operation, function, arguments, outputs))
         later = set(self.outputs)
         for call in reversed(self.calls):
-            read, outputs = call[4], call[3]
-            call[4] = tuple((read | set(outputs)) - later)
+            read = {id(tensor) for tensor in call.arguments.keras_tensors}
+            call.last = tuple((read | set(call.outputs)) - later)
             later |= read
 
     def __call__(self, inputs, seen: Callable | None = None):
@@ -87,21 +80,39 @@ class Graph:
         """
         inputs = inputs if isinstance(inputs, list | tuple) else [inputs]
         values = dict(zip(self.inputs, inputs, strict=True))
-        for function, single, arguments, outputs, unread, node in self.calls:
-            if single is not None:
-                result = function(values[single])
+        for call in self.calls:
+            if call.single is not None:
+                result = call.function(values[call.single])
             else:
-                args, kwargs = arguments.fill_in(values)
-                result = function(*args, **kwargs)
+                args, kwargs = call.arguments.fill_in(values)
+                result = call.function(*args, **kwargs)
             if seen is not None:
-                seen(node.operation, result)
-            if len(outputs) == 1 and not isinstance(result, list | tuple | dict):
-                values[outputs[0]] = result
+                seen(call.layer, result)
+            if len(call.outputs) == 1 and not isinstance(result, list | tuple | dict):
+                values[call.outputs[0]] = result
             else:
-                values.update(zip(outputs, tree.flatten(result), strict=True))
-            for key in unread:
+                values.update(zip(call.outputs, tree.flatten(result), strict=True))
+            for key in call.last:
                 del values[key]
         return tree.pack_sequence_as(self.structure, [values[key] for key in self.outputs])
+
+
+class _Call:
+    """One call of a graph.
+
+    Attributes:
+        single: the key of the only argument, where the call has one tensor and nothing else.
+        outputs: the keys of what it gives.
+        last: the keys that nobody reads after it.
+    """
+
+    __slots__ = ("arguments", "function", "last", "layer", "outputs", "single")
+
+    def __init__(self, layer, function: Callable, arguments, outputs: list[int]):
+        self.layer, self.function, self.arguments, self.outputs = layer, function, arguments, outputs
+        tensor = arguments._single_positional_tensor
+        self.single = None if tensor is None else id(tensor)
+        self.last = ()
 
 
 def is_graph(model: keras.Model) -> bool:
