@@ -70,6 +70,24 @@ def maps(classes: int = 4) -> keras.Model:
     return keras.Model(inputs, conv(classes, 3, name="conv")(inputs), name="maps")
 
 
+class Subclass(keras.Model):
+    """A model that is no graph."""
+
+    def __init__(self):
+        super().__init__(name="subclass")
+        self.conv = keras.layers.Conv2D(4, 3, name="conv")
+        self.pool = keras.layers.GlobalMaxPooling2D(name="pool")
+        self.classes = keras.layers.Dense(3, name="classes")
+
+    def call(self, images):
+        return self.classes(self.pool(self.conv(images)))
+
+
+def subclass(input_shape: tuple[int, int, int]) -> keras.Model:
+    """A model that is built when it first sees images."""
+    return Subclass()
+
+
 def vector() -> keras.Model:
     """A model that reads no images."""
     inputs = keras.Input((7,), name="features")

@@ -357,6 +357,22 @@ def test_what_a_backend_answers():
     )
 
 
+def test_of_a_model_that_is_no_graph_only_outputs_are_seen():
+    question = Question("tests.parity_models:subclass", "float32", input_shape=(8, 8, 3), batch=4, steps=2)
+    result = answer(question)
+    assert [tensor.name for tensor in result.tensors["inference_layers"]] == result.outputs == ["outputs"]
+    assert result.notes == [
+        "subclass is no functional model: its layers cannot be told apart, only its outputs are seen"
+    ]
+    (training_logits,) = (t.values.reshape(4, 3) for t in result.tensors["training_layers"])
+    labels = draw(question, (8, 8, 3), 3)[1][:4]
+    log_sums = np.log(np.exp(training_logits).sum(axis=1))
+    assert result.loss == pytest.approx(float((log_sums - training_logits[range(4), labels]).mean()), rel=1e-5)
+    assert [tensor.shape for tensor in result.tensors["gradients"]] == [(3, 3, 3, 4), (4,), (4, 3), (3,)]
+    assert all(tensor.largest > 0 for tensor in result.tensors["gradients"])
+    assert len(result.losses) == 2
+
+
 def test_start_draws_what_numpy_does_not_know():
     def build():
         inputs = keras.Input((4, 4, 3))

@@ -20,7 +20,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.flags import UsageError
 from kvision.parity.question import Question
 from kvision.parity.result import Result
-from kvision.parity.subject import build, draw, start
+from kvision.parity.subject import build, draw, is_graph, start
 from kvision.parity.tensors import Tensor, keep
 from kvision.tasks.classification import cross_entropy
 
@@ -53,9 +53,9 @@ def kept(names: Iterable[str], arrays: Iterable) -> list[Tensor]:
 # The model
 
 
-def _number_of_classes(model) -> int | None:
+def _number_of_classes(outputs) -> int | None:
     """How many classes, where every output is (n, classes); None where the model is no classifier."""
-    shapes = [tuple(output.shape) for output in keras.tree.flatten(model.outputs)]
+    shapes = [tuple(output.shape) for output in keras.tree.flatten(outputs)]
     return shapes[0][1] if all(len(shape) == 2 and shape[1] for shape in shapes) else None
 
 
@@ -78,10 +78,6 @@ def _settings(operation) -> dict[str, object]:
         if not name.startswith("_") and name not in COMMON
     }
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _is_graph(model) -> bool:
-    return hasattr(model, "_nodes_by_depth")
 
 
 def graph(model) -> tuple[list[dict], list[str]]:
@@ -113,7 +109,7 @@ def _notes(model, question: Question, classes: int | None, operations: list[dict
         notes.append("the outputs are not (n, classes): the loss is the mean of their squares")
     elif {"Softmax", "softmax"} & {operations[-1]["type"], operations[-1]["settings"].get("activation")}:
         notes.append(f"{operations[-1]['name']} is a softmax: the loss takes its outputs as logits all the same")
-    if not _is_graph(model):
+    if not is_graph(model):
         notes.append(f"{model.name} is no functional model: its layers cannot be told apart, only its outputs are seen")
     other = [operation["name"] for operation in operations if operation["dtype"] not in (None, question.dtype)]
     if other:
@@ -150,7 +146,7 @@ def _values(variables) -> list[np.ndarray]:
 
 def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     """Every layer's output, of several all in one; of a model that is no graph, its outputs."""
-    if not _is_graph(model):
+    if not is_graph(model):
         outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=training))
         return kept(["outputs"] * len(outputs), map(ops.convert_to_numpy, outputs))
     rows = runner.tap(batch, training)
@@ -188,12 +184,10 @@ def answer(question: Question) -> Result:
     """
     engine.configure(dtype=question.dtype, deterministic=True)
     model, shape = build(question)
-    classes = _number_of_classes(model) if model.built else None
+    outputs = model.outputs if is_graph(model) else model(ops.zeros((1, *shape), question.dtype))
+    classes = _number_of_classes(outputs)
     images, labels = draw(question, shape, classes)
     batch = PREPROCESSING(images[: question.batch]).astype(question.dtype)
-    if not model.built:
-        model(ops.convert_to_tensor(batch))
-        classes = _number_of_classes(model)
     loss = _cross_entropy if classes else _squares
     start(model, question)
     first = _values(model.variables)
@@ -225,7 +219,7 @@ def answer(question: Question) -> Result:
     again()
     losses = _steps(model, question, loss, images, labels) if question.steps else []
     tensors["weights"] = kept(paths, _values(weights))
-    if _is_graph(model):
+    if is_graph(model):
         operations, outputs = graph(model)
     else:
         outputs = [tensor.name for tensor in tensors["inference_layers"]]

@@ -84,6 +84,11 @@ def _call_function(question: Question) -> keras.Model:
     return model
 
 
+def is_graph(model: keras.Model) -> bool:
+    """Whether a model knows its layers and what each reads; a subclass of `keras.Model` does not."""
+    return hasattr(model, "_nodes_by_depth")
+
+
 def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:
     """The model, and the (height, width, channels) of its images.
 
@@ -105,16 +110,16 @@ def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:
             model.build((None, *question.input_shape))
         if model.built:
             model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers, as a graph
-    shape = getattr(model, "input_shape", None) if model.built else (None, *(question.input_shape or ()))
-    return model, check_shape(question, shape, model.built)
+    shape = model.input_shape if is_graph(model) else (None, *(question.input_shape or ()))
+    return model, check_shape(question, shape, is_graph(model))
 
 
-def check_shape(question: Question, shape, built: bool) -> tuple[int, int, int]:
+def check_shape(question: Question, shape, graph: bool) -> tuple[int, int, int]:
     """The (height, width, channels) to take for a model that reads inputs of `shape`."""
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise UsageError(
             f"{question.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
-            + ("" if built else ": the model is not built, give --input-shape")
+            + ("" if graph else ": the model does not say which it reads, give --input-shape")
         )
     wanted = question.input_shape or shape[1:]
     if any(side is None for side in wanted):
