@@ -9,9 +9,9 @@ from kvision.models.cifar_resnet import block
 SHAPE = (32, 32, 3)
 
 
-def resnet20_dropout(rate: float = 0.2) -> keras.Model:
+def resnet20_dropout(rate: float = 0.2, size: int = 32) -> keras.Model:
     """ResNet-20 with dropout after each stage."""
-    inputs = keras.Input(SHAPE, name="image")
+    inputs = keras.Input((size, size, 3), name="image")
     x = conv(16, 3, name="stem_conv")(inputs)
     x = batch_norm(name="stem_bn")(x)
     x = activation("relu", name="stem")(x)
@@ -37,15 +37,13 @@ class Passing(keras.layers.Layer):
         return x if self.kept == 1 else ops.stop_gradient(x) + self.kept * (x - ops.stop_gradient(x))
 
 
-def small(
-    padding: str = "", epsilon: str = "", rounding: str = "", gradient: str = "", through: str = "float32"
-) -> keras.Model:
+def small(padding: str = "", epsilon: str = "", rounding: str = "", gradient: str = "") -> keras.Model:
     """Two convolutions; each argument names a backend where that detail is another one."""
     backend = keras.backend.backend()
     inputs = keras.Input(SHAPE, name="image")
     x = conv(8, 3, name="first_conv")(inputs)
     x = batch_norm(name="first_bn", epsilon=1e-3 if backend == epsilon else 1e-5)(x)
-    x = Passing(through if backend == rounding else None, 0.9 if backend == gradient else 1.0, name="passing")(x)
+    x = Passing("float32" if backend == rounding else None, 0.9 if backend == gradient else 1.0, name="passing")(x)
     x = activation("relu", name="first_relu")(x)
     x = conv(16, 3, 2, name="second_conv", padding="tensorflow" if backend == padding else "same")(x)
     x = batch_norm(name="second_bn")(x)
@@ -70,6 +68,24 @@ def maps(classes: int = 4) -> keras.Model:
     """A model without classes: maps out."""
     inputs = keras.Input((8, 8, 3), name="image")
     return keras.Model(inputs, conv(classes, 3, name="conv")(inputs), name="maps")
+
+
+class Subclass(keras.Model):
+    """A model that is no graph."""
+
+    def __init__(self):
+        super().__init__(name="subclass")
+        self.conv = keras.layers.Conv2D(4, 3, name="conv")
+        self.pool = keras.layers.GlobalMaxPooling2D(name="pool")
+        self.classes = keras.layers.Dense(3, name="classes")
+
+    def call(self, images):
+        return self.classes(self.pool(self.conv(images)))
+
+
+def subclass(input_shape: tuple[int, int, int]) -> keras.Model:
+    """A model that is built when it first sees images."""
+    return Subclass()
 
 
 def vector() -> keras.Model:

@@ -1,0 +1,85 @@
+"""The parent: a process for each backend, and what they leave put before the judge."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from kvision.engine import FLOORS, installed
+from kvision.flags import UsageError
+from kvision.parity.question import Question, check
+from kvision.parity.result import Result
+from kvision.parity.verdict import judge
+from kvision.tracking.environment import BACKENDS, hardware, versions
+
+AT_ONCE = 2  # child processes that run side by side: starting one takes a core some seconds
+
+
+def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[[str], None] = print) -> dict:
+    """Run a model on each installed backend and compare; returns the report, a dictionary of plain values.
+
+    Beside what `judge` gives it holds the question, versions, hardware, and the backends that "failed", with reasons.
+
+    Raises:
+        UsageError: an unknown backend, fewer than two that are installed, no such model; one clear line.
+    """
+    check(question)
+    if unknown := [backend for backend in backends if backend not in FLOORS]:
+        raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(unknown)}")
+    present = [backend for backend in dict.fromkeys(backends) if installed(backend)]
+    if len(present) < 2:
+        raise UsageError(
+            f"parity compares at least two backends, and of {', '.join(backends)} "
+            f"{'only ' + present[0] if present else 'none'} is installed: pip install kvision-keras[all]"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "question.json").write_text(json.dumps(asdict(question)))
+        wrong: list[str] = []
+
+        def run(backend: str) -> tuple[int, str]:
+            if wrong:
+                return 2, ""
+            words = [sys.executable, "-m", "kvision.parity.child", str(folder)]
+            path = folder / f"{backend}.log"
+            with open(path, "w") as file:
+                environment = {**os.environ, "KERAS_BACKEND": backend}
+                code = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            text = path.read_text(errors="replace").strip()
+            if (folder / "wrong").exists():
+                wrong.append((folder / "wrong").read_text())
+                return code, text
+            log(f"{backend}: {'done' if code == 0 else 'failed'}")
+            return code, text
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            codes = dict(zip(present, pool.map(run, present), strict=True))
+        if wrong:
+            raise UsageError(wrong[0])
+        failed = {
+            backend: {"reason": text.rpartition("\n")[2] or f"exit code {code}", "log": text[-4000:]}
+            for backend, (code, text) in codes.items()
+            if code
+        }
+        results = [Result.load(folder, backend) for backend in present if backend not in failed]
+    report = {
+        "question": asdict(question),
+        "backends": present,
+        "versions": {
+            backend: {name: v for name, v in versions(backend).items() if name in BACKENDS[backend]}
+            for backend in present
+        },
+        "hardware": hardware(),
+        "failed": failed,
+    }
+    if len(results) < 2:
+        reasons = "; ".join(f"{backend}: {row['reason']}" for backend, row in failed.items())
+        raise UsageError(f"{question.model} does not run on two backends: {reasons}")
+    report |= judge(results, question.dtype)
+    report["passed"] = report["passed"] and not failed
+    return report

@@ -1,0 +1,165 @@
+"""The model that is asked for, the weights it starts from, and the images it is shown."""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from kvision import zoo
+from kvision.data import load
+from kvision.flags import UsageError
+from kvision.layers import Variance, blank
+from kvision.parity.question import Question
+from kvision.random import stream
+from kvision.weights.initial import initialize
+
+
+def in_double(path: Path, dtype: str, folder: Path) -> Path:
+    """A copy of a `.keras` file whose layers compute in `dtype` where they did in float32: the file says it of each."""
+
+    def convert(value, key=None):
+        if isinstance(value, dict):
+            if key == "dtype" and value.get("class_name") == "DTypePolicy" and value["config"]["name"] == "float32":
+                return {**value, "config": {**value["config"], "name": dtype}}
+            return {name: convert(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        return dtype if key == "dtype" and value == "float32" else value
+
+    copy = folder / path.name
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename == "config.json":
+                content = json.dumps(convert(json.loads(content))).encode()
+            target.writestr(entry, content)
+    return copy
+
+
+def _load_file(question: Question) -> keras.Model:
+    zoo.list_models()  # imports every network's own layers, so that Keras knows them
+    if question.own or question.classes is not None:
+        raise UsageError(f"{question.model} is built already: --set and --classes do not apply to a .keras file")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(question.model)
+        try:
+            if question.dtype != "float32":
+                path = in_double(path, question.dtype, Path(folder))
+            return keras.saving.load_model(path, compile=False, safe_mode=True)
+        except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(
+                f"{question.model} cannot be loaded: {reason} (a model with code of its own is named module:function)"
+            ) from None
+
+
+def _call_function(question: Question) -> keras.Model:
+    module, _, name = question.model.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UsageError(f"{question.model}: cannot import {module}: {error}") from None
+    except AttributeError:
+        raise UsageError(f"{question.model}: {module} has no {name}") from None
+    given = dict(question.own)
+    if question.input_shape is not None:
+        given["input_shape"] = question.input_shape
+    if question.classes is not None:
+        given["classes"] = question.classes
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise UsageError(f"{question.model} cannot be called with {given or 'no arguments'}: {error}") from None
+    model = function(**given)
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"{question.model} returned a {type(model).__name__}; expected a keras.Model")
+    return model
+
+
+def is_graph(model: keras.Model) -> bool:
+    """Whether a model knows its layers and what each reads; a subclass of `keras.Model` does not."""
+    return hasattr(model, "_nodes_by_depth")
+
+
+def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:
+    """The model, and the (height, width, channels) of its images.
+
+    Raises:
+        UsageError: no such model, or one that this test cannot run; one clear line.
+    """
+    if question.model.endswith(".keras"):
+        model = _load_file(question)
+    elif ":" in question.model:
+        model = _call_function(question)
+    else:
+        try:
+            with blank():
+                model = zoo.create_model(question.model, question.input_shape, question.classes, **question.own)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if isinstance(model, keras.Sequential):
+        if not model.built and question.input_shape is not None:
+            model.build((None, *question.input_shape))
+        if model.built:
+            model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers, as a graph
+    shape = model.input_shape if is_graph(model) else (None, *(question.input_shape or ()))
+    return model, check_shape(question, shape, is_graph(model))
+
+
+def check_shape(question: Question, shape, graph: bool) -> tuple[int, int, int]:
+    """The (height, width, channels) to take for a model that reads inputs of `shape`."""
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        raise UsageError(
+            f"{question.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
+            + ("" if graph else ": the model does not say which it reads, give --input-shape")
+        )
+    wanted = question.input_shape or shape[1:]
+    if any(side is None for side in wanted):
+        raise UsageError(f"{question.model} reads images of any size {shape[1:]}: give --input-shape, as in 32x32x3")
+    if any(side not in (None, given) for side, given in zip(shape[1:], wanted, strict=True)):
+        raise UsageError(f"{question.model} reads images of {shape[1:]}, not of --input-shape {wanted}")
+    return tuple(wanted)
+
+
+def start(model, question: Question) -> None:
+    """Set the weights that every backend starts from; a file keeps its own. Generators are set in any case."""
+    weights = [(variable, np.array(variable.numpy())) for variable in model.weights]
+    try:
+        initialize(model, question.seed)
+    except ValueError:  # of a user's model, an initialiser that NumPy does not know
+        for variable, value in weights:
+            if value.size and (value != value.flat[0]).any():
+                generator = stream(question.seed, "initial", variable.path)
+                variable.assign(Variance(1.0, "in").draw(value.shape, generator))
+        for i, variable in enumerate(v for v in model.variables if v.dtype in ("uint32", "int32", "int64")):
+            if tuple(variable.shape) == (2,):
+                variable.assign(np.array([stream(question.seed, "generator", i).integers(2**31), 0], np.uint32))
+    if question.model.endswith(".keras"):
+        for variable, value in weights:
+            variable.assign(value)
+
+
+def draw(question: Question, shape: tuple[int, int, int], classes: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images, four batches of them where they are drawn, and labels."""
+    count = 4 * question.batch
+    if question.data is not None:
+        dataset = load("cifar10", question.data, size=shape[:2], log=lambda line: None)
+        images, labels = dataset.x_train[:count], dataset.y_train[:count]
+        if images.shape[1:] != shape:
+            raise UsageError(f"--data has images of {images.shape[1:]}, and {question.model} reads {shape}")
+        return images, labels % (classes or 1)
+    # Coarse patches of colour under noise: a network sees edges, and no two pixels that it pools are equal for long.
+    generator = stream(question.seed, "images")
+    height, width, channels = shape
+    patches = generator.integers(0, 192, (count, -(-height // 8), -(-width // 8), channels))
+    images = patches.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
+    images = (images + generator.integers(0, 64, images.shape)).astype(np.uint8)
+    return images, generator.integers(0, classes or 1, count).astype(np.int32)

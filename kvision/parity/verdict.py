@@ -1,0 +1,250 @@
+"""Whether backends agree, which of them is the odd one out, and the first place where it parts."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kvision.parity.result import Result
+from kvision.parity.tensors import Gap, Tensor, gap, keep, places, worst
+
+# The stages in the order in which a difference spreads, with what each is called in the table.
+STAGES = {
+    "initial": "initial weights",
+    "inference_layers": "inference, every layer",
+    "inference": "inference, outputs",
+    "training_layers": "training, every layer",
+    "training": "training, outputs",
+    "loss": "loss",
+    "gradients": "gradients",
+    "losses": "losses of the steps",
+    "weights": "weights after the steps",
+}
+# The largest difference that passes, relative to the scale of what is compared; None is shown and not judged. Scale is
+# the largest magnitude in the tensor; of gradients and weights the largest in their layer, because the gradient of a
+# bias before a batch norm is 0 and rounding all that is there of it. In float32 gradients are not judged: where a ReLU
+# reads a number of the size of rounding, backends take its two sides. In ResNet-20 at batch 8, three numbers of 1e-6
+# did so between JAX and TensorFlow, and gradients parted by 7e-2; between TensorFlow and PyTorch none did, and they
+# agreed to 1e-5.
+LIMITS: dict[str, dict[str, float | None]] = {
+    "float64": {**dict.fromkeys(STAGES, 1e-10), "initial": 0.0, "weights": 1e-9},
+    "float32": {
+        "initial": 0.0,
+        "inference_layers": 1e-4,
+        "inference": 1e-5,
+        "training_layers": 1e-4,
+        "training": 1e-4,
+        "loss": 1e-6,
+        "gradients": None,
+        "losses": None,
+        "weights": None,
+    },
+}
+# A layer whose inputs part by this share of what its outputs do has not parted by itself; nor has a loss, where the
+# gradients or losses before did. (A batch norm over four numbers multiplies rounding by a thousand.)
+GROWN, GROWN_IN_A_STEP = 0.03, 1e-3
+
+
+def _by_name(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def layer_gaps(a: Result, b: Result, stage: str) -> dict[str, Gap]:
+    """How far the outputs that both have are apart, in the order of execution."""
+    others = _by_name(b.tensors[stage])
+    return {tensor.name: gap(tensor, others[tensor.name]) for tensor in a.tensors[stage] if tensor.name in others}
+
+
+def variable_gaps(a: Result, b: Result, stage: str) -> list[Gap]:
+    """How far variables or gradients are apart, relative to the largest in their layer; infinitely where one lacks it.
+
+    A layer whose gradients are less than a millionth of the largest of all is measured by that.
+    """
+    mine, theirs = _by_name(a.tensors[stage]), _by_name(b.tensors[stage])
+    if lone := sorted(mine.keys() ^ theirs.keys()):
+        return [Gap(name, math.inf) for name in lone]
+    largest: dict[str, float] = {}
+    for name, tensor in mine.items():
+        layer = name.rpartition("/")[0]
+        largest[layer] = max(largest.get(layer, 0.0), tensor.largest)
+    floor = 1e-6 * max(largest.values(), default=0.0) if stage == "gradients" else 0.0
+    return [gap(mine[name], theirs[name], max(largest[name.rpartition("/")[0]], floor)) for name in mine]
+
+
+def _loss_gap(name: str, a: float, b: float) -> Gap:
+    found = gap(keep(name, [a]), keep(name, [b]), abs(a) if math.isfinite(a) else None)
+    return Gap(name, found.size, None, (a, b))
+
+
+def step_gaps(a: Result, b: Result) -> list[Gap]:
+    """How far the losses of the steps are apart."""
+    return [_loss_gap(f"step {i}", *pair) for i, pair in enumerate(zip(a.losses, b.losses, strict=True), start=1)]
+
+
+def stage_gaps(a: Result, b: Result) -> dict[str, Gap]:
+    """The largest difference of each stage."""
+    inference, training = (layer_gaps(a, b, f"{stage}_layers") for stage in ("inference", "training"))
+    return {
+        "initial": worst(variable_gaps(a, b, "initial")),
+        "inference_layers": worst(inference.values()),
+        "inference": worst(layer_gaps(a, b, "inference").values()),
+        "training_layers": worst(training.values()),
+        "training": worst(training.get(name, Gap(name, math.inf)) for name in a.outputs),
+        "loss": _loss_gap("loss", a.loss, b.loss),
+        "gradients": worst(variable_gaps(a, b, "gradients")),
+        "losses": worst(step_gaps(a, b)),
+        "weights": worst(variable_gaps(a, b, "weights")),
+    }
+
+
+def beyond(found: Mapping[str, Gap], limits: Mapping[str, float | None]) -> list[str]:
+    """The stages that are judged and not within their limits, in the order in which a difference spreads."""
+    return [stage for stage in STAGES if limits[stage] is not None and not found[stage].size <= limits[stage]]
+
+
+def reference(results: Sequence[Result], limits: Mapping[str, float | None]) -> Result:
+    """The first of the backends that agree with most of the others, so that of three the odd one out is named."""
+    agree = [sum(not beyond(stage_gaps(a, b), limits) for b in results if b is not a) for a in results]
+    return results[agree.index(max(agree))]
+
+
+# The first fault
+
+
+def first_fault(
+    results: Sequence[Result], a: Result, b: Result, found: Mapping[str, Gap], limits: Mapping[str, float | None]
+) -> dict | None:
+    """The first place where `b` parts from the reference `a`, of the stages `found`; None where it does not.
+
+    A dictionary: stage, backend, kind ("layer", "joined", "backward", "variable", "loss", "step") and what is of it.
+    """
+    parted = beyond(found, limits)
+    if not parted:
+        return None
+    stage = parted[0]
+    fault = {"backend": b.backend, "reference": a.backend, "stage": stage, **_place(found[stage])}
+    way = stage.removesuffix("_layers")
+    if way in ("inference", "training"):
+        layers = f"{way}_layers"
+        limit = limits[layers if layers in parted else way]
+        return fault | (_layer_fault(results, a, b, layers, limit) or {"kind": "joined"})
+    if stage == "gradients":
+        return fault | _backward_fault(a, b, limits[stage])
+    if stage == "losses":
+        return fault | _step_fault(a, b, limits[stage], found["gradients"].size)
+    return fault | {"kind": "loss" if stage == "loss" else "variable"}
+
+
+def _place(found: Gap) -> dict:
+    return {"name": found.name, "difference": found.size, "index": found.index, "values": found.values}
+
+
+def _layer_fault(results: Sequence[Result], a: Result, b: Result, stage: str, limit: float) -> dict | None:
+    """The first layer whose outputs part by more than the limit; None where none does, one by one."""
+    gaps = layer_gaps(a, b, stage)
+    found = next((item for item in gaps.values() if not item.size <= limit), None)
+    if found is None:
+        return None
+    mine, theirs = ({operation["name"]: operation for operation in r.operations} for r in (a, b))
+    operation, other = mine[found.name], theirs[found.name]
+    tensors = {r.backend: tensor for r in results if (tensor := _by_name(r.tensors[stage]).get(found.name))}
+    shapes = {r.backend: tensors[r.backend].shape for r in (a, b)}
+    inputs = {name: gaps[name].size for name in operation["inputs"] if name in gaps}
+    lone = {
+        r: [name for name in op["inputs"] if name not in gaps] for r, op in ((a.backend, operation), (b.backend, other))
+    }
+    return {
+        "kind": "layer",
+        "stage": stage,
+        **_place(found),
+        "values": _values_at(found.index, shapes[a.backend], tensors) if found.index is not None else {},
+        "place": list(mine).index(found.name) + 1,
+        "of": len(mine),
+        "type": operation["type"],
+        "settings": operation["settings"],
+        "random": operation["random"],
+        "shapes": shapes if len(set(shapes.values())) > 1 else {},
+        "settings_that_differ": _settings_that_differ(operation, other),
+        "inputs": inputs,
+        "inputs_on_one_backend": lone if any(lone.values()) else {},
+        "grown": max(inputs.values(), default=0.0) > GROWN * found.size,
+    }
+
+
+def _values_at(index: tuple[int, ...], shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """What each backend whose tensor has that shape has at that place, which is one of those kept."""
+    at = np.searchsorted(places(math.prod(shape)), np.ravel_multi_index(index, shape))
+    return {backend: float(tensor.values[at]) for backend, tensor in tensors.items() if tensor.shape == shape}
+
+
+def _settings_that_differ(mine: dict, theirs: dict) -> dict[str, list]:
+    a, b = (
+        {"type": operation["type"], "dtype": operation["dtype"], **operation["settings"]}
+        for operation in (mine, theirs)
+    )
+    return {name: [a.get(name), b.get(name)] for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)}
+
+
+def _backward_fault(a: Result, b: Result, limit: float) -> dict:
+    """Gradients flow backwards: the fault is behind the last layer, in the order of execution, whose gradient parts."""
+    names = [operation["name"] for operation in a.operations]
+    order = {name: i for i, name in enumerate(names)}
+    gaps = [(order.get(item.name.split("/")[0], -1), item) for item in variable_gaps(a, b, "gradients")]
+    last, found = max(((i, item) for i, item in gaps if not item.size <= limit), key=lambda pair: pair[0])
+    end = min((i for i, item in gaps if item.size <= limit and i > last), default=len(names) - 1)
+    return {"kind": "backward", **_place(found), "between": names[last : end + 1] if last >= 0 else []}
+
+
+def _step_fault(a: Result, b: Result, limit: float, gradients: float) -> dict:
+    gaps = step_gaps(a, b)
+    at = next(i for i, item in enumerate(gaps) if not item.size <= limit)
+    before = max(worst(gaps[:at]).size, gradients)
+    return {"kind": "step", **_place(gaps[at]), "before": before, "grown": before > GROWN_IN_A_STEP * gaps[at].size}
+
+
+# The judgement
+
+
+def judge(results: Sequence[Result], dtype: str) -> dict:
+    """Compare the results of at least two backends, all computed in `dtype`.
+
+    Returns:
+        A dictionary of plain values: reference, rows (stage, backend, difference, where, limit, passed), losses by
+        backend, faults, notes, passed.
+    """
+    limits = LIMITS[dtype]
+    first = reference(results, limits)
+    rows, faults = [], []
+    for other in results:
+        if other is first:
+            continue
+        found = stage_gaps(first, other)
+        parted = beyond(found, limits)
+        rows += (
+            {
+                "stage": stage,
+                "backend": other.backend,
+                "difference": item.size,
+                "where": item.name,
+                "limit": limits[stage],
+                "passed": stage not in parted,
+            }
+            for stage, item in found.items()
+        )
+        if fault := first_fault(results, first, other, found, limits):
+            faults.append(fault)
+    notes = list(dict.fromkeys(note for result in results for note in result.notes))
+    names = {result.backend: {operation["name"]: None for operation in result.operations} for result in results}
+    for name in dict.fromkeys(name for layers in names.values() for name in layers):
+        having = [backend for backend, layers in names.items() if name in layers]
+        if len(having) < len(results):
+            notes.append(f"{name} is a layer on {', '.join(having)} alone")
+    return {
+        "reference": first.backend,
+        "rows": rows,
+        "losses": {result.backend: result.losses for result in results},
+        "loss": {result.backend: result.loss for result in results},
+        "faults": faults,
+        "notes": notes,
+        "passed": not faults,
+    }
