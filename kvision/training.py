@@ -306,11 +306,13 @@ class History:
     compile_seconds: float | None = None
 
 
-def _values(variables) -> list[np.ndarray]:
+def values(variables) -> list[np.ndarray]:
+    """Copies of what variables hold."""
     return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
 
 
-def _assign(variables, values: list[np.ndarray]) -> None:
+def assign(variables, values: list[np.ndarray]) -> None:
+    """Set variables to values in the same order."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
@@ -325,7 +327,7 @@ class _Average:
         self.engine = statistics and floors.create(statistics)
 
     def put(self, epoch: int) -> None:
-        _assign(self.optimizer._trainable_variables, _values(self.optimizer.averages))
+        assign(self.optimizer._trainable_variables, values(self.optimizer.averages))
         if self.engine:
             shown = itertools.islice(self.batches.epoch(epoch), self.count)
             recalibrate(self.model, [self.engine.predict(images) for images, _ in shown])
@@ -333,12 +335,12 @@ class _Average:
     @contextmanager
     def inside(self, epoch: int) -> Iterator[None]:
         """The average inside, the model's own weights again after."""
-        kept = _values(self.model.variables)
+        kept = values(self.model.variables)
         self.put(epoch)
         try:
             yield
         finally:
-            _assign(self.model.variables, kept)
+            assign(self.model.variables, kept)
 
 
 class _Run:
@@ -599,7 +601,7 @@ def fit(
                         row |= {f"{name}_{key}": value for key, value in run.callbacks.measure(logits, labels).items()}
                     run.tell("on_test_end")
                     if early_stopping and early_stopping.best([*history.epochs, row]) == epoch:
-                        run.best = _values(model.variables)
+                        run.best = values(model.variables)
                 progress.close(describe(row, run.epochs))
             run.end_epoch(row, "test" if validation is None else "validation")
             if checkpoint_every is None or run.taken % checkpoint_every == 0:
@@ -608,7 +610,7 @@ def fit(
             run.heed(interruption)
         run.save()
     if run.best is not None:
-        _assign(model.variables, run.best)
+        assign(model.variables, run.best)
     elif average and history.epochs:
         average.put(len(history.epochs) - 1)
     run.callbacks.call("on_train_end")

@@ -143,7 +143,7 @@ def test_gradients_are_clipped(kind, limit):
     model = keras.Model(inputs, logits(3)(inputs))
     initialize(model, 0)
     x, labels = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
-    before = [array.astype(np.float64) for array in training._values(model.variables)]
+    before = [array.astype(np.float64) for array in training.values(model.variables)]
     scores = x @ before[0] + before[1]
     apart = (np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 6
     expected = CLIPS[kind]([x.T.astype(np.float64) @ apart, apart.sum(axis=0)], limit)
@@ -152,7 +152,7 @@ def test_gradients_are_clipped(kind, limit):
     floor = training.floors.create(model, optimizer, cross_entropy())
     floor.train_step(x, labels)
     floor.push()
-    for old, new, gradient in zip(before, training._values(model.variables), expected, strict=True):
+    for old, new, gradient in zip(before, training.values(model.variables), expected, strict=True):
         np.testing.assert_allclose(old - new, gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -187,10 +187,10 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
         for floor in floors:
             floor.train_step(*batch)
             floor.push()
-        weights = training._values(model.trainable_variables)
-        assert same(weights, training._values(twin.trainable_variables))
+        weights = training.values(model.trainable_variables)
+        assert same(weights, training.values(twin.trainable_variables))
         expected = [(1 - share) * old + share * new for old, new in zip(expected, weights, strict=True)]
-        for average, wanted in zip(training._values(optimizer.averages), expected, strict=True):
+        for average, wanted in zip(training.values(optimizer.averages), expected, strict=True):
             np.testing.assert_allclose(average, wanted, rtol=1e-5, atol=1e-7)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == len(shares)
     assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(half_cosine(7, 0.1, 12, 0), rel=1e-5)
@@ -201,7 +201,7 @@ def test_an_average_is_taken_after_constraints(pictures):
     constrain(model, MaxNorm(0.1))
     optimizer = StochasticAverage(inner, 1)
     fit(model, optimizer, cross_entropy(), batches, epochs=1)
-    (kernel, _) = training._values(optimizer.averages)
+    (kernel, _) = training.values(optimizer.averages)
     assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
 
 
@@ -214,21 +214,21 @@ def test_fit_scores_and_leaves_the_average(pictures):
     other = fit(twin, plain, cross_entropy(), batches, epochs=2, test=test)
     assert history.step_losses == other.step_losses
     assert history.epochs[-1]["test_loss"] != other.epochs[-1]["test_loss"]
-    assert same(training._values(model.trainable_variables), training._values(optimizer.averages))
+    assert same(training.values(model.trainable_variables), training.values(optimizer.averages))
     scores = training.predict(training.floors.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
     maps = keras.Model(model.input, model.get_layer("conv").output)
     seen = np.concatenate([training.floors.create(maps).predict(images) for images, _ in batches.epoch(1)])
     for name, wanted in (("mean", seen.mean(axis=(0, 1, 2))), ("variance", seen.var(axis=(0, 1, 2)))):
-        (found,) = training._values([getattr(model.get_layer("bn"), f"moving_{name}")])
+        (found,) = training.values([getattr(model.get_layer("bn"), f"moving_{name}")])
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_average_is_no_part_of_a_run_without_steps(pictures):
     model, inner, batches = run(pictures, width=0)
-    before = training._values(model.trainable_variables)
+    before = training.values(model.trainable_variables)
     fit(model, ExponentialAverage(inner), cross_entropy(), batches, epochs=0)
-    assert same(training._values(model.trainable_variables), before)
+    assert same(training.values(model.trainable_variables), before)
 
 
 def test_averages_survive_their_configuration():
@@ -284,12 +284,12 @@ def test_early_stopping_brings_the_best_epoch_back(pictures):
         epochs=20,
         validation=(images, (labels + 1) % 3),
         early_stopping=EarlyStopping(2),
-        on_epoch=lambda history: states.append(training._values(model.variables)),
+        on_epoch=lambda history: states.append(training.values(model.variables)),
     )
     losses = [row["validation_loss"] for row in history.epochs]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 20 and "test_loss" not in history.epochs[0]
-    assert same(training._values(model.variables), states[best]) and not same(states[best], states[-1])
+    assert same(training.values(model.variables), states[best]) and not same(states[best], states[-1])
     scores = training.predict(training.floors.create(model), images, batches.preprocessing)
     assert score(scores, (labels + 1) % 3)["loss"] == losses[best]
 

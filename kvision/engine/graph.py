@@ -31,8 +31,7 @@ class Graph:
     """
 
     def __init__(self, model: keras.Model, ready: Callable, joined: bool = True):
-        nodes = [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
-        nodes = [node for node in nodes if node.operation and not node.is_input]
+        nodes = nodes_of(model)
         self.inputs = [id(tensor) for tensor in model.inputs]
         self.outputs = [id(tensor) for tensor in model.outputs]
         self.structure = model._outputs_struct
@@ -116,8 +115,15 @@ class _Call:
 
 
 def is_graph(model: keras.Model) -> bool:
-    """Whether a model's graph can be read: a functional one's."""
+    """Whether a model's graph can be read: a functional one's, not that of a subclass of `keras.Model`."""
     return hasattr(model, "_nodes_by_depth")
+
+
+def nodes_of(model: keras.Model) -> list:
+    """The nodes of a functional model's graph in the order of execution, its inputs left out."""
+    depths = model._nodes_by_depth
+    nodes = [node for depth in sorted(depths, reverse=True) for node in depths[depth]]
+    return [node for node in nodes if node.operation and not node.is_input]
 
 
 def nested(model: keras.Model, ready: Callable) -> Callable:

@@ -62,7 +62,7 @@ class Engine:
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
         self._step = jit(self._train, donate_argnums=0)
-        self._gradients = jit(self._differentiate, donate_argnums=1)
+        self._gradients = jit(self._differentiate)
         self._forward = jit(self._infer)
         self._score = jit(self._judge)
         self._graphs = {}

@@ -44,7 +44,5 @@ def _of_integers(loss):
 
 def _right(labels, logits):
     """For each image, whether its largest logit is right."""
-    classes = (
-        ops.argmax(labels, axis=-1) if len(labels.shape) == 2 and labels.shape[-1] > 1 else ops.reshape(labels, -1)
-    )
+    classes = ops.argmax(labels, axis=-1) if len(labels.shape) == 2 else labels
     return ops.cast(ops.equal(ops.cast(classes, "int32"), ops.cast(ops.argmax(logits, axis=-1), "int32")), "float32")

@@ -17,10 +17,11 @@ from kvision import engine, training
 from kvision.data import DataError
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.engine.graph import is_graph, nodes_of
 from kvision.flags import UsageError
 from kvision.parity.question import Question
 from kvision.parity.result import Result
-from kvision.parity.subject import build, draw, is_graph, start
+from kvision.parity.subject import build, draw, start
 from kvision.parity.tensors import Tensor, keep
 from kvision.tasks.classification import cross_entropy
 
@@ -82,10 +83,7 @@ def _settings(operation) -> dict[str, object]:
 
 def graph(model) -> tuple[list[dict], list[str]]:
     """The operations of a functional model in the order in which Keras runs them, and which of them are outputs."""
-    depths = model._nodes_by_depth
-    nodes = [
-        node for depth in sorted(depths, reverse=True) for node in depths[depth] if node.operation and not node.is_input
-    ]
+    nodes = nodes_of(model)
     names = dict(zip(map(id, nodes), numbered(node.operation.name for node in nodes), strict=True))
     operations = [
         {
@@ -140,10 +138,6 @@ def _labels_for(loss, labels: np.ndarray) -> np.ndarray:
     return labels if loss is _cross_entropy else np.zeros(1, np.int32)
 
 
-def _values(variables) -> list[np.ndarray]:
-    return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
-
-
 def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     """Every layer's output, of several all in one; of a model that is no graph, its outputs."""
     if not is_graph(model):
@@ -190,22 +184,17 @@ def answer(question: Question) -> Result:
     batch = PREPROCESSING(images[: question.batch]).astype(question.dtype)
     loss = _cross_entropy if classes else _squares
     start(model, question)
-    first = _values(model.variables)
-
-    def again():
-        for variable, value in zip(model.variables, first, strict=True):
-            variable.assign(value)
-
+    first = training.values(model.variables)
     weights = [variable for variable in model.weights if "float" in variable.dtype]
     paths = [variable.path for variable in weights]
     runner = engine.create(model, None, loss)
     tensors = {
-        "initial": kept(paths, _values(weights)),
+        "initial": kept(paths, training.values(weights)),
         "inference": kept(["outputs"], [runner.predict(batch)]),
     }
     for stage, in_training in (("inference_layers", False), ("training_layers", True)):
         tensors[stage] = _layers(model, runner, batch, in_training)
-        again()
+        training.assign(model.variables, first)
     value, gradients = runner.value_and_grad(batch, _labels_for(loss, labels[: question.batch]))
     tensors["gradients"] = kept(
         (variable.path for variable in model.trainable_variables),
@@ -216,9 +205,9 @@ def answer(question: Question) -> Result:
     )
     value = float(value)
     del gradients, runner
-    again()
+    training.assign(model.variables, first)
     losses = _steps(model, question, loss, images, labels) if question.steps else []
-    tensors["weights"] = kept(paths, _values(weights))
+    tensors["weights"] = kept(paths, training.values(weights))
     if is_graph(model):
         operations, outputs = graph(model)
     else:

@@ -14,6 +14,7 @@ from kvision.parity.question import Question
 from kvision.parity.report import text
 from kvision.parity.verdict import LIMITS
 from kvision.tracking.page import write
+from kvision.weights.cli import assignments
 
 
 def finite(value):
@@ -33,16 +34,10 @@ def _shape(words: str) -> tuple[int, ...]:
 
 
 def _own(words: Sequence[str]) -> dict[str, object]:
-    own = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f"--set wants NAME=VALUE, got {word!r}")
-        try:
-            own[name] = json.loads(value)
-        except ValueError:
-            own[name] = value
-    return own
+    try:
+        return assignments(words)
+    except ValueError as error:
+        raise UsageError(f"--set wants NAME=VALUE, got {error}") from None
 
 
 def main(arguments: argparse.Namespace) -> int:

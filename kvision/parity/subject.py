@@ -14,6 +14,7 @@ import numpy as np
 
 from kvision import zoo
 from kvision.data import load
+from kvision.engine.graph import is_graph
 from kvision.flags import UsageError
 from kvision.layers import Variance, blank
 from kvision.parity.question import Question
@@ -82,11 +83,6 @@ def _call_function(question: Question) -> keras.Model:
     if not isinstance(model, keras.Model):
         raise UsageError(f"{question.model} returned a {type(model).__name__}; expected a keras.Model")
     return model
-
-
-def is_graph(model: keras.Model) -> bool:
-    """Whether a model knows its layers and what each reads; a subclass of `keras.Model` does not."""
-    return hasattr(model, "_nodes_by_depth")
 
 
 def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:

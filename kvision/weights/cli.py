@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 
 from kvision.weights.archive import WeightsError
 from kvision.weights.convert import LINEAGES, convert
@@ -107,16 +108,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def assignments(words: Sequence[str]) -> dict[str, object]:
+    """The values of words NAME=VALUE by name: what VALUE says as JSON, or else its text.
+
+    Raises:
+        ValueError: a word without "="; the message is that word in quotes.
+    """
     own = {}
-    for item in arguments.argument:
-        key, equals, value = item.partition("=")
+    for word in words:
+        name, equals, value = word.partition("=")
         if not equals:
-            raise WeightsError(f"--argument wants KEY=VALUE, got {item!r}")
+            raise ValueError(repr(word))
         try:
-            own[key] = json.loads(value)
+            own[name] = json.loads(value)
         except ValueError:
-            own[key] = value
+            own[name] = value
+    return own
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    try:
+        own = assignments(arguments.argument)
+    except ValueError as error:
+        raise WeightsError(f"--argument wants KEY=VALUE, got {error}") from None
     try:
         report = convert(
             arguments.source,
