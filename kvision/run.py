@@ -99,6 +99,14 @@ class Config:
         choices=tuple(floors.POLICIES),
     )
     engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
+    images_on: str = flag(
+        "auto",
+        "host makes the images of each step, device keeps them all in its memory; auto is the second on an accelerator",
+        choices=training.IMAGES_ON,
+    )
+    steps_at_once: int | None = flag(
+        None, "steps of images on the device in one program; none is about 50 on an accelerator, 1 on a CPU"
+    )
     accumulate: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
     deterministic: bool = flag(False, "the same bits in every run on the same machine, where that costs speed")
     compile_cache: str = flag(
@@ -131,10 +139,17 @@ class Config:
         if self.engine == "keras" and self.accumulate != 1:
             raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
         expect_parts(self.batch_size, self.accumulate)
+        if self.images_on == "device" and (self.mixup or self.cutmix or self.erasing or self.engine == "keras"):
+            raise flags.UsageError(
+                "--mixup, --cutmix, --erasing and --engine keras want images from the host: leave out "
+                "--images-on device"
+            )
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
-        expect(self, "limit limit_test steps hidden checkpoint_every", lambda value: value >= 1, "at least 1")
+        expect(
+            self, "limit limit_test steps hidden checkpoint_every steps_at_once", lambda value: value >= 1, "at least 1"
+        )
         expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
@@ -391,6 +406,8 @@ def train(
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
+        images_on=config.images_on,
+        steps_at_once=config.steps_at_once,
         checkpoint=folder / "checkpoints",
         checkpoint_every=config.checkpoint_every,
         on_epoch=on_epoch,

@@ -17,6 +17,7 @@ from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.engine.pictures import Pictures
 from kvision.interruption import Interrupted, Interruption
 from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
@@ -25,6 +26,9 @@ from kvision.tracking.progress import Progress
 
 SCHEDULES = ("constant", "cosine", "linear", "steps")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+IMAGES_ON = ("auto", "host", "device")
+STEPS_AT_ONCE = 50  # on an accelerator
+DEVICE_BYTES = 4 * 2**30  # of uint8 training images that "auto" keeps on the device
 TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
 # Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
 RECALIBRATION_IMAGES = 10_000
@@ -343,11 +347,49 @@ class _Average:
             assign(self.model.variables, kept)
 
 
-class _Run:
-    """A training as it goes: its history, its unfinished epoch, and what moves them on."""
+class _Value:
+    """One of several values of the device, which are read together when the first of them is wanted."""
 
-    def __init__(self, engine, batches: Batches, total: int, callbacks: Callbacks, checkpoints: Checkpoints | None):
+    __slots__ = ("place", "together")
+
+    def __init__(self, together: list, place: int):
+        self.together, self.place = together, place
+
+    @classmethod
+    def each(cls, values, count: int) -> list:
+        """One for each of `count` values of an array."""
+        together = [values]
+        return [cls(together, place) for place in range(count)]
+
+    def __float__(self):
+        if not isinstance(self.together[0], np.ndarray):
+            self.together[0] = ops.convert_to_numpy(self.together[0])
+        return float(self.together[0][self.place])
+
+    def __int__(self):
+        return int(float(self))
+
+
+class _Run:
+    """A training as it goes: its history, its unfinished epoch, and what moves them on.
+
+    Args:
+        pictures: the batches' images on the device; None where the host makes each step's.
+        at_once: steps in one program of them.
+    """
+
+    def __init__(
+        self,
+        engine,
+        batches: Batches,
+        total: int,
+        callbacks: Callbacks,
+        checkpoints: Checkpoints | None,
+        pictures: Pictures | None = None,
+        at_once: int = 1,
+    ):
         self.engine, self.batches, self.callbacks, self.checkpoints = engine, batches, callbacks, checkpoints
+        self.pictures, self.at_once = pictures, at_once
         self.total, self.epochs = total, math.ceil(total / batches.steps)
         self.history, self.best = History(), None
         self.taken, self.stopped = 0, False
@@ -395,29 +437,28 @@ class _Run:
         if first == 0:
             self.tell("on_epoch_begin", epoch)
         try:
-            for step, (images, labels) in zip(range(first, self.count), self.batches.epoch(epoch, first), strict=False):
-                if self.callbacks.batches:
-                    self.tell("on_train_batch_begin", step)
-                value, correct = self.engine.train_step(images, labels)
-                self.losses.append(value)
-                self.correct.append(correct)
-                self.taken += 1
+            for values, correct in self.programs(epoch, first, every):
+                taken, done = len(values), len(self.losses)
+                self.losses += values
+                self.correct += correct
+                self.taken += taken
                 if self.first_step_seconds is None:
-                    float(value)  # waits for the device
-                    self.first_step_seconds = time.perf_counter() - clock
+                    float(values[-1])  # waits for the device
+                    self.first_step_seconds = (time.perf_counter() - clock) / taken
                     if self.history.seconds_to_first_step is None:
                         self.history.seconds_to_first_step = seconds_since_process_start()
                 if self.callbacks.batches:
-                    self.tell("on_train_batch_end", step, logs=self.so_far())
+                    self.tell("on_train_batch_end", done, logs=self.so_far())
                 ended = self.callbacks.stop
-                # The last step's loss is read, not this one's: the device always has work.
-                latest = self.losses[-1] if ended else self.loss(max(0, step - 1))
+                # The losses before these are read, not these: the device always has work.
+                latest = self.losses[-1] if ended else self.loss(max(0, done - 1))
                 now = time.perf_counter()
-                self.durations.append(now - clock)
+                self.durations += [(now - clock) / taken] * taken
                 if ended:
                     break
-                progress.update(step + 1, (step + 1) * size, latest)
-                if every and self.taken % every == 0 and step + 1 < self.count:
+                done += taken
+                progress.update(done, done * size, latest)
+                if every and self.taken % every == 0 and done < self.count:
                     self.save()
                     now = time.perf_counter()
                 self.heed(interruption)
@@ -428,6 +469,31 @@ class _Run:
             for step in range(len(self.losses)):
                 self.loss(step)
         return earlier + time.perf_counter() - started
+
+    def programs(self, epoch: int, first: int, every: int | None) -> Iterator[tuple[list, list]]:
+        """Take the steps of an epoch from `first`; losses and correct answers of those that are one program.
+
+        A program is `at_once` steps, from a multiple of them to the next, so that a run that goes on has the same ones
+        as one that was not stopped; where fewer are left until the epoch's end or a checkpoint, each is its own.
+        """
+        if self.pictures is None:
+            for step, (images, labels) in zip(range(first, self.count), self.batches.epoch(epoch, first), strict=False):
+                if self.callbacks.batches:
+                    self.tell("on_train_batch_begin", step)
+                value, correct = self.engine.train_step(images, labels)
+                yield [value], [correct]
+            return
+        draws, step = self.batches.draws(epoch, first), first
+        while step < self.count:
+            whole = step % self.at_once == 0 and step + self.at_once <= self.count
+            if whole and every:
+                whole = self.taken % every + self.at_once <= every
+            count = self.at_once if whole else 1
+            if self.callbacks.batches:
+                self.tell("on_train_batch_begin", step)
+            values, correct = self.engine.train_steps(self.pictures, np.stack(list(itertools.islice(draws, count))))
+            yield _Value.each(values, count), _Value.each(correct, count)
+            step += count
 
     def loss(self, step: int) -> float:
         """The loss of a step of the unfinished epoch."""
@@ -523,6 +589,8 @@ def fit(
     label: str = "epoch",
     accumulate: int = 1,
     engine: str = "native",
+    images_on: str = "auto",
+    steps_at_once: int | None = None,
 ) -> History:
     """Train for `epochs` epochs, or until `steps` steps.
 
@@ -546,6 +614,11 @@ def fit(
             one in any case.
         keep: how many checkpoints are kept, the newest.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
+        images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
+            makes them there, see `kvision.engine.pictures`; "auto" is that on an accelerator, for batches that can be
+            and not more than 4 GiB.
+        steps_at_once: steps of images on the device in one program; None is about 50 on an accelerator, 1 on a CPU,
+            where a loop within a program is slow, or where a callback is told of every step.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
     Returns:
@@ -558,18 +631,22 @@ def fit(
             KeyboardInterrupt; a second Ctrl-C raises a plain one at once.
         kvision.weights.WeightsError: there are checkpoints but none is sound and of this run, or the disk refuses a new
             one; the message says which is left.
-        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every` or
-            `keep` below 1.
+        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every`,
+            `keep` or `steps_at_once` below 1; images on the device of batches that change what they show, such as
+            mixup's.
     """
     if early_stopping and validation is None:
         raise ValueError("early stopping goes by validation images: give validation=")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     optimizer.build(model.trainable_variables)
-    engine = floors.create(model, optimizer, loss, accumulate, engine)
+    kind, engine = engine, floors.create(model, optimizer, loss, accumulate, engine)
     total = min(epochs * batches.steps, steps or math.inf)
     checkpoints = Checkpoints(checkpoint, keep) if checkpoint is not None else None
-    run = _Run(engine, batches, total, Callbacks(callbacks, metrics, model, optimizer), checkpoints)
+    callbacks = Callbacks(callbacks, metrics, model, optimizer)
+    pictures = _pictures(batches, images_on, kind)
+    at_once = _at_once(batches.steps, steps_at_once, callbacks)
+    run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
     with Interruption(listen=checkpoints is not None) as interruption:
@@ -615,6 +692,39 @@ def fit(
         average.put(len(history.epochs) - 1)
     run.callbacks.call("on_train_end")
     return history
+
+
+def _pictures(batches, images_on: str, engine: str) -> Pictures | None:
+    """The batches' images on the device, if they are to be there."""
+    if images_on not in IMAGES_ON:
+        raise ValueError(f"images_on must be one of {', '.join(IMAGES_ON)}, got {images_on!r}")
+    plain = isinstance(batches, Batches)
+    if images_on == "device" and not plain:
+        raise ValueError(
+            f"images of {type(batches).__name__} batches cannot be made on the device: "
+            "mixup, CutMix and erasing change them on the host"
+        )
+    if images_on == "device" and engine == "keras":
+        raise ValueError("Keras's own step takes images from the host: images_on must not be 'device'")
+    if images_on == "auto":
+        fits = plain and engine != "keras" and batches.padded.nbytes <= DEVICE_BYTES
+        images_on = "device" if fits and floors.accelerated() else "host"
+    return Pictures(batches) if images_on == "device" else None
+
+
+def _at_once(steps: int, wanted: int | None, callbacks: Callbacks) -> int:
+    """Steps in one program, of epochs of so many."""
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"steps_at_once must be at least 1, got {wanted}")
+    if callbacks.batches:
+        return 1
+    if wanted is not None:
+        return wanted
+    if not floors.accelerated():
+        return 1
+    # An epoch of whole programs spares the compilation of another one for the rest.
+    divisors = [count for count in range(STEPS_AT_ONCE // 5, STEPS_AT_ONCE + 1) if steps % count == 0]
+    return max(divisors, default=STEPS_AT_ONCE)
 
 
 def describe(row: dict, epochs: int) -> str:

@@ -38,6 +38,7 @@ FLAGS = [
     "l2",
 ]
 FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
+FLAGS += ["images-on", "steps-at-once"]
 FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
@@ -132,6 +133,9 @@ def test_ways_to_compute_a_run(changes, images, tmp_path):
     [
         ({"batch_size": 50, "accumulate": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
         ({"engine": "keras", "accumulate": 2}, "--accumulate is the native engine's"),
+        ({"engine": "keras", "images_on": "device"}, "--engine keras want images from the host"),
+        ({"mixup": 0.2, "images_on": "device"}, "want images from the host: leave out --images-on device"),
+        ({"steps_at_once": 0}, "--steps-at-once"),
         ({"accumulate": 0}, "--accumulate must be at least 1"),
     ],
 )
