@@ -69,6 +69,9 @@ class Config:
         None, "decay of a moving average of the weights, which is scored and saved; none takes none"
     )
     swa: float | None = flag(None, "share of the epochs, the last, whose weights are averaged; none averages none")
+    lookahead: int | None = flag(
+        None, "steps after which the weights are drawn back to slow ones, again and again; none uses none"
+    )
     early_stopping: int | None = flag(
         None,
         f"end after so many epochs without a smaller loss on {HELD_OUT:.0%} of the training images, held out for it",
@@ -127,7 +130,7 @@ class Config:
         )
         expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
         expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
-        expect(self, "early_stopping", lambda value: value >= 1, "at least 1")
+        expect(self, "early_stopping lookahead", lambda value: value >= 1, "at least 1")
         if self.engine == "keras" and self.accumulate != 1:
             raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
         expect_parts(self.batch_size, self.accumulate)
@@ -463,10 +466,10 @@ def sweep(folder: Path) -> None:
 
 def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
     """The optimizer that a configuration describes, its schedule laid over the whole run."""
-    total = min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch)
+    total = max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
     optimizer = training.make_optimizer(
         config.optimizer,
-        training.schedule(config.schedule, config.learning_rate, max(1, total), config.warmup),
+        training.schedule(config.schedule, config.learning_rate, total, config.warmup),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_global_norm=config.clip,
@@ -476,6 +479,9 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
         factors[r".*bn/beta"] = config.bias_factor
     if factors:
         optimizer = LearningRateFactors(optimizer, factors)
+    if config.lookahead is not None:
+        optimizer = training.Lookahead(optimizer, total, config.lookahead)
+    # An average is of the weights that are trained, the drawing back included.
     if config.ema is not None:
         optimizer = training.ExponentialAverage(optimizer, config.ema)
     if config.swa is not None:

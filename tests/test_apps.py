@@ -18,7 +18,7 @@ from kvision import engine, flags
 from kvision.data import load
 from kvision.flags import UsageError
 from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
-from kvision.training import ExponentialAverage, StochasticAverage
+from kvision.training import ExponentialAverage, Lookahead, StochasticAverage
 from kvision.transfer import LearningRateFactors
 from kvision.weights import verify
 from tests.drawn import real_data, write_shapes
@@ -38,7 +38,7 @@ FLAGS = [
     "l2",
 ]
 FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
-FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
+FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "lookahead", "early-stopping", "mixup", "cutmix", "erasing"]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
 
@@ -98,7 +98,7 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "float16", "accumulate": 2, "ema": 0.5, "bias_factor": 64.0},
+        {"dtype": "float16", "accumulate": 2, "lookahead": 2, "ema": 0.5, "bias_factor": 64.0},
         {"dtype": "float64", "deterministic": True},
         {"engine": "keras", "bias_factor": 64.0},
     ],
@@ -231,6 +231,11 @@ def test_flags_make_the_optimizer():
     for share, start in ((0.25, 60), (0.99, 10), (0.01, 80)):
         optimizer = optimizer_of(Config(swa=share, epochs=8), 10, {})
         assert type(optimizer) is StochasticAverage and (optimizer.start, optimizer.every) == (start, 10)
+    for steps, total in ((None, 80), (25, 25), (100, 80)):
+        optimizer = optimizer_of(Config(lookahead=4, ema=0.9, bias_factor=2.0, epochs=8, steps=steps), 10, {}).inner
+        assert type(optimizer) is Lookahead and (optimizer.total, optimizer.every) == (total, 4)
+        assert optimizer.decay == 0.95 and type(optimizer.inner) is LearningRateFactors
+    assert optimizer_of(Config(lookahead=4, epochs=0), 10, {}).total == 1
 
 
 def test_images_are_held_out_evenly():
@@ -330,6 +335,7 @@ def run_command(*argv: str) -> int:
         (["--erasing", "2"], "--erasing must be from 0 to 1"),
         (["--max-norm", "-1"], "--max-norm must be a positive number"),
         (["--early-stopping", "0"], "--early-stopping must be at least 1"),
+        (["--lookahead", "0"], "--lookahead must be at least 1"),
         (["--hidden", "5", "--model", "softmax"], "--hidden does not apply to softmax"),
         (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
         (["--lerning-rate", "1"], "unrecognized arguments"),
