@@ -17,6 +17,7 @@ from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.views import views as views_of
 from kvision.interruption import Interrupted, Interruption
 from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
@@ -347,8 +348,14 @@ class EarlyStopping:
         return bool(epochs) and len(epochs) - 1 - self.best(epochs) >= self.patience
 
 
-def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500) -> np.ndarray:
-    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled."""
+def predict(
+    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500, views: str = "plain"
+) -> np.ndarray:
+    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
+
+    Args:
+        views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
+    """
     batch_size = min(batch_size, len(images))
     logits = []
     for start in range(0, len(images), batch_size):
@@ -356,7 +363,8 @@ def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
-        logits.append(engine.predict(preprocessing(batch))[: batch_size - missing])
+        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in views_of(batch, views))
+        logits.append(mean[: batch_size - missing])
     return np.concatenate(logits).astype(np.float32)
 
 

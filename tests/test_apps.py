@@ -20,7 +20,7 @@ from kvision.flags import UsageError
 from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
 from kvision.training import ExponentialAverage, Lookahead, StochasticAverage
 from kvision.transfer import LearningRateFactors
-from kvision.weights import verify
+from kvision.weights import inspect, verify
 from tests.drawn import real_data, write_shapes
 
 FLAGS = [
@@ -38,7 +38,19 @@ FLAGS = [
     "l2",
 ]
 FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
-FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "lookahead", "early-stopping", "mixup", "cutmix", "erasing"]
+FLAGS += [
+    "orthogonal",
+    "max-norm",
+    "clip",
+    "ema",
+    "swa",
+    "lookahead",
+    "views",
+    "early-stopping",
+    "mixup",
+    "cutmix",
+    "erasing",
+]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
 
@@ -93,6 +105,23 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
         model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000, out=str(tmp_path / "again")
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
+
+
+def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
+    """Which is what the curve, the manifest and the confusions state."""
+    weights = str(Path(trained["folder"]) / "weights.npz")
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000)
+    result = cifar10.main(replace(base, views="shifted", out=str(tmp_path / "views")))
+    assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
+    assert trained["views"] == "plain" and "views_accuracy" not in trained
+    assert result["views"] == "shifted" and result["views_accuracy"] == result["views_correct"] / 1000
+    assert result["views_loss"] != result["test_loss"]
+    manifest = inspect(str(tmp_path / "views/weights.npz"))["manifest"]
+    assert list(manifest["accuracy"].values()) == [result["test_accuracy"]]
+    percent = f"{100 * result['views_accuracy']:.2f}"
+    assert f"{percent}% on the views shifted" in capsys.readouterr().out
+    report = (tmp_path / "views/report.html").read_text()
+    assert "Test accuracy on views" in report and f"{percent} %" in report
 
 
 @pytest.mark.parametrize(
@@ -338,6 +367,7 @@ def run_command(*argv: str) -> int:
         (["--lookahead", "0"], "--lookahead must be at least 1"),
         (["--hidden", "5", "--model", "softmax"], "--hidden does not apply to softmax"),
         (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
+        (["--views", "zoomed"], "--views: invalid choice: 'zoomed'"),
         (["--lerning-rate", "1"], "unrecognized arguments"),
         (["--epoch", "1"], "unrecognized arguments"),
         (["--data", "no/such/folder"], "no/such/folder"),
