@@ -15,8 +15,10 @@ from keras import ops
 from kvision import engine as floors
 from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
-from kvision.data.batches import Batches
+from kvision.data.batches import FIELDS, Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.views import VIEWS
+from kvision.data.views import views as views_of
 from kvision.engine.pictures import Pictures
 from kvision.interruption import Interrupted, Interruption
 from kvision.regularizers.batch_norm import moments, recalibrate
@@ -130,29 +132,20 @@ def make_optimizer(
     return optimizer
 
 
-class WeightAverage(keras.optimizers.Optimizer):
-    """An optimizer that keeps an average of the weights beside them.
-
-    After each step of the inner optimizer, constraints included, `average = (1 - share) average + share weight`.
-    Training does not see the average; `fit` scores it, and leaves it in the model at the end. (Keras's own `use_ema`
-    has no warm-up, averages before constraints are applied, and leaves batch norm the other weights' statistics.)
+class OptimizerWrapper(keras.optimizers.Optimizer):
+    """An optimizer that keeps something beside the weights that another one, the inner optimizer, updates.
 
     Args:
-        inner: any Keras optimizer.
+        inner: any Keras optimizer. Steps are counted, and the learning rate is set, there.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, **options):
         super().__init__(learning_rate=0.0, **options)
         self.inner = inner
 
-    def share(self, step):
-        """The newest weights' share in the average after step `step`, an integer tensor from 0."""
-        raise NotImplementedError
-
     def build(self, variables):
         if not self.inner.built:
             self.inner.build(variables)
-        self.averages = self.add_optimizer_variables(variables, "average")
         super().build(variables)
 
     @property
@@ -171,6 +164,31 @@ class WeightAverage(keras.optimizers.Optimizer):
     def iterations(self):
         return self.inner.iterations
 
+    def get_config(self):
+        return {"inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        inner = keras.saving.deserialize_keras_object(config.pop("inner"), custom_objects=custom_objects)
+        return cls(inner, **config)
+
+
+class WeightAverage(OptimizerWrapper):
+    """An optimizer that keeps an average of the weights beside them.
+
+    After each step of the inner optimizer, constraints included, `average = (1 - share) average + share weight`.
+    Training does not see the average; `fit` scores it, and leaves it in the model at the end. (Keras's own `use_ema`
+    has no warm-up, averages before constraints are applied, and leaves batch norm the other weights' statistics.)
+    """
+
+    def share(self, step):
+        """The newest weights' share in the average after step `step`, an integer tensor from 0."""
+        raise NotImplementedError
+
+    def build(self, variables):
+        self.averages = self.add_optimizer_variables(variables, "average")
+        super().build(variables)
+
     def apply(self, grads, trainable_variables=None):
         if not self.built:
             self.build(trainable_variables)
@@ -179,14 +197,6 @@ class WeightAverage(keras.optimizers.Optimizer):
         for variable, average in zip(self._trainable_variables, self.averages, strict=True):
             part = ops.cast(share, variable.dtype)
             average.assign((1 - part) * average.value + part * variable.value)
-
-    def get_config(self):
-        return {"inner": keras.saving.serialize_keras_object(self.inner)}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        inner = keras.saving.deserialize_keras_object(config.pop("inner"), custom_objects=custom_objects)
-        return cls(inner, **config)
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -242,6 +252,71 @@ class StochasticAverage(WeightAverage):
         return super().get_config() | {"start": self.start, "every": self.every}
 
 
+@keras.saving.register_keras_serializable("kvision")
+class Lookahead(OptimizerWrapper):
+    """An optimizer that draws its weights back to slow ones (Zhang et al. 2019, https://arxiv.org/abs/1907.08610).
+
+    After every `every` steps of the inner optimizer, constraints included, the slow weights move toward the fast ones,
+    `slow = kept slow + (1 - kept) fast`, and the fast ones are set to them. Where the paper keeps one share throughout,
+    `kept` grows here with the cube of the steps taken, `decay**every (t / total)**3` after t steps: next to nothing at
+    first, and most of the slow weights at the end (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.4).
+
+    The slow weights start as the variables are when the optimizer is built. Batch norm's running statistics are no
+    part of it: they stay those of the fast weights. After its last step `fit` leaves the slow weights in the model, as
+    Keras's own `fit` does; a run that ends before it leaves the fast ones.
+
+    Args:
+        total: the steps of the run.
+        every: steps from one drawing back to the next.
+        decay: what is kept of the slow weights at the end, as a share a step.
+
+    Raises:
+        ValueError: `total` or `every` below 1, a decay outside 0 to 1.
+    """
+
+    def __init__(self, inner: keras.optimizers.Optimizer, total: int, every: int = 5, decay: float = 0.95, **options):
+        if total < 1 or every < 1:
+            raise ValueError(
+                f"lookahead wants at least 1 step in all and at least 1 at a time, got {total} and {every}"
+            )
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of the slow weights must be at least 0 and below 1, got {decay}")
+        super().__init__(inner, **options)
+        self.total, self.every, self.decay = total, every, decay
+
+    def kept(self, step):
+        """What is kept of the slow weights after `step` steps, an integer tensor from 1."""
+        part = ops.cast(step, keras.config.floatx()) / self.total
+        part = ops.where(part < 1, part, ops.ones_like(part))
+        return self.decay**self.every * part * part * part
+
+    def build(self, variables):
+        self.slow = self.add_optimizer_variables(variables, "slow")
+        for variable, slow in zip(variables, self.slow, strict=True):
+            slow.assign(ops.copy(variable.value))  # JAX reuses the memory of both
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(trainable_variables)
+        step = ops.convert_to_tensor(self.iterations) + 1
+        self.inner.apply(grads, trainable_variables)
+        # The same operations in every step, and no number that comes from the host: a program can be recorded once.
+        due = step % self.every == 0
+        share = (1 - self.kept(step)) * ops.cast(due, keras.config.floatx())
+        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+            slow.assign(slow.value + ops.cast(share, variable.dtype) * (variable.value - slow.value))
+            variable.assign(ops.where(due, slow.value, variable.value))
+
+    def finalize_variable_values(self, var_list):
+        """Set the weights to the slow ones; Keras's name for what is done after the last step."""
+        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+            variable.assign(ops.copy(slow.value))
+
+    def get_config(self):
+        return super().get_config() | {"total": self.total, "every": self.every, "decay": self.decay}
+
+
 @dataclass(frozen=True)
 class EarlyStopping:
     """Stop where the loss on validation images has not fallen for some epochs; the best epoch's weights come back
@@ -278,8 +353,14 @@ class EarlyStopping:
         return bool(epochs) and len(epochs) - 1 - self.best(epochs) >= self.patience
 
 
-def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500) -> np.ndarray:
-    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled."""
+def predict(
+    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500, views: str = "plain"
+) -> np.ndarray:
+    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
+
+    Args:
+        views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
+    """
     batch_size = min(batch_size, len(images))
     logits = []
     for start in range(0, len(images), batch_size):
@@ -287,8 +368,46 @@ def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
-        logits.append(engine.predict(preprocessing(batch))[: batch_size - missing])
+        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in views_of(batch, views))
+        logits.append(mean[: batch_size - missing])
     return np.concatenate(logits).astype(np.float32)
+
+
+def predict_pictures(engine, pictures: Pictures, batch_size: int = 2000, views: str = "plain") -> np.ndarray:
+    """Logits (n, classes) of pictures on the device, in their order.
+
+    Args:
+        views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
+    """
+    batch_size, border = min(batch_size, pictures.count), pictures.border
+    count = math.ceil(pictures.count / batch_size)
+    numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
+    total = 0
+    for weight, move, mirrored in VIEWS[views]:
+        if abs(move) > border:
+            raise ValueError(f"views {views!r} move images by {abs(move)} pixels, their border has {border}")
+        draws = np.zeros((count, len(FIELDS), batch_size), np.int32)
+        draws[:, 0] = numbers.reshape(count, batch_size)
+        draws[:, 1:3] = border - move
+        draws[:, 3] = mirrored
+        logits = engine.predict_shown(pictures, draws)
+        total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
+    return total.astype(np.float32)
+
+
+class _Scorer:
+    """Logits of named sets of images, which lie on the device from their first scoring on where the others do."""
+
+    def __init__(self, engine, preprocessing: Preprocessing, on_device: bool):
+        self.engine, self.preprocessing = engine, preprocessing
+        self.held = {} if on_device else None
+
+    def __call__(self, name: str, images: np.ndarray) -> np.ndarray:
+        if self.held is None:
+            return predict(self.engine, images, self.preprocessing)
+        if name not in self.held:
+            self.held[name] = Pictures(Batches(images, np.zeros(len(images)), 1, 0, self.preprocessing))
+        return predict_pictures(self.engine, self.held[name])
 
 
 @dataclass
@@ -623,7 +742,8 @@ def fit(
 
     Returns:
         The history; the optimizer holds the final state, and the model too: where the optimizer is a `WeightAverage` it
-        has the average instead, and with `early_stopping` what was scored after the best epoch.
+        has the average instead, after the last step of a `Lookahead` the slow weights, and with `early_stopping` what
+        was scored after the best epoch.
 
     Raises:
         DivergedError: the loss or a weight became infinite or not a number. No checkpoint was written after it.
@@ -646,6 +766,7 @@ def fit(
     callbacks = Callbacks(callbacks, metrics, model, optimizer)
     pictures = _pictures(batches, images_on, kind)
     at_once = _at_once(batches.steps, steps_at_once, callbacks)
+    scorer = _Scorer(engine, batches.preprocessing, on_device=pictures is not None)
     run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
@@ -660,6 +781,8 @@ def fit(
             epoch = len(history.epochs)
             with Progress(run.count, f"{label} {epoch + 1}/{run.epochs}") as progress:
                 seconds = run.take_steps(progress, interruption, checkpoint_every)
+                if run.taken == total and isinstance(averaging, Lookahead):
+                    averaging.finalize_variable_values(model.trainable_variables)
                 row = {
                     "epoch": epoch + 1,
                     **run.so_far(),
@@ -672,7 +795,7 @@ def fit(
                 with average.inside(epoch) if average and scored else nullcontext():
                     run.tell("on_test_begin")
                     for name, (images, labels) in scored.items():
-                        logits = predict(engine, images, batches.preprocessing)
+                        logits = scorer(name, images)
                         result = score(logits, labels)
                         row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
                         row |= {f"{name}_{key}": value for key, value in run.callbacks.measure(logits, labels).items()}

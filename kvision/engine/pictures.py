@@ -15,6 +15,7 @@ class Pictures:
     """The images and labels of `batches` on the device.
 
     Attributes:
+        count, border: how many images, and the pixels added to each side of them.
         tensors: what `show` reads, to be handed to a compiled step as an argument: pixels, uint8 (n * h * w, c) with
             the border that augmentation needs, labels, int32 (n,), and the scaling's factor and offset, float32 (c,).
 
@@ -30,6 +31,7 @@ class Pictures:
                 "to be kept on the device"
             )
         self.height, self.width, self.cutout = batches.height, batches.width, batches.augmentation.cutout
+        self.count, self.border = len(padded), batches.augmentation.shift
         self.rows, self.columns, channels = padded.shape[1:]
         if batches.preprocessing.channel_order == "bgr":
             padded = padded[..., ::-1]
