@@ -835,19 +835,21 @@ def _pictures(batches, images_on: str, engine: str) -> Pictures | None:
     return Pictures(batches) if images_on == "device" else None
 
 
-def _at_once(steps: int, wanted: int | None, callbacks: Callbacks) -> int:
-    """Steps in one program, of epochs of so many."""
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"steps_at_once must be at least 1, got {wanted}")
-    if callbacks.batches:
-        return 1
-    if wanted is not None:
-        return wanted
+def steps_at_once(steps: int) -> int:
+    """Steps in one program, of epochs of so many, where nothing else asks for fewer."""
     if not floors.accelerated():
         return 1
     # An epoch of whole programs spares the compilation of another one for the rest.
     divisors = [count for count in range(STEPS_AT_ONCE // 5, STEPS_AT_ONCE + 1) if steps % count == 0]
     return max(divisors, default=STEPS_AT_ONCE)
+
+
+def _at_once(steps: int, wanted: int | None, callbacks: Callbacks) -> int:
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"steps_at_once must be at least 1, got {wanted}")
+    if callbacks.batches:
+        return 1
+    return steps_at_once(steps) if wanted is None else wanted
 
 
 def describe(row: dict, epochs: int) -> str:

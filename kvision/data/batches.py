@@ -70,14 +70,18 @@ class Batches:
             raise ValueError(f"training wants a label for each image, got {len(images)} and {len(labels)}")
         self.labels = np.asarray(labels, np.int32)
         self.batch_size = min(batch_size, len(images))
-        self.seed = seed
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
         self.height, self.width = images.shape[1:3]
         shift = self.augmentation.shift
         mode = BORDERS[self.augmentation.border]
         self.padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode) if shift else images
-        self.flipped = stream(seed, "flip").random(len(images)) < 0.5
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Show the same images in another order, otherwise mirrored, moved and blanked."""
+        self.seed = seed
+        self.flipped = stream(seed, "flip").random(len(self.labels)) < 0.5
 
     @property
     def steps(self) -> int:

@@ -60,6 +60,11 @@ def accelerated() -> bool:
     return floor().accelerated()
 
 
+def device_name() -> str:
+    """What the active backend computes on, as its maker calls it: "NVIDIA H100 80GB HBM3"; "cpu" of a CPU."""
+    return floor().device_name()
+
+
 def main_output(outputs):
     """The logits of a model that may have auxiliary heads: its only output, or the first of several."""
     return outputs[0] if isinstance(outputs, list | tuple) else outputs

@@ -60,6 +60,10 @@ def accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def device_name() -> str:
+    return jax.devices()[0].device_kind
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate

@@ -25,6 +25,11 @@ def accelerated() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
+def device_name() -> str:
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate

@@ -45,6 +45,10 @@ def accelerated() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name() if accelerated() else "cpu"
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
