@@ -15,11 +15,12 @@ each round begins with another one. Wanted are the extras `all` and `benchmark`.
 The others get float32 batches that are in memory already (the GPU's, where there is one), without flips and shifts:
 that favours them. All count correct answers, and wait for the loss of the step before the last one dispatched.
 
-On a GPU:
+On a GPU (a call may name fewer contenders, and `--after FILE` adds its rows to those of the call before):
 
-    python -m benchmarks.engine --section gpu --out docs/measured/engine-gpu.json --write \
-        --backends jax,torch --models resnet20:128,resnet50:128 --dtype bfloat16 --input device --chunk 20 \
-        --warmup 20 --steps 60 --n 1 --patience 60
+    python -m benchmarks.engine --backends jax,torch --models resnet20:128,resnet50:128 --dtype bfloat16 \
+        --input device --chunk 20 --warmup 20 --steps 60 --n 1 --no-warm --patience 90 \
+        --contenders engine,by_hand,graphed,scanned,fit,compiled \
+        --section gpu --write --out docs/measured/engine-gpu.json
 
 Start-up is the time from the start of the process to the end of the first step. Where compiled programs can be kept on
 disk (kvision on JAX, torch.compile), "cold" begins with an empty folder and "warm" with that of the cold process before
@@ -29,7 +30,6 @@ Each framework chooses its own threads: variables that would tell it otherwise a
 """
 
 import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -127,7 +128,7 @@ def coming(losses):
     if getattr(losses, "is_cuda", False):
         # PyTorch's `item` would wait for whatever was dispatched by the time it is called, the next step too.
         torch = sys.modules["torch"]
-        host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+        host = torch.empty(losses.shape, dtype=losses.dtype, device="cpu", pin_memory=True)
         host.copy_(losses.detach(), non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
@@ -487,26 +488,34 @@ def check_parameters(rows: list[dict]) -> None:
             raise ValueError(f"every contender's {model} must have as many parameters, they have {sorted(counts)}")
 
 
+def versions() -> dict[str, str]:
+    """Those of a run's packages, and of what only peers use."""
+    found = environment.versions()
+    for name in ("flax", "optax"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def rounds(config: Config, command: str) -> dict[str, object]:
     """The report of all rounds; after each process it is written to `config.out`.
 
     Raises:
         ValueError: `config.after` was measured on another machine or with other versions.
     """
-    peer_versions = {name: metadata.version(name) for name in ("flax", "optax") if importlib.util.find_spec(name)}
     rows: list[dict] = []
     report = {
         "command": command,
         "n": config.n,
         "hardware": {**environment.hardware(), "gpus": environment.gpus()},
-        "versions": {**environment.versions(), **peer_versions},
+        "versions": versions(),
         "rows": rows,
     }
     if config.after:
         before = json.loads(Path(config.after).read_text())
-        for key in ("hardware", "versions"):
-            if before[key] != report[key]:
-                raise ValueError(f"{config.after} has other {key}: {before[key]}, here {report[key]}")
+        theirs, ours = ((r["hardware"]["cpu"], r["hardware"]["gpus"], r["versions"]) for r in (before, report))
+        if theirs != ours:
+            raise ValueError(f"{config.after} was measured elsewhere: on {theirs}, and here are {ours}")
         rows += before["rows"]
         report["command"] = f"{before['command']} && {command}"
     groups = plan(config)
@@ -531,6 +540,7 @@ def main(argv=None) -> None:
     if config.once:
         print(json.dumps(measure(config)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that is being measured ends too
     command = " ".join(["python -m benchmarks.engine", *(sys.argv[1:] if argv is None else argv)])
     report = rounds(config, command) if config.n else json.loads(Path(config.out).read_text())
     check_parameters(report["rows"])
