@@ -132,6 +132,15 @@ def test_contenders_compute_in_bfloat16(name, kvision_losses):
     assert clock.losses == pytest.approx(losses, rel=0.1)
 
 
+def test_kvision_makes_batches_on_the_device(kvision_losses):
+    losses, _ = kvision_losses("resnet50")
+    clock = benchmark.Clock(STEPS)
+    benchmark.train_engine("resnet50", *data("resnet50"), BATCH, clock, steps=STEPS, input="device", chunk=STEPS)
+    clock.finish()
+    assert clock.losses == pytest.approx(losses, rel=1e-2)
+    assert [count for count, *_ in clock.ends] == [0, STEPS]
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's contender")
 def test_steps_of_one_program_are_the_same_steps(kvision_losses):
     clock = benchmark.Clock(STEPS)
