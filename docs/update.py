@@ -33,9 +33,12 @@ def scores() -> str:
         )
         if run.get("shared_machine"):
             shared.append(f"{run['model']} on {run['backend']}")
+        accuracy = f"{run['test_accuracy']:.2%}"
+        if "views_accuracy" in run:
+            accuracy += f" ({run['views_accuracy']:.2%} on views, {run['views']})"
         engine = ", ".join(f"{name} {versions[name]}" for name in versions if name.startswith(run["backend"]))
         rows.append(
-            f"| {run['app']} | `{run['model']}` | {run['dataset']} | {engine} | {run['test_accuracy']:.2%} | "
+            f"| {run['app']} | `{run['model']}` | {run['dataset']} | {engine} | {accuracy} | "
             f"{run['train_seconds']:.0f} s | {run['images_per_second']:,.0f} | {run['seconds_to_first_step']:.1f} s | "
             f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )

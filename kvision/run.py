@@ -23,6 +23,7 @@ from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.views import VIEWS
 from kvision.layers import blank, whitening_kernel
 from kvision.random import stream
 from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
@@ -69,6 +70,9 @@ class Config:
         None, "decay of a moving average of the weights, which is scored and saved; none takes none"
     )
     swa: float | None = flag(None, "share of the epochs, the last, whose weights are averaged; none averages none")
+    lookahead: int | None = flag(
+        None, "steps after which the weights are drawn back to slow ones, again and again; none uses none"
+    )
     early_stopping: int | None = flag(
         None,
         f"end after so many epochs without a smaller loss on {HELD_OUT:.0%} of the training images, held out for it",
@@ -89,6 +93,12 @@ class Config:
     out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
     limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
     limit_test: int | None = flag(None, "test on so many images; none takes all")
+    views: str = flag(
+        "plain",
+        "what the finished model is scored on too, beside each test image alone: the mean logits of it and its mirror "
+        "image (mirror), or of these and both moved by a pixel (shifted); plain is the image alone",
+        choices=tuple(VIEWS),
+    )
     test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
     steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
     checkpoint_every: int | None = flag(None, "steps from one checkpoint to the next; none keeps one after each epoch")
@@ -99,6 +109,14 @@ class Config:
         choices=tuple(floors.POLICIES),
     )
     engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
+    images_on: str = flag(
+        "auto",
+        "host makes the images of each step, device keeps them all in its memory; auto is the second on an accelerator",
+        choices=training.IMAGES_ON,
+    )
+    steps_at_once: int | None = flag(
+        None, "steps of images on the device in one program; none is about 50 on an accelerator, 1 on a CPU"
+    )
     accumulate: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
     deterministic: bool = flag(False, "the same bits in every run on the same machine, where that costs speed")
     compile_cache: str = flag(
@@ -127,14 +145,21 @@ class Config:
         )
         expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
         expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
-        expect(self, "early_stopping", lambda value: value >= 1, "at least 1")
+        expect(self, "early_stopping lookahead", lambda value: value >= 1, "at least 1")
         if self.engine == "keras" and self.accumulate != 1:
             raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
         expect_parts(self.batch_size, self.accumulate)
+        if self.images_on == "device" and (self.mixup or self.cutmix or self.erasing or self.engine == "keras"):
+            raise flags.UsageError(
+                "--mixup, --cutmix, --erasing and --engine keras want images from the host: leave out "
+                "--images-on device"
+            )
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
-        expect(self, "limit limit_test steps hidden checkpoint_every", lambda value: value >= 1, "at least 1")
+        expect(
+            self, "limit limit_test steps hidden checkpoint_every steps_at_once", lambda value: value >= 1, "at least 1"
+        )
         expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
@@ -274,7 +299,8 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
         names: the data sets to look for, the wanted one first.
 
     Returns:
-        The content of metrics.json, and under "folder" where the run lies.
+        The content of metrics.json, and under "folder" where the run lies. test_accuracy is of each image alone;
+        where the views are not plain, views_accuracy, views_correct and views_loss are of their mean logits.
 
     Raises:
         flags.UsageError, DataError, WeightsError, training.DivergedError: one clear line each. Before the first step
@@ -391,13 +417,20 @@ def train(
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
+        images_on=config.images_on,
+        steps_at_once=config.steps_at_once,
         checkpoint=folder / "checkpoints",
         checkpoint_every=config.checkpoint_every,
         on_epoch=on_epoch,
     )
     on_epoch(history)
-    logits = training.predict(floors.create(model), dataset.x_test, preprocessing)
-    scored = classification.score(logits, dataset.y_test)
+    # Epochs, checkpoints, manifest and confusions are of each image alone, so that they say what one answer is worth.
+    engine = floors.create(model)
+    logits = training.predict(engine, dataset.x_test, preprocessing)
+    scored, viewed = classification.score(logits, dataset.y_test), {}
+    if config.views != "plain":
+        mean = training.predict(engine, dataset.x_test, preprocessing, views=config.views)
+        viewed = {f"views_{name}": value for name, value in classification.score(mean, dataset.y_test).items()}
     save(
         model,
         folder / "weights.npz",
@@ -420,6 +453,8 @@ def train(
         "test_correct": scored["correct"],
         "test_images": len(dataset.y_test),
         "test_loss": scored["loss"],
+        "views": config.views,
+        **viewed,
         "final_loss": history.epochs[-1]["loss"] if history.epochs else None,
         "train_seconds": sum(row["seconds"] for row in history.epochs),
         "total_seconds": time.perf_counter() - started,
@@ -447,9 +482,10 @@ def train(
             for i, predicted, confidence in classification.worst_mistakes(logits, dataset.y_test)
         ],
     )
+    more = f", {viewed['views_accuracy']:.2%} on the views {config.views}" if viewed else ""
     log(
         f"{config.model} on {dataset.name}: test accuracy {scored['accuracy']:.2%} ({scored['correct']:,} of "
-        f"{len(dataset.y_test):,}) after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
+        f"{len(dataset.y_test):,}){more} after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
     )
     return {**result, "folder": str(folder)}
 
@@ -463,10 +499,10 @@ def sweep(folder: Path) -> None:
 
 def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
     """The optimizer that a configuration describes, its schedule laid over the whole run."""
-    total = min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch)
+    total = max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
     optimizer = training.make_optimizer(
         config.optimizer,
-        training.schedule(config.schedule, config.learning_rate, max(1, total), config.warmup),
+        training.schedule(config.schedule, config.learning_rate, total, config.warmup),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_global_norm=config.clip,
@@ -476,6 +512,9 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
         factors[r".*bn/beta"] = config.bias_factor
     if factors:
         optimizer = LearningRateFactors(optimizer, factors)
+    if config.lookahead is not None:
+        optimizer = training.Lookahead(optimizer, total, config.lookahead)
+    # An average is of the weights that are trained, the drawing back included.
     if config.ema is not None:
         optimizer = training.ExponentialAverage(optimizer, config.ema)
     if config.swa is not None:

@@ -15,8 +15,11 @@ from keras import ops
 from kvision import engine as floors
 from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
-from kvision.data.batches import Batches
+from kvision.data.batches import FIELDS, Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.views import VIEWS
+from kvision.data.views import views as views_of
+from kvision.engine.pictures import Pictures
 from kvision.interruption import Interrupted, Interruption
 from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
@@ -25,6 +28,9 @@ from kvision.tracking.progress import Progress
 
 SCHEDULES = ("constant", "cosine", "linear", "steps")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+IMAGES_ON = ("auto", "host", "device")
+STEPS_AT_ONCE = 50  # on an accelerator
+DEVICE_BYTES = 4 * 2**30  # of uint8 training images that "auto" keeps on the device
 TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
 # Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
 RECALIBRATION_IMAGES = 10_000
@@ -126,29 +132,20 @@ def make_optimizer(
     return optimizer
 
 
-class WeightAverage(keras.optimizers.Optimizer):
-    """An optimizer that keeps an average of the weights beside them.
-
-    After each step of the inner optimizer, constraints included, `average = (1 - share) average + share weight`.
-    Training does not see the average; `fit` scores it, and leaves it in the model at the end. (Keras's own `use_ema`
-    has no warm-up, averages before constraints are applied, and leaves batch norm the other weights' statistics.)
+class OptimizerWrapper(keras.optimizers.Optimizer):
+    """An optimizer that keeps something beside the weights that another one, the inner optimizer, updates.
 
     Args:
-        inner: any Keras optimizer.
+        inner: any Keras optimizer. Steps are counted, and the learning rate is set, there.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, **options):
         super().__init__(learning_rate=0.0, **options)
         self.inner = inner
 
-    def share(self, step):
-        """The newest weights' share in the average after step `step`, an integer tensor from 0."""
-        raise NotImplementedError
-
     def build(self, variables):
         if not self.inner.built:
             self.inner.build(variables)
-        self.averages = self.add_optimizer_variables(variables, "average")
         super().build(variables)
 
     @property
@@ -167,6 +164,31 @@ class WeightAverage(keras.optimizers.Optimizer):
     def iterations(self):
         return self.inner.iterations
 
+    def get_config(self):
+        return {"inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        inner = keras.saving.deserialize_keras_object(config.pop("inner"), custom_objects=custom_objects)
+        return cls(inner, **config)
+
+
+class WeightAverage(OptimizerWrapper):
+    """An optimizer that keeps an average of the weights beside them.
+
+    After each step of the inner optimizer, constraints included, `average = (1 - share) average + share weight`.
+    Training does not see the average; `fit` scores it, and leaves it in the model at the end. (Keras's own `use_ema`
+    has no warm-up, averages before constraints are applied, and leaves batch norm the other weights' statistics.)
+    """
+
+    def share(self, step):
+        """The newest weights' share in the average after step `step`, an integer tensor from 0."""
+        raise NotImplementedError
+
+    def build(self, variables):
+        self.averages = self.add_optimizer_variables(variables, "average")
+        super().build(variables)
+
     def apply(self, grads, trainable_variables=None):
         if not self.built:
             self.build(trainable_variables)
@@ -175,14 +197,6 @@ class WeightAverage(keras.optimizers.Optimizer):
         for variable, average in zip(self._trainable_variables, self.averages, strict=True):
             part = ops.cast(share, variable.dtype)
             average.assign((1 - part) * average.value + part * variable.value)
-
-    def get_config(self):
-        return {"inner": keras.saving.serialize_keras_object(self.inner)}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        inner = keras.saving.deserialize_keras_object(config.pop("inner"), custom_objects=custom_objects)
-        return cls(inner, **config)
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -238,6 +252,71 @@ class StochasticAverage(WeightAverage):
         return super().get_config() | {"start": self.start, "every": self.every}
 
 
+@keras.saving.register_keras_serializable("kvision")
+class Lookahead(OptimizerWrapper):
+    """An optimizer that draws its weights back to slow ones (Zhang et al. 2019, https://arxiv.org/abs/1907.08610).
+
+    After every `every` steps of the inner optimizer, constraints included, the slow weights move toward the fast ones,
+    `slow = kept slow + (1 - kept) fast`, and the fast ones are set to them. Where the paper keeps one share throughout,
+    `kept` grows here with the cube of the steps taken, `decay**every (t / total)**3` after t steps: next to nothing at
+    first, and most of the slow weights at the end (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.4).
+
+    The slow weights start as the variables are when the optimizer is built. Batch norm's running statistics are no
+    part of it: they stay those of the fast weights. After its last step `fit` leaves the slow weights in the model, as
+    Keras's own `fit` does; a run that ends before it leaves the fast ones.
+
+    Args:
+        total: the steps of the run.
+        every: steps from one drawing back to the next.
+        decay: what is kept of the slow weights at the end, as a share a step.
+
+    Raises:
+        ValueError: `total` or `every` below 1, a decay outside 0 to 1.
+    """
+
+    def __init__(self, inner: keras.optimizers.Optimizer, total: int, every: int = 5, decay: float = 0.95, **options):
+        if total < 1 or every < 1:
+            raise ValueError(
+                f"lookahead wants at least 1 step in all and at least 1 at a time, got {total} and {every}"
+            )
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of the slow weights must be at least 0 and below 1, got {decay}")
+        super().__init__(inner, **options)
+        self.total, self.every, self.decay = total, every, decay
+
+    def kept(self, step):
+        """What is kept of the slow weights after `step` steps, an integer tensor from 1."""
+        part = ops.cast(step, keras.config.floatx()) / self.total
+        part = ops.where(part < 1, part, ops.ones_like(part))
+        return self.decay**self.every * part * part * part
+
+    def build(self, variables):
+        self.slow = self.add_optimizer_variables(variables, "slow")
+        for variable, slow in zip(variables, self.slow, strict=True):
+            slow.assign(ops.copy(variable.value))  # JAX reuses the memory of both
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(trainable_variables)
+        step = ops.convert_to_tensor(self.iterations) + 1
+        self.inner.apply(grads, trainable_variables)
+        # The same operations in every step, and no number that comes from the host: a program can be recorded once.
+        due = step % self.every == 0
+        share = (1 - self.kept(step)) * ops.cast(due, keras.config.floatx())
+        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+            slow.assign(slow.value + ops.cast(share, variable.dtype) * (variable.value - slow.value))
+            variable.assign(ops.where(due, slow.value, variable.value))
+
+    def finalize_variable_values(self, var_list):
+        """Set the weights to the slow ones; Keras's name for what is done after the last step."""
+        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+            variable.assign(ops.copy(slow.value))
+
+    def get_config(self):
+        return super().get_config() | {"total": self.total, "every": self.every, "decay": self.decay}
+
+
 @dataclass(frozen=True)
 class EarlyStopping:
     """Stop where the loss on validation images has not fallen for some epochs; the best epoch's weights come back
@@ -274,8 +353,14 @@ class EarlyStopping:
         return bool(epochs) and len(epochs) - 1 - self.best(epochs) >= self.patience
 
 
-def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500) -> np.ndarray:
-    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled."""
+def predict(
+    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500, views: str = "plain"
+) -> np.ndarray:
+    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
+
+    Args:
+        views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
+    """
     batch_size = min(batch_size, len(images))
     logits = []
     for start in range(0, len(images), batch_size):
@@ -283,8 +368,46 @@ def predict(engine, images: np.ndarray, preprocessing: Preprocessing, batch_size
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
-        logits.append(engine.predict(preprocessing(batch))[: batch_size - missing])
+        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in views_of(batch, views))
+        logits.append(mean[: batch_size - missing])
     return np.concatenate(logits).astype(np.float32)
+
+
+def predict_pictures(engine, pictures: Pictures, batch_size: int = 2000, views: str = "plain") -> np.ndarray:
+    """Logits (n, classes) of pictures on the device, in their order.
+
+    Args:
+        views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
+    """
+    batch_size, border = min(batch_size, pictures.count), pictures.border
+    count = math.ceil(pictures.count / batch_size)
+    numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
+    total = 0
+    for weight, move, mirrored in VIEWS[views]:
+        if abs(move) > border:
+            raise ValueError(f"views {views!r} move images by {abs(move)} pixels, their border has {border}")
+        draws = np.zeros((count, len(FIELDS), batch_size), np.int32)
+        draws[:, 0] = numbers.reshape(count, batch_size)
+        draws[:, 1:3] = border - move
+        draws[:, 3] = mirrored
+        logits = engine.predict_shown(pictures, draws)
+        total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
+    return total.astype(np.float32)
+
+
+class _Scorer:
+    """Logits of named sets of images, which lie on the device from their first scoring on where the others do."""
+
+    def __init__(self, engine, preprocessing: Preprocessing, on_device: bool):
+        self.engine, self.preprocessing = engine, preprocessing
+        self.held = {} if on_device else None
+
+    def __call__(self, name: str, images: np.ndarray) -> np.ndarray:
+        if self.held is None:
+            return predict(self.engine, images, self.preprocessing)
+        if name not in self.held:
+            self.held[name] = Pictures(Batches(images, np.zeros(len(images)), 1, 0, self.preprocessing))
+        return predict_pictures(self.engine, self.held[name])
 
 
 @dataclass
@@ -343,11 +466,49 @@ class _Average:
             assign(self.model.variables, kept)
 
 
-class _Run:
-    """A training as it goes: its history, its unfinished epoch, and what moves them on."""
+class _Value:
+    """One of several values of the device, which are read together when the first of them is wanted."""
 
-    def __init__(self, engine, batches: Batches, total: int, callbacks: Callbacks, checkpoints: Checkpoints | None):
+    __slots__ = ("place", "together")
+
+    def __init__(self, together: list, place: int):
+        self.together, self.place = together, place
+
+    @classmethod
+    def each(cls, values, count: int) -> list:
+        """One for each of `count` values of an array."""
+        together = [values]
+        return [cls(together, place) for place in range(count)]
+
+    def __float__(self):
+        if not isinstance(self.together[0], np.ndarray):
+            self.together[0] = ops.convert_to_numpy(self.together[0])
+        return float(self.together[0][self.place])
+
+    def __int__(self):
+        return int(float(self))
+
+
+class _Run:
+    """A training as it goes: its history, its unfinished epoch, and what moves them on.
+
+    Args:
+        pictures: the batches' images on the device; None where the host makes each step's.
+        at_once: steps in one program of them.
+    """
+
+    def __init__(
+        self,
+        engine,
+        batches: Batches,
+        total: int,
+        callbacks: Callbacks,
+        checkpoints: Checkpoints | None,
+        pictures: Pictures | None = None,
+        at_once: int = 1,
+    ):
         self.engine, self.batches, self.callbacks, self.checkpoints = engine, batches, callbacks, checkpoints
+        self.pictures, self.at_once = pictures, at_once
         self.total, self.epochs = total, math.ceil(total / batches.steps)
         self.history, self.best = History(), None
         self.taken, self.stopped = 0, False
@@ -395,29 +556,28 @@ class _Run:
         if first == 0:
             self.tell("on_epoch_begin", epoch)
         try:
-            for step, (images, labels) in zip(range(first, self.count), self.batches.epoch(epoch, first), strict=False):
-                if self.callbacks.batches:
-                    self.tell("on_train_batch_begin", step)
-                value, correct = self.engine.train_step(images, labels)
-                self.losses.append(value)
-                self.correct.append(correct)
-                self.taken += 1
+            for values, correct in self.programs(epoch, first, every):
+                taken, done = len(values), len(self.losses)
+                self.losses += values
+                self.correct += correct
+                self.taken += taken
                 if self.first_step_seconds is None:
-                    float(value)  # waits for the device
-                    self.first_step_seconds = time.perf_counter() - clock
+                    float(values[-1])  # waits for the device
+                    self.first_step_seconds = (time.perf_counter() - clock) / taken
                     if self.history.seconds_to_first_step is None:
                         self.history.seconds_to_first_step = seconds_since_process_start()
                 if self.callbacks.batches:
-                    self.tell("on_train_batch_end", step, logs=self.so_far())
+                    self.tell("on_train_batch_end", done, logs=self.so_far())
                 ended = self.callbacks.stop
-                # The last step's loss is read, not this one's: the device always has work.
-                latest = self.losses[-1] if ended else self.loss(max(0, step - 1))
+                # The losses before these are read, not these: the device always has work.
+                latest = self.losses[-1] if ended else self.loss(max(0, done - 1))
                 now = time.perf_counter()
-                self.durations.append(now - clock)
+                self.durations += [(now - clock) / taken] * taken
                 if ended:
                     break
-                progress.update(step + 1, (step + 1) * size, latest)
-                if every and self.taken % every == 0 and step + 1 < self.count:
+                done += taken
+                progress.update(done, done * size, latest)
+                if every and self.taken % every == 0 and done < self.count:
                     self.save()
                     now = time.perf_counter()
                 self.heed(interruption)
@@ -428,6 +588,31 @@ class _Run:
             for step in range(len(self.losses)):
                 self.loss(step)
         return earlier + time.perf_counter() - started
+
+    def programs(self, epoch: int, first: int, every: int | None) -> Iterator[tuple[list, list]]:
+        """Take the steps of an epoch from `first`; losses and correct answers of those that are one program.
+
+        A program is `at_once` steps, from a multiple of them to the next, so that a run that goes on has the same ones
+        as one that was not stopped; where fewer are left until the epoch's end or a checkpoint, each is its own.
+        """
+        if self.pictures is None:
+            for step, (images, labels) in zip(range(first, self.count), self.batches.epoch(epoch, first), strict=False):
+                if self.callbacks.batches:
+                    self.tell("on_train_batch_begin", step)
+                value, correct = self.engine.train_step(images, labels)
+                yield [value], [correct]
+            return
+        draws, step = self.batches.draws(epoch, first), first
+        while step < self.count:
+            whole = step % self.at_once == 0 and step + self.at_once <= self.count
+            if whole and every:
+                whole = self.taken % every + self.at_once <= every
+            count = self.at_once if whole else 1
+            if self.callbacks.batches:
+                self.tell("on_train_batch_begin", step)
+            values, correct = self.engine.train_steps(self.pictures, np.stack(list(itertools.islice(draws, count))))
+            yield _Value.each(values, count), _Value.each(correct, count)
+            step += count
 
     def loss(self, step: int) -> float:
         """The loss of a step of the unfinished epoch."""
@@ -523,6 +708,8 @@ def fit(
     label: str = "epoch",
     accumulate: int = 1,
     engine: str = "native",
+    images_on: str = "auto",
+    steps_at_once: int | None = None,
 ) -> History:
     """Train for `epochs` epochs, or until `steps` steps.
 
@@ -546,11 +733,17 @@ def fit(
             one in any case.
         keep: how many checkpoints are kept, the newest.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
+        images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
+            makes them there, see `kvision.engine.pictures`; "auto" is that on an accelerator, for batches that can be
+            and not more than 4 GiB.
+        steps_at_once: steps of images on the device in one program; None is about 50 on an accelerator, 1 on a CPU,
+            where a loop within a program is slow, or where a callback is told of every step.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
     Returns:
         The history; the optimizer holds the final state, and the model too: where the optimizer is a `WeightAverage` it
-        has the average instead, and with `early_stopping` what was scored after the best epoch.
+        has the average instead, after the last step of a `Lookahead` the slow weights, and with `early_stopping` what
+        was scored after the best epoch.
 
     Raises:
         DivergedError: the loss or a weight became infinite or not a number. No checkpoint was written after it.
@@ -558,18 +751,23 @@ def fit(
             KeyboardInterrupt; a second Ctrl-C raises a plain one at once.
         kvision.weights.WeightsError: there are checkpoints but none is sound and of this run, or the disk refuses a new
             one; the message says which is left.
-        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every` or
-            `keep` below 1.
+        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every`,
+            `keep` or `steps_at_once` below 1; images on the device of batches that change what they show, such as
+            mixup's.
     """
     if early_stopping and validation is None:
         raise ValueError("early stopping goes by validation images: give validation=")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     optimizer.build(model.trainable_variables)
-    engine = floors.create(model, optimizer, loss, accumulate, engine)
+    kind, engine = engine, floors.create(model, optimizer, loss, accumulate, engine)
     total = min(epochs * batches.steps, steps or math.inf)
     checkpoints = Checkpoints(checkpoint, keep) if checkpoint is not None else None
-    run = _Run(engine, batches, total, Callbacks(callbacks, metrics, model, optimizer), checkpoints)
+    callbacks = Callbacks(callbacks, metrics, model, optimizer)
+    pictures = _pictures(batches, images_on, kind)
+    at_once = _at_once(batches.steps, steps_at_once, callbacks)
+    scorer = _Scorer(engine, batches.preprocessing, on_device=pictures is not None)
+    run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
     with Interruption(listen=checkpoints is not None) as interruption:
@@ -583,6 +781,8 @@ def fit(
             epoch = len(history.epochs)
             with Progress(run.count, f"{label} {epoch + 1}/{run.epochs}") as progress:
                 seconds = run.take_steps(progress, interruption, checkpoint_every)
+                if run.taken == total and isinstance(averaging, Lookahead):
+                    averaging.finalize_variable_values(model.trainable_variables)
                 row = {
                     "epoch": epoch + 1,
                     **run.so_far(),
@@ -595,7 +795,7 @@ def fit(
                 with average.inside(epoch) if average and scored else nullcontext():
                     run.tell("on_test_begin")
                     for name, (images, labels) in scored.items():
-                        logits = predict(engine, images, batches.preprocessing)
+                        logits = scorer(name, images)
                         result = score(logits, labels)
                         row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
                         row |= {f"{name}_{key}": value for key, value in run.callbacks.measure(logits, labels).items()}
@@ -615,6 +815,39 @@ def fit(
         average.put(len(history.epochs) - 1)
     run.callbacks.call("on_train_end")
     return history
+
+
+def _pictures(batches, images_on: str, engine: str) -> Pictures | None:
+    """The batches' images on the device, if they are to be there."""
+    if images_on not in IMAGES_ON:
+        raise ValueError(f"images_on must be one of {', '.join(IMAGES_ON)}, got {images_on!r}")
+    plain = isinstance(batches, Batches)
+    if images_on == "device" and not plain:
+        raise ValueError(
+            f"images of {type(batches).__name__} batches cannot be made on the device: "
+            "mixup, CutMix and erasing change them on the host"
+        )
+    if images_on == "device" and engine == "keras":
+        raise ValueError("Keras's own step takes images from the host: images_on must not be 'device'")
+    if images_on == "auto":
+        fits = plain and engine != "keras" and batches.padded.nbytes <= DEVICE_BYTES
+        images_on = "device" if fits and floors.accelerated() else "host"
+    return Pictures(batches) if images_on == "device" else None
+
+
+def _at_once(steps: int, wanted: int | None, callbacks: Callbacks) -> int:
+    """Steps in one program, of epochs of so many."""
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"steps_at_once must be at least 1, got {wanted}")
+    if callbacks.batches:
+        return 1
+    if wanted is not None:
+        return wanted
+    if not floors.accelerated():
+        return 1
+    # An epoch of whole programs spares the compilation of another one for the rest.
+    divisors = [count for count in range(STEPS_AT_ONCE // 5, STEPS_AT_ONCE + 1) if steps % count == 0]
+    return max(divisors, default=STEPS_AT_ONCE)
 
 
 def describe(row: dict, epochs: int) -> str:

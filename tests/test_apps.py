@@ -18,9 +18,9 @@ from kvision import engine, flags
 from kvision.data import load
 from kvision.flags import UsageError
 from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
-from kvision.training import ExponentialAverage, StochasticAverage
+from kvision.training import ExponentialAverage, Lookahead, StochasticAverage
 from kvision.transfer import LearningRateFactors
-from kvision.weights import verify
+from kvision.weights import inspect, verify
 from tests.drawn import real_data, write_shapes
 
 FLAGS = [
@@ -38,7 +38,20 @@ FLAGS = [
     "l2",
 ]
 FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
-FLAGS += ["orthogonal", "max-norm", "clip", "ema", "swa", "early-stopping", "mixup", "cutmix", "erasing"]
+FLAGS += ["images-on", "steps-at-once"]
+FLAGS += [
+    "orthogonal",
+    "max-norm",
+    "clip",
+    "ema",
+    "swa",
+    "lookahead",
+    "views",
+    "early-stopping",
+    "mixup",
+    "cutmix",
+    "erasing",
+]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
 
@@ -95,10 +108,27 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
 
 
+def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
+    """Which is what the curve, the manifest and the confusions state."""
+    weights = str(Path(trained["folder"]) / "weights.npz")
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000)
+    result = cifar10.main(replace(base, views="shifted", out=str(tmp_path / "views")))
+    assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
+    assert trained["views"] == "plain" and "views_accuracy" not in trained
+    assert result["views"] == "shifted" and result["views_accuracy"] == result["views_correct"] / 1000
+    assert result["views_loss"] != result["test_loss"]
+    manifest = inspect(str(tmp_path / "views/weights.npz"))["manifest"]
+    assert list(manifest["accuracy"].values()) == [result["test_accuracy"]]
+    percent = f"{100 * result['views_accuracy']:.2f}"
+    assert f"{percent}% on the views shifted" in capsys.readouterr().out
+    report = (tmp_path / "views/report.html").read_text()
+    assert "Test accuracy on views" in report and f"{percent} %" in report
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "float16", "accumulate": 2, "ema": 0.5, "bias_factor": 64.0},
+        {"dtype": "float16", "accumulate": 2, "lookahead": 2, "ema": 0.5, "bias_factor": 64.0},
         {"dtype": "float64", "deterministic": True},
         {"engine": "keras", "bias_factor": 64.0},
     ],
@@ -132,6 +162,9 @@ def test_ways_to_compute_a_run(changes, images, tmp_path):
     [
         ({"batch_size": 50, "accumulate": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
         ({"engine": "keras", "accumulate": 2}, "--accumulate is the native engine's"),
+        ({"engine": "keras", "images_on": "device"}, "--engine keras want images from the host"),
+        ({"mixup": 0.2, "images_on": "device"}, "want images from the host: leave out --images-on device"),
+        ({"steps_at_once": 0}, "--steps-at-once"),
         ({"accumulate": 0}, "--accumulate must be at least 1"),
     ],
 )
@@ -231,6 +264,11 @@ def test_flags_make_the_optimizer():
     for share, start in ((0.25, 60), (0.99, 10), (0.01, 80)):
         optimizer = optimizer_of(Config(swa=share, epochs=8), 10, {})
         assert type(optimizer) is StochasticAverage and (optimizer.start, optimizer.every) == (start, 10)
+    for steps, total in ((None, 80), (25, 25), (100, 80)):
+        optimizer = optimizer_of(Config(lookahead=4, ema=0.9, bias_factor=2.0, epochs=8, steps=steps), 10, {}).inner
+        assert type(optimizer) is Lookahead and (optimizer.total, optimizer.every) == (total, 4)
+        assert optimizer.decay == 0.95 and type(optimizer.inner) is LearningRateFactors
+    assert optimizer_of(Config(lookahead=4, epochs=0), 10, {}).total == 1
 
 
 def test_images_are_held_out_evenly():
@@ -330,8 +368,10 @@ def run_command(*argv: str) -> int:
         (["--erasing", "2"], "--erasing must be from 0 to 1"),
         (["--max-norm", "-1"], "--max-norm must be a positive number"),
         (["--early-stopping", "0"], "--early-stopping must be at least 1"),
+        (["--lookahead", "0"], "--lookahead must be at least 1"),
         (["--hidden", "5", "--model", "softmax"], "--hidden does not apply to softmax"),
         (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
+        (["--views", "zoomed"], "--views: invalid choice: 'zoomed'"),
         (["--lerning-rate", "1"], "unrecognized arguments"),
         (["--epoch", "1"], "unrecognized arguments"),
         (["--data", "no/such/folder"], "no/such/folder"),

@@ -194,8 +194,8 @@ def test_an_epoch_starts_at_a_step(pictures, monkeypatch, start):
     whole, _ = batches_of(pictures, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
-    drawn, images = [], Batches.images
-    monkeypatch.setattr(Batches, "images", lambda *arguments: drawn.append(1) or images(*arguments))
+    drawn, show = [], Batches.show
+    monkeypatch.setattr(Batches, "show", lambda *arguments: drawn.append(1) or show(*arguments))
     found = list(whole.epoch(1, start))
     assert len(drawn) == len(found) == 3 - start
     for pair, wanted in zip(found, expected[start:], strict=True):

@@ -25,6 +25,7 @@ from kvision.training import (
     DivergedError,
     EarlyStopping,
     ExponentialAverage,
+    Lookahead,
     StochasticAverage,
     fit,
     make_optimizer,
@@ -250,6 +251,99 @@ def test_bad_averages_are_named(make, message):
         make(make_optimizer("sgd", 0.1))
 
 
+# Lookahead
+
+
+def softmax_slope(weights, x, labels):
+    """The gradients of softmax regression in double: kernel and bias."""
+    scores = x @ weights[0] + weights[1]
+    apart = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(weights[1].size)[labels]
+    return x.T @ apart / len(x), apart.mean(axis=0)
+
+
+@pytest.mark.parametrize(("every", "decay"), [(5, 0.95), (4, 0.95), (1, 0.9), (3, 0.0), (20, 0.95)])
+def test_lookahead_follows_its_reference(every, decay):
+    """12 steps of 10, the last two of which keep no more than the tenth; slow weights and fast ones after each."""
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, logits(3)(inputs))
+    initialize(model, 0)
+    x, labels = np.random.default_rng(0).normal(size=(6, 5)), np.arange(6, dtype=np.int32) % 3
+    fast = [array.astype(np.float64) for array in training.values(model.variables)]
+    slow = fast
+    optimizer = Lookahead(make_optimizer("sgd", 1.0, momentum=0.0), total=10, every=every, decay=decay)
+    optimizer.build(model.trainable_variables)
+    floor = training.floors.create(model, optimizer, cross_entropy())
+    for step in range(1, 13):
+        floor.train_step(x.astype(np.float32), labels)
+        floor.push()
+        fast = [w - g for w, g in zip(fast, softmax_slope(fast, x, labels), strict=True)]
+        if step % every == 0:
+            kept = decay**every * min(step / 10, 1) ** 3
+            slow = fast = [kept * s + (1 - kept) * f for s, f in zip(slow, fast, strict=True)]
+        for variables, wanted in ((model.trainable_variables, fast), (optimizer.slow, slow)):
+            for found, expected in zip(training.values(variables), wanted, strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6, err_msg=str(step))
+        if step % every == 0:
+            assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == 12
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
+    """After the last step, which is none that draws back; a run that a callback cuts short keeps its own."""
+    test = pictures(10, 6, 6, seed=2)
+    model, inner, batches = run(pictures, width=0)
+    optimizer = Lookahead(inner, total=6, every=4)
+    history = fit(model, optimizer, cross_entropy(), batches, epochs=2, steps=steps, test=test)
+    assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
+    scores = training.predict(training.floors.create(model), test[0], batches.preprocessing)
+    assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
+    twin, inner, _ = run(pictures, width=0)
+    optimizer = Lookahead(inner, total=6, every=4)
+    stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: setattr(twin, "stop_training", True))
+    fit(twin, optimizer, cross_entropy(), batches, epochs=2, callbacks=[stop])
+    assert not same(training.values(twin.trainable_variables), training.values(optimizer.slow))
+
+
+def test_lookahead_goes_on_after_its_last_step(pictures):
+    """A second run with the same optimizer; JAX must not give the memory of one variable away for two."""
+    model, inner, batches = run(pictures, width=0)
+    optimizer = Lookahead(inner, total=6, every=4)
+    for _ in range(2):
+        fit(model, optimizer, cross_entropy(), batches, epochs=1)
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == 6
+
+
+def test_kerass_own_fit_leaves_the_slow_weights(pictures):
+    model, inner, batches = run(pictures, width=0)
+    optimizer = Lookahead(inner, total=4, every=3)
+    images, labels = next(batches.epoch(0))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images, labels, batch_size=2, epochs=2, verbose=0)
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == 4
+    assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
+
+
+def test_lookahead_survives_its_configuration():
+    optimizer = Lookahead(make_optimizer("sgd", 0.1, momentum=0.7), 40, 3, 0.9)
+    again = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(optimizer))))
+    assert type(again) is Lookahead and again.get_config() == optimizer.get_config()
+    assert (again.total, again.every, again.decay) == (40, 3, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total": 0}, "at least 1 step in all and at least 1 at a time, got 0 and 5"),
+        ({"total": 9, "every": 0}, "at least 1 step in all and at least 1 at a time, got 9 and 0"),
+        ({"total": 9, "decay": 1.0}, "decay of the slow weights must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_bad_lookaheads_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Lookahead(make_optimizer("sgd", 0.1), **options)
+
+
 # Early stopping
 
 
@@ -431,10 +525,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
     assert vars(again) == vars(resumed) and same(everything(model, optimizer), expected)
 
 
-@pytest.mark.parametrize("kind", ["ema", "swa", "early_stopping"])
+@pytest.mark.parametrize("kind", ["ema", "swa", "lookahead", "early_stopping"])
 def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
-    """Averages, the best epoch so far and mixed samples too, with clipped gradients and a bound on the norms."""
-    wrap = {"ema": lambda o: ExponentialAverage(o, 0.9), "swa": lambda o: StochasticAverage(o, 6, 3)}
+    """Averages, slow weights, the best epoch so far and mixed samples too, with clipped gradients and a bound on the
+    norms."""
+    wrap = {
+        "ema": lambda o: ExponentialAverage(o, 0.9),
+        "swa": lambda o: StochasticAverage(o, 6, 3),
+        "lookahead": lambda o: Lookahead(o, 12, 5),
+    }
     images, labels = pictures(10, 6, 6, seed=2)
 
     def start(seed=0, checkpoint=None, on_epoch=lambda history: None):

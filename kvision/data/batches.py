@@ -9,6 +9,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.random import stream
 
 BORDERS = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
+FIELDS = ("number", "row", "column", "mirrored", "blank row", "blank column")  # of what is drawn for an image
 
 
 @dataclass(frozen=True)
@@ -83,30 +84,45 @@ class Batches:
         """Steps in an epoch."""
         return len(self.labels) // self.batch_size
 
-    def images(self, indices: np.ndarray, epoch: int, generator: np.random.Generator) -> np.ndarray:
-        """The uint8 images at `indices` as the epoch shows them; `generator` moves and blanks them."""
-        augmentation, n = self.augmentation, len(indices)
-        top = left = np.zeros(n, np.int64)
-        if augmentation.shift:
-            top, left = generator.integers(0, 2 * augmentation.shift + 1, (2, n))
-        flipped = np.zeros(n, bool)
-        if augmentation.flip:
-            flipped = self.flipped[indices] ^ bool(epoch % 2)
-        images = np.empty((n, self.height, self.width, self.padded.shape[-1]), np.uint8)
+    def draws(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """What each step of an epoch shows, from 0: int32 (6, n), a column an image.
+
+        The rows are its number, the corner of the window that is cut out of it with its border around it (row, column),
+        whether the window is mirrored, and the corner of the square that is blanked. What no augmentation asks for is
+        0. `show` makes images of them, `kvision.engine.pictures` the same ones on a device.
+
+        Args:
+            start: the step to begin with; the former ones are not drawn.
+        """
+        augmentation, n = self.augmentation, self.batch_size
+        order = stream(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
+        for step in range(start, self.steps):
+            draws = np.zeros((len(FIELDS), n), np.int32)
+            draws[0] = order[step * n : (step + 1) * n]
+            generator = stream(self.seed, "augment", epoch, step)
+            if augmentation.shift:
+                draws[1:3] = generator.integers(0, 2 * augmentation.shift + 1, (2, n))
+            if augmentation.flip:
+                draws[3] = self.flipped[draws[0]] ^ bool(epoch % 2)
+            if augmentation.cutout:
+                centre = generator.integers(0, (self.height, self.width), (n, 2))
+                draws[4:] = centre.T - augmentation.cutout // 2
+            yield draws
+
+    def show(self, draws: np.ndarray) -> np.ndarray:
+        """The uint8 images (n, h, w, c) that `draws` of a step are."""
+        numbers, tops, lefts, mirrored, *corner = draws
+        images = np.empty((len(numbers), self.height, self.width, self.padded.shape[-1]), np.uint8)
         # One image after the other, each copied once: a third of the time of NumPy's indexing of all windows.
-        for image, *place, mirrored in zip(images, indices, top, left, flipped, strict=True):
-            index, row, column = place
+        for image, index, row, column, turned in zip(images, numbers, tops, lefts, mirrored, strict=True):
             window = self.padded[index, row : row + self.height, column : column + self.width]
-            image[:] = window[:, ::-1] if mirrored else window
-        if augmentation.cutout:
-            centre = generator.integers(0, (self.height, self.width), (n, 2))
-            corner = centre - augmentation.cutout // 2
-            rows, columns = np.arange(self.height)[None], np.arange(self.width)[None]
+            image[:] = window[:, ::-1] if turned else window
+        if side := self.augmentation.cutout:
             inside = [
-                (axis >= corner[:, i : i + 1]) & (axis < corner[:, i : i + 1] + augmentation.cutout)
-                for i, axis in enumerate((rows, columns))
+                (np.arange(size) >= first[:, None]) & (np.arange(size) < first[:, None] + side)
+                for size, first in zip((self.height, self.width), corner, strict=True)
             ]
-            images = np.where((inside[0][:, :, None] & inside[1][:, None, :])[..., None], np.uint8(0), images)
+            images[inside[0][:, :, None] & inside[1][:, None, :]] = 0
         return images
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -115,8 +131,5 @@ class Batches:
         Args:
             start: the step to begin with; the former ones are not drawn.
         """
-        order = stream(self.seed, "order", epoch).permutation(len(self.labels))
-        for step in range(start, self.steps):
-            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = self.images(indices, epoch, stream(self.seed, "augment", epoch, step))
-            yield self.preprocessing(images), self.labels[indices]
+        for draws in self.draws(epoch, start):
+            yield self.preprocessing(self.show(draws)), self.labels[draws[0]]

@@ -64,13 +64,16 @@ class Preprocessing:
             raise ValueError(f"expected images of shape (n, height, width, {len(self.mean)}), got shape {images.shape}")
         if self.channel_order == "bgr":
             images = images[..., ::-1]
-        # One multiplication and one addition a value, with the constants rounded once.
-        factor = np.asarray(self.scale / np.asarray(self.std), dtype)
-        offset = np.asarray(np.asarray(self.mean) / np.asarray(self.std), dtype)
+        factor, offset = self.constants(dtype)
         pixels = images.astype(dtype)
         pixels *= factor
         pixels -= offset
         return pixels
+
+    def constants(self, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+        """A value is `pixel * factor - offset`, with these, (channels,), rounded once."""
+        factor = np.asarray(self.scale / np.asarray(self.std), dtype)
+        return factor, np.asarray(np.asarray(self.mean) / np.asarray(self.std), dtype)
 
     def images(self, pictures: Iterable[np.ndarray], dtype: str = "float32") -> np.ndarray:
         """Network input, (n, *size, channels) in `dtype`, of uint8 pictures (height, width, channels) of any size.

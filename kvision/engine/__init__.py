@@ -6,12 +6,16 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
   `accumulate` a batch is cut into so many equal parts, whose mean gradient makes the step; batch norm sees each part.
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
   (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
+- `train_steps(pictures, draws) -> (losses, correct)`: one step for each of `draws`, int32 (k, 6, n), of
+  `kvision.engine.pictures.Pictures`; both have k values, still on the device. On an accelerator they are one program.
 - `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
   `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
   scales the loss scales these gradients.
 - `evaluate(images, labels) -> (loss, correct)`: in inference mode, still on the device.
 - `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
   heads) the first is predicted; the loss sees them all.
+- `predict_shown(pictures, draws) -> logits`: NumPy (k, n, classes), of pictures on the device likewise. Keras's own
+  step (`kind="keras"`) has neither this nor `train_steps`.
 - `tap(images, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in the order
   of execution.
 - `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
@@ -49,6 +53,11 @@ def floor():
             f"kvision trains on {', '.join(FLOORS)}, and KERAS_BACKEND is {name!r}: set it to one of them"
         )
     return importlib.import_module(f"kvision.engine.{name}")
+
+
+def accelerated() -> bool:
+    """Whether the active backend computes on something faster than a CPU."""
+    return floor().accelerated()
 
 
 def main_output(outputs):

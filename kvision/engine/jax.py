@@ -56,14 +56,20 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
         compilation_cache.reset_cache()  # the folder is opened once, at the first compilation
 
 
+def accelerated() -> bool:
+    return jax.default_backend() != "cpu"
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
         self._step = jit(self._train, donate_argnums=0)
+        self._steps = jit(self._train_shown, donate_argnums=0, static_argnums=1)
         self._gradients = jit(self._differentiate)
         self._forward = jit(self._infer)
+        self._forward_shown = jit(self._infer_shown, static_argnums=2)
         self._score = jit(self._judge)
         self._graphs = {}
 
@@ -115,9 +121,21 @@ class Engine:
         trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
         return (trainable, fixed, slots), (loss, correct)
 
+    def _train_shown(self, state, pictures, tensors, draws):
+        def step(state, draw):
+            return self._train(state, *pictures.show(tensors, draw))
+
+        if len(draws) > 1:
+            return lax.scan(step, state, draws)
+        state, results = step(state, draws[0])
+        return state, [result[None] for result in results]
+
     def _infer(self, trainable, fixed, images):
         with self._scope(trainable, fixed):
             return main_output(self._call(images, training=False))
+
+    def _infer_shown(self, trainable, fixed, pictures, tensors, draw):
+        return self._infer(trainable, fixed, pictures.show(tensors, draw)[0])
 
     def _judge(self, trainable, fixed, images, labels):
         with self._scope(trainable, fixed):
@@ -137,6 +155,17 @@ class Engine:
         self._state, result = self._step(self._state, images, labels)
         return result
 
+    def train_steps(self, pictures, draws):
+        if self._state is None:
+            self._state = self._values()
+        # Convolutions within a loop are slow on a CPU: there each step is a program of its own.
+        pieces = [draws] if accelerated() else np.split(draws, len(draws))
+        results = []
+        for piece in pieces:
+            self._state, result = self._steps(self._state, pictures, pictures.tensors, piece)
+            results.append(result)
+        return results[0] if len(results) == 1 else [jnp.concatenate(values) for values in zip(*results, strict=True)]
+
     def value_and_grad(self, images, labels):
         self.push()
         trainable, fixed, slots = self._values()
@@ -148,6 +177,11 @@ class Engine:
     def predict(self, images):
         self.push()
         return np.asarray(self._forward(*self._values()[:2], images))
+
+    def predict_shown(self, pictures, draws):
+        self.push()
+        values = self._values()[:2]
+        return np.stack([self._forward_shown(*values, pictures, pictures.tensors, draw) for draw in draws])
 
     def evaluate(self, images, labels):
         self.push()

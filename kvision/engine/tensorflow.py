@@ -21,13 +21,19 @@ def configure(dtype: str, deterministic: bool, compile_cache) -> None:
         tf.random.set_seed(0)  # or what draws numbers without a seed of its own would fail
 
 
+def accelerated() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
+        self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.show(tensors, draw)))
         self._gradients = function(lambda images, labels: self._differentiate(images, labels)[::2])
         self._forward = function(self._infer)
+        self._forward_shown = function(lambda pictures, tensors, draw: self._infer(pictures.show(tensors, draw)[0]))
         self._score = function(self._judge)
         self._graphs = {}
         if optimizer is not None and not tf.distribute.has_strategy():
@@ -80,11 +86,19 @@ class Engine:
     def train_step(self, images, labels):
         return self._step(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
+    def train_steps(self, pictures, draws):
+        results = [self._shown(pictures, pictures.tensors, draw) for draw in tf.unstack(draws)]
+        return [tf.stack(values) for values in zip(*results, strict=True)]
+
     def value_and_grad(self, images, labels):
         return self._gradients(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
     def predict(self, images):
         return self._forward(tf.convert_to_tensor(images)).numpy()
+
+    def predict_shown(self, pictures, draws):
+        results = [self._forward_shown(pictures, pictures.tensors, draw) for draw in tf.unstack(draws)]
+        return tf.stack(results).numpy()
 
     def evaluate(self, images, labels):
         return self._score(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))

@@ -3,13 +3,18 @@
 In a functional model's graph batch norm is PyTorch's own (Keras composes it of a dozen operations, each a pass over the
 activations), a ReLU behind it works in its memory, and convolution and pooling see channels_last format: Keras's
 (n, h, w, c), looked at as (n, c, h, w), is just that, but Keras copies it first.
+
+On a GPU a small network's step is over before Python has asked for its operations. So a step of pictures that lie on
+the device is recorded once as a CUDA graph, and then replayed.
 """
 
 import ctypes
 import os
+import warnings
 from functools import partial
 
 import keras
+import numpy as np
 import torch
 from keras import ops
 
@@ -36,13 +41,20 @@ def _keep_freed_memory():
         libc.mallopt(-3, 2**25)
 
 
+def accelerated() -> bool:
+    return torch.cuda.is_available()
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
         self._graphs = {}
+        self._recording = None
         if optimizer is not None:
             _lay_out([*model.trainable_variables, *optimizer.variables])
             _decay_at_once(innermost(optimizer))
+            if accelerated():
+                _scale_on_device(innermost(optimizer))
 
     def _call(self, images, training):
         if not is_graph(self.model):
@@ -78,6 +90,16 @@ class Engine:
             self.optimizer.apply(gradients, self.model.trainable_variables)
         return loss, correct
 
+    def train_steps(self, pictures, draws):
+        draws = ops.convert_to_tensor(draws)
+        if accelerated():
+            if self._recording is None or self._recording.pictures is not pictures:
+                self._recording = _Recording(self.train_step, pictures)
+            results = [self._recording.step(draw) for draw in draws]
+        else:
+            results = [self.train_step(*pictures.show(pictures.tensors, draw)) for draw in draws]
+        return [torch.stack(values) for values in zip(*results, strict=True)]
+
     def value_and_grad(self, images, labels):
         loss, _, gradients = self._differentiate(images, labels)
         return loss, gradients
@@ -85,6 +107,11 @@ class Engine:
     def predict(self, images):
         with torch.inference_mode():
             return ops.convert_to_numpy(main_output(self._call(images, training=False)))
+
+    def predict_shown(self, pictures, draws):
+        with torch.inference_mode():
+            shown = (pictures.show(pictures.tensors, draw)[0] for draw in ops.convert_to_tensor(draws))
+            return ops.convert_to_numpy(torch.stack([main_output(self._call(x, training=False)) for x in shown]))
 
     def evaluate(self, images, labels):
         with torch.inference_mode():
@@ -126,6 +153,93 @@ def _decay_at_once(optimizer):
             torch._foreach_mul_(kernels, 1 - rate)
 
     optimizer._apply_weight_decay = decay
+
+
+def _scale_on_device(optimizer):
+    """Let SGD multiply by the learning rate where it lies; Keras hands it to PyTorch as a number, for which the host
+    waits until the device has computed it."""
+    if not isinstance(optimizer, keras.optimizers.SGD):
+        return
+
+    def update(gradients, variables, learning_rate):
+        values = [variable.value for variable in variables]
+        changes = torch._foreach_mul(list(gradients), -ops.convert_to_tensor(learning_rate))
+        if optimizer.momentum:
+            momenta = [optimizer.momentums[optimizer._get_variable_index(variable)].value for variable in variables]
+            torch._foreach_mul_(momenta, optimizer.momentum)
+            torch._foreach_add_(momenta, changes)
+            if optimizer.nesterov:
+                torch._foreach_add_(values, changes)
+                torch._foreach_add_(values, momenta, alpha=optimizer.momentum)
+            else:
+                torch._foreach_add_(values, momenta)
+        else:
+            torch._foreach_add_(values, changes)
+
+    optimizer._parallel_update_step = update
+
+
+class _Recording:
+    """Steps of pictures on a GPU: the first ones run as they are, then one is recorded as a CUDA graph and replayed.
+
+    A step that cannot be recorded, as one that waits for a value of the device, runs as it is for good.
+    """
+
+    WARMUP = 3  # steps in which PyTorch makes what it keeps: algorithms, handles, memory
+
+    def __init__(self, step, pictures):
+        self.pictures, self.taken, self.recorded = pictures, 0, None
+        self.draw = None
+        self.run = lambda draw: step(*pictures.show(pictures.tensors, draw))
+        self.stream = torch.cuda.Stream()
+
+    def step(self, draw):
+        """The loss and the correct answers of one step."""
+        self.taken += 1
+        if self.draw is None or self.draw.shape != draw.shape:
+            self.draw, self.recorded, self.taken = draw.clone(), None, 1
+        self.draw.copy_(draw)
+        if self.taken == self.WARMUP + 1:
+            self.record()
+        if self.recorded is None:
+            return self.aside()
+        graph, results = self.recorded
+        graph.replay()
+        return [result.clone() for result in results]
+
+    def aside(self):
+        """The step beside the default stream, on which nothing can be recorded."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.run(self.draw)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def record(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _Filled(), torch.cuda.graph(graph, stream=self.stream):
+                results = self.run(self.draw)
+        except Exception as error:
+            warnings.warn(f"PyTorch's steps run one by one, as they cannot be a CUDA graph: {error}", stacklevel=2)
+            return
+        self.recorded = graph, results
+
+
+class _Filled(torch.overrides.TorchFunctionMode):
+    """Within this a tensor of few numbers is filled on the device: what is copied from the host cannot be recorded.
+
+    Keras makes such ones of shapes, bounds and rates.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.as_tensor, torch.tensor) and args and not isinstance(args[0], torch.Tensor):
+            numbers = np.asarray(args[0])
+            if 0 < numbers.size <= 64:
+                filled = [torch.full((), number, **kwargs) for number in numbers.ravel().tolist()]
+                return torch.stack(filled).reshape(numbers.shape) if numbers.ndim else filled[0]
+        return function(*args, **kwargs)
 
 
 class _Mean(torch.autograd.Function):

@@ -3,7 +3,8 @@
 Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", https://arxiv.org/abs/2404.00498: a 2x2 convolution that
 whitens patches, then three stages of two 3x3 convolutions, pooled between, each started as the identity and followed by
 a batch norm without scale; its features are divided by 9 before the last layer. The recipe that goes with it
-(whitening from the training images, label smoothing, a large rate on the batch norms' biases) is the app's.
+(whitening from the training images, label smoothing, a large rate on the batch norms' biases, lookahead, the views that
+a test image is scored on) is the app's.
 
 `airbench94` has the paper's widths; `airbench_small` has a seventh of its weights and is this project's network for two
 CPU cores. Departure: the whitening convolution has no bias (the paper trains one for the first three epochs).

@@ -19,7 +19,7 @@ from kvision.tracking.page import MISSING, duration, escape, finite, fixed, numb
 _SHOWN = {
     "dataset", "model", "backend", "test_accuracy", "test_loss", "train_seconds", "images_per_second",
     "seconds_to_first_step", "compile_seconds", "peak_memory_bytes", "parameters", "seed", "weights_sha256",
-    "versions", "hardware", "command", "note",
+    "versions", "hardware", "command", "note", "views", "views_accuracy",
 }  # fmt: skip
 
 
@@ -198,10 +198,10 @@ def write_report(
         history: one row an epoch with any of epoch (from 1), loss, accuracy, test_loss, test_accuracy,
             learning_rate, seconds, images_per_second. Accuracies are shares from 0 to 1. Missing and None are
             left out.
-        result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, train_seconds,
-            images_per_second, seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed,
-            weights_sha256, versions and hardware (dictionaries), command, note. Other entries are listed as
-            they are.
+        result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, views and views_accuracy (0 to 1),
+            the name in `kvision.data.views` and the accuracy on them, train_seconds, images_per_second,
+            seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed, weights_sha256, versions and
+            hardware (dictionaries), command, note. Other entries are listed as they are.
         confusion: counts on the test images, shape (k, k); row true class, column predicted class.
         classes: k names.
         mistakes: shown in this order.
@@ -227,10 +227,15 @@ def write_report(
     ]
     if result.get("note"):
         header.append(f'<p class="note">{escape(result["note"])}</p>')
+    viewed = []
+    if result.get("views_accuracy") is not None:
+        text = f"each image by the mean logits of its views ({result.get('views')}); curves and mistakes: of it alone"
+        viewed.append(("Test accuracy on views", percent(result["views_accuracy"]), text))
     header.append(
         page.tiles(
             [
                 ("Test accuracy", percent(result.get("test_accuracy")), small),
+                *viewed,
                 ("Test loss", fixed(result.get("test_loss"), ".4f"), "mean over the test images"),
                 ("Parameters", number(result.get("parameters")), "that are trained"),
                 (

@@ -131,7 +131,7 @@ def save(
         preprocessing: a `kvision.data.preprocessing.Preprocessing`, or its `to_json()`; the default, None,
             means a scale of 1/255.
         dataset: name of the data set it was trained on.
-        accuracy: on the test set, from 0 to 1, by backend: `{keras.backend.backend(): 0.9158}`.
+        accuracy: on the test set, each image alone, from 0 to 1, by backend: `{keras.backend.backend(): 0.9158}`.
         licence: of the weights, an SPDX identifier.
         provenance: anything that says where the weights come from; `{"command": ...}` goes into the folder's
             table.

@@ -1,0 +1,72 @@
+"""Views of test images against a reference that places pixel by pixel, and scores by their mean logits."""
+
+import keras
+import numpy as np
+import pytest
+
+from kvision import training
+from kvision.data.preprocessing import Preprocessing
+from kvision.data.views import VIEWS, views
+from kvision.layers import logits
+from kvision.weights.initial import initialize
+from tests.test_batches import mirrored
+
+# Each view by the paper's words: its weight, and where the pixel at (row, column) of a view of this width comes from.
+PLACES = {
+    "as it is": (lambda row, column, width: (row, column)),
+    "mirrored": (lambda row, column, width: (row, width - 1 - column)),
+    "up and left": (lambda row, column, width: (row + 1, column + 1)),
+    "up and left, mirrored": (lambda row, column, width: (row + 1, width - column)),
+    "down and right": (lambda row, column, width: (row - 1, column - 1)),
+    "down and right, mirrored": (lambda row, column, width: (row - 1, width - 2 - column)),
+}
+EXPECTED = {
+    "plain": {"as it is": 1},
+    "mirror": {"as it is": 1 / 2, "mirrored": 1 / 2},
+    "shifted": {place: 1 / 4 if place in ("as it is", "mirrored") else 1 / 8 for place in PLACES},
+}
+
+
+def reference(images, place):
+    height, width = images.shape[1:3]
+    view = np.empty_like(images)
+    for row in range(height):
+        for column in range(width):
+            source, origin = PLACES[place](row, column, width)
+            view[:, row, column] = images[:, mirrored(source, height), mirrored(origin, width)]
+    return view
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_what_their_name_says(pictures, name):
+    images, _ = pictures(3, 5, 7)
+    found = list(views(images, name))
+    assert [weight for weight, _ in found] == list(EXPECTED[name].values())
+    for (_, view), place in zip(found, EXPECTED[name], strict=True):
+        assert view.dtype == np.uint8
+        np.testing.assert_array_equal(view, reference(images, place), err_msg=place)
+
+
+def test_unknown_views_are_named(pictures):
+    with pytest.raises(ValueError, match="views must be one of plain, mirror, shifted, got 'zoomed'"):
+        list(views(pictures(1)[0], "zoomed"))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_predictions_are_mean_logits(pictures, name):
+    """The weighted mean over the views, of all images, the last incomplete batch too."""
+    inputs = keras.Input((5, 7, 3))
+    outputs = logits(4)(keras.layers.Dense(6, "tanh")(keras.layers.Flatten()(inputs)))
+    model = keras.Model(inputs, outputs)
+    initialize(model, 0)
+    engine, preprocessing = training.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
+    images, _ = pictures(8, 5, 7)
+    found = training.predict(engine, images, preprocessing, 3, views=name)
+    expected = sum(
+        weight * engine.predict(preprocessing(reference(images, place))).astype(np.float64)
+        for place, weight in EXPECTED[name].items()
+    )
+    assert found.shape == (8, 4) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    alone = training.predict(engine, images, preprocessing, 3)
+    assert np.array_equal(found, alone) == (name == "plain")

@@ -1,0 +1,196 @@
+"""Images on the device: what a step shows, what it learns and what a run becomes are as with images from the host."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kvision import engine, training
+from kvision.data.batches import Augmentation, Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.engine.pictures import PLACES, Pictures
+from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.regularizers.samples import Mixed, Mixup
+from kvision.tasks.classification import cross_entropy
+from kvision.training import WarmUp, fit, make_optimizer, values
+from kvision.weights.initial import initialize
+
+layers, array = keras.layers, ops.convert_to_numpy
+RGB = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+BGR = Preprocessing(mean=(103.9, 116.8, 123.7), std=(1.0, 1.0, 1.0), scale=1.0, channel_order="bgr")
+
+
+def batches_of(pictures, augmentation=None, preprocessing=RGB, n=29, size=4):
+    images, labels = pictures(n, 8, 7, channels=3)
+    return Batches(images, labels, size, 3, preprocessing, augmentation)
+
+
+def network():
+    inputs = keras.Input((8, 7, 3))
+    x = activation("relu", name="relu")(batch_norm(name="bn")(conv(6, 3, name="conv")(inputs)))
+    x = layers.GlobalAveragePooling2D(name="mean")(max_pool(2, name="pool")(x))
+    model = keras.Model(inputs, logits(3)(x))
+    initialize(model, 1)
+    return model
+
+
+def optimizer():
+    return make_optimizer("sgd", WarmUp(0.1, 14, 3), momentum=0.9, weight_decay=1e-2)
+
+
+def floor(model, optimizer):
+    optimizer.build(model.trainable_variables)
+    return engine.create(model, optimizer, cross_entropy(0.1))
+
+
+@pytest.mark.parametrize("preprocessing", [RGB, BGR], ids=["rgb", "bgr"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [None, Augmentation(flip=True), Augmentation(True, 2, "reflect"), Augmentation(False, 3, "zero", 4)],
+    ids=["plain", "flip", "shift", "cutout"],
+)
+def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocessing):
+    batches = batches_of(pictures, augmentation, preprocessing)
+    shown = Pictures(batches)
+    for epoch in (0, 1):
+        for draws, (images, labels) in zip(batches.draws(epoch), batches.epoch(epoch), strict=True):
+            found, answers = shown.show(shown.tensors, ops.convert_to_tensor(draws))
+            np.testing.assert_allclose(array(found), images, rtol=1e-6, atol=1e-6 * np.abs(images).max())
+            np.testing.assert_array_equal(array(answers), labels)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
+    """Seven steps by three calls, one of several steps: on JAX also as the loop that an accelerator runs."""
+    if keras.backend.backend() == "jax":
+        monkeypatch.setattr(engine.floor(), "accelerated", lambda: accelerated)
+    batches = batches_of(pictures, Augmentation(True, 1))
+    one, many = (floor(network(), optimizer()) for _ in range(2))
+    expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
+    shown, draws = Pictures(batches), list(batches.draws(0))
+    assert len(draws) == 7
+    results = [many.train_steps(shown, np.stack(part)) for part in (draws[:1], draws[1:6], draws[6:])]
+    losses, correct = (np.concatenate([array(result[i]) for result in results]) for i in range(2))
+    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
+    np.testing.assert_array_equal(correct, [count for _, count in expected])
+    one.push()
+    many.push()
+    for weights, others in zip(values(one.model.variables), values(many.model.variables), strict=True):
+        np.testing.assert_allclose(weights, others, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_are_predicted_where_they_lie(pictures):
+    batches = batches_of(pictures, Augmentation(True, 1))
+    predictor, shown = engine.create(network()), Pictures(batches)
+    found = predictor.predict_shown(shown, np.stack(list(batches.draws(2))))
+    expected = [predictor.predict(images) for images, _ in batches.epoch(2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
+    batches = batches_of(pictures)
+    monkeypatch.setattr("kvision.engine.pictures.PLACES", batches.padded[..., 0].size)
+    with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
+        Pictures(batches)
+    assert PLACES == 2**31
+
+
+def test_a_run_is_the_same_with_images_on_the_device(pictures):
+    """Losses, scores and weights of two epochs; in programs of one step and of several."""
+    runs = []
+    for options in ({"images_on": "host"}, {"images_on": "device"}, {"images_on": "device", "steps_at_once": 3}):
+        batches, model = batches_of(pictures, Augmentation(True, 1)), network()
+        test = pictures(9, 8, 7, channels=3, seed=2)
+        history = fit(model, optimizer(), cross_entropy(), batches, epochs=2, test=test, **options)
+        assert len(history.step_losses) == 14
+        scores = [[row[key] for key in ("loss", "accuracy", "test_loss", "test_accuracy")] for row in history.epochs]
+        runs.append([history.step_losses, scores, *values(model.variables)])
+    for run in runs[1:]:
+        for found, expected in zip(run, runs[0], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class PowerCutError(Exception):
+    pass
+
+
+class Programs:
+    """An engine that notes how many steps each of its programs has, and ends by force before step `end`."""
+
+    def __init__(self, inner, end):
+        self.inner, self.model, self.optimizer = inner, inner.model, inner.optimizer
+        self.push, self.predict, self.counts, self.end = inner.push, inner.predict, [], end
+
+    def train_steps(self, pictures, draws):
+        if sum(self.counts) == self.end:
+            raise PowerCutError
+        self.counts.append(len(draws))
+        return self.inner.train_steps(pictures, draws)
+
+
+@pytest.mark.parametrize(
+    ("every", "start", "expected"),
+    [
+        (None, 0, [3, 3, 1]),
+        (None, 1, [1, 1, 3, 1]),
+        (4, 0, [3, 1, 1, 1, 1]),
+        (6, 3, [3, 1]),
+    ],
+)
+def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, tmp_path, every, start, expected):
+    """From a multiple of three steps to the next; one by one before, before a checkpoint and at an epoch's end."""
+    create = engine.create
+
+    def run(end=None, **options):
+        noted = []
+
+        def note(*arguments):
+            noted.append(Programs(create(*arguments), end))
+            return noted[0]
+
+        monkeypatch.setattr(training.floors, "create", note)
+        options = {"checkpoint": tmp_path, "epochs": 1, "images_on": "device", **options}
+        fit(network(), optimizer(), cross_entropy(), batches_of(pictures), **options)
+        return noted[0].counts
+
+    if start:
+        with pytest.raises(PowerCutError):
+            run(end=start, checkpoint_every=start)
+    assert run(steps_at_once=3, checkpoint_every=every) == expected
+
+
+def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
+    mixed = Mixed(batches_of(pictures), 3, [Mixup()])
+    for options, message in (
+        ({"images_on": "gpu"}, "images_on must be one of auto, host, device, got 'gpu'"),
+        ({"images_on": "device", "engine": "keras"}, "Keras's own step takes images from the host"),
+        ({"steps_at_once": 0}, "steps_at_once must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(network(), optimizer(), cross_entropy(), batches_of(pictures), epochs=1, **options)
+    with pytest.raises(ValueError, match="images of Mixed batches cannot be made on the device"):
+        fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, images_on="device")
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(390, 39), (50, 50), (391, 23), (389, 50), (7, 50)], ids=lambda number: str(number)
+)
+def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, expected):
+    monkeypatch.setattr(training.floors, "accelerated", lambda: True)
+    callbacks = training.Callbacks([], [], network(), optimizer())
+    assert training._at_once(steps, None, callbacks) == expected
+
+
+@pytest.mark.parametrize("views", ["plain", "mirror", "shifted"])
+def test_views_of_pictures_are_those_of_the_host(pictures, views):
+    images, _ = pictures(11, 8, 7)
+    predictor = engine.create(network())
+    shown = Pictures(Batches(images, np.zeros(11), 1, 0, RGB, Augmentation(shift=1, border="reflect")))
+    found = training.predict_pictures(predictor, shown, batch_size=4, views=views)
+    np.testing.assert_allclose(found, training.predict(predictor, images, RGB, 4, views), rtol=1e-5, atol=1e-6)
+
+
+def test_moved_views_want_a_border(pictures):
+    shown = Pictures(batches_of(pictures))
+    with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
+        training.predict_pictures(engine.create(network()), shown, views="shifted")
