@@ -230,7 +230,7 @@ def train_engine(
         model = zoo.create_model(name, images.shape[1:], peers.CLASSES[network], **arguments)
     initialize(model, 0)
     optimizer = training.make_optimizer(
-        "sgd", peers.LEARNING_RATE, momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY
+        "sgd", peers.LEARNING_RATES[network], momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY
     )
     optimizer.build(model.trainable_variables)
     trainer = engine.create(model, optimizer, cross_entropy())

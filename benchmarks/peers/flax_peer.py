@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.peers import CLASSES, LEARNING_RATE, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
+from benchmarks.peers import CLASSES, LEARNING_RATES, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
 
 _conv = partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=nn.initializers.he_normal())
 _norm = partial(nn.BatchNorm, use_running_average=False, momentum=0.9, epsilon=1e-5)
@@ -102,7 +102,7 @@ def train(network, images, labels, batch_size, clock, *, steps, dtype="float32",
     update = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.add_decayed_weights(WEIGHT_DECAY, mask=_kernels),
-        optax.scale(-LEARNING_RATE),
+        optax.scale(-LEARNING_RATES[network]),
     )
 
     @jax.jit

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from benchmarks.peers import CLASSES, LEARNING_RATE, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
+from benchmarks.peers import CLASSES, LEARNING_RATES, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
 
 
 def _norm():
@@ -114,7 +114,9 @@ def train(network, images, labels, batch_size, clock, *, steps, dtype="float32",
     if weights is not None:
         for variable, value in zip(model.trainable_variables, weights.values(), strict=True):
             variable.assign(value)
-    optimizer = keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    optimizer = keras.optimizers.SGD(
+        LEARNING_RATES[network], momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])

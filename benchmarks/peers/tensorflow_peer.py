@@ -4,7 +4,7 @@ import math
 
 import tensorflow as tf
 
-from benchmarks.peers import CLASSES, LEARNING_RATE, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
+from benchmarks.peers import CLASSES, LEARNING_RATES, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
 
 WINDOWS = {"conv": 3, "biased conv": 3, "pointwise conv": 1, "stem conv": 7}
 
@@ -177,7 +177,7 @@ def train(network, images, labels, batch_size, clock, *, steps, dtype="float32",
             tf.raw_ops.ResourceApplyKerasMomentum(
                 var=variable.handle,
                 accum=momenta[name].handle,
-                lr=LEARNING_RATE,
+                lr=LEARNING_RATES[network],
                 grad=gradient,
                 momentum=MOMENTUM,
                 use_nesterov=True,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.peers import CLASSES, LEARNING_RATE, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
+from benchmarks.peers import CLASSES, LEARNING_RATES, MOMENTUM, RESNET50, VGG, WEIGHT_DECAY
 
 
 class Block(nn.Module):
@@ -122,7 +122,7 @@ def train(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim == 1]},
     ]
-    optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=LEARNING_RATES[network], momentum=MOMENTUM, nesterov=True, fused=True)
     mixed = dtype == "bfloat16"
 
     def objective(images, labels):
