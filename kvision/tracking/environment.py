@@ -6,6 +6,7 @@ The system and the metadata of installed packages are asked; nothing is imported
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -58,6 +59,16 @@ def hardware() -> dict[str, str | int | None]:
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
     }
+
+
+def gpus() -> list[str]:
+    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi tells them; none where it does not answer."""
+    wanted = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(["nvidia-smi", *wanted], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.splitlines() if line.strip()]
 
 
 def _read(path: str) -> str:
