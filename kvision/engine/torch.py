@@ -64,8 +64,13 @@ class Engine:
         if not is_graph(self.model):
             return self.model(ops.convert_to_tensor(images), training=training)
         if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, partial(_ready, training=training))
-        return self._graphs[training](ops.convert_to_tensor(images, self.model.inputs[0].dtype))
+            statistics = _Statistics()
+            ready = partial(_ready, training=training, statistics=statistics)
+            self._graphs[training] = Graph(self.model, ready), statistics
+        graph, statistics = self._graphs[training]
+        outputs = graph(ops.convert_to_tensor(images, self.model.inputs[0].dtype))
+        statistics.keep()
+        return outputs
 
     def _part(self, images, labels):
         variables = [variable.value for variable in self.model.trainable_variables]
@@ -123,9 +128,11 @@ class Engine:
             return self.loss(labels, outputs), _count(labels, main_output(outputs))
 
     def tap(self, images, training=False):
-        seen = Taps()
+        seen, statistics = Taps(), _Statistics()
+        ready = partial(_ready, training=training, statistics=statistics)
         with torch.no_grad():
-            Graph(self.model, partial(_ready, training=training), joined=False)(ops.convert_to_tensor(images), seen)
+            Graph(self.model, ready, joined=False)(ops.convert_to_tensor(images), seen)
+        statistics.keep()
         return seen.rows
 
     def push(self):
@@ -268,16 +275,48 @@ def _count(labels, logits):
     return (logits.argmax(dim=-1) == classes).sum()
 
 
-def _ready(layer, pads=None, relu=False, *, training):
+class _Statistics:
+    """What the batch norms of one pass saw, kept for all layers together: one by one it would be 5 operations each."""
+
+    def __init__(self):
+        self.layers, self.means, self.deviations = [], [], []
+
+    def add(self, layer, mean, deviation):
+        """`deviation` is 1 / sqrt(variance + epsilon) of the biased variance, which is what Keras keeps."""
+        if layer in self.layers:  # called twice in a pass: its statistics move twice, one after the other
+            self.keep()
+        self.layers.append(layer)
+        self.means.append(mean)
+        self.deviations.append(deviation)
+
+    @torch.no_grad()
+    def keep(self):
+        """Move the running statistics toward these."""
+        if not self.layers:
+            return
+        variances = torch._foreach_pow(self.deviations, -2)
+        torch._foreach_sub_(variances, [layer.epsilon for layer in self.layers])
+        for momentum in {layer.momentum for layer in self.layers}:
+            running, seen = [], []
+            for layer, mean, variance in zip(self.layers, self.means, variances, strict=True):
+                if layer.momentum == momentum:
+                    running += [layer.moving_mean.value, layer.moving_variance.value]
+                    seen += [mean, variance]
+            seen = [new.to(old.dtype) for old, new in zip(running, seen, strict=True)]
+            torch._foreach_lerp_(running, seen, 1 - momentum)
+        self.__init__()
+
+
+def _ready(layer, pads=None, relu=False, *, training, statistics):
     kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
     if is_graph(layer):
-        return nested(layer, partial(_ready, training=training))
+        return nested(layer, partial(_ready, training=training, statistics=statistics))
     if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and replaceable(layer):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
         return lambda x, **_: _max_pool(layer, x)
     if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm and not layer.synchronized:
-        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu)
+        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu, statistics)
     if kind is keras.layers.Dense and replaceable(layer):
         return lambda x, **_: _dense(layer, x)
     if kind is keras.layers.Activation and replaceable(layer):
@@ -341,8 +380,8 @@ def _max_pool(layer, x):
     return pooled.permute(0, 2, 3, 1)
 
 
-def _batch_norm(layer, x, mask, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics."""
+def _batch_norm(layer, x, mask, training, relu, statistics):
+    """What `layer(x, training=training)` computes; what the running statistics become of is added to `statistics`."""
     if mask is not None or x.ndim not in (2, 4) or layer.axis not in (-1, x.ndim - 1):
         y = layer(x, training=training, mask=mask)
         return F.relu(y) if relu else y
@@ -352,11 +391,10 @@ def _batch_norm(layer, x, mask, training, relu):
     beta = layer.beta.value if layer.center else None
     running = layer.moving_mean.value, layer.moving_variance.value
     if training and layer.trainable:
+        if x.is_cuda and gamma is None:  # there PyTorch's gradient wants one where there is an offset
+            gamma = torch.ones_like(running[0])
         y, mean, deviation = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, layer.epsilon)
-        with torch.no_grad():
-            # `deviation` is 1 / sqrt(variance + epsilon) of the biased variance, which is what Keras keeps.
-            for old, new in zip(running, (mean, deviation**-2 - layer.epsilon), strict=True):
-                old.lerp_(new.to(old.dtype), 1 - layer.momentum)
+        statistics.add(layer, mean, deviation)
     else:
         y = F.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
     y = F.relu_(y) if relu else y
