@@ -88,7 +88,7 @@ class Config:
     steps: int = setting(30, "steps for the median")
     warmup: int = setting(5, "steps before these")
     dtype: str = setting("float32", "what layers compute in", choices=("float32", "bfloat16"))
-    input: str = setting("host", "where kvision moves and scales its images", choices=("host", "device"))
+    input: str = setting("device", "where kvision moves and scales its images", choices=("host", "device"))
     chunk: int = setting(1, "steps that kvision, and scanned, take in one program")
     warm: bool = setting(True, "measure second starts too")
     patience: int = setting(900, "seconds for a process")

@@ -111,7 +111,8 @@ class Config:
     engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
     images_on: str = flag(
         "auto",
-        "host makes the images of each step, device keeps them all in its memory; auto is the second on an accelerator",
+        "host makes the images of each step in NumPy, device keeps all in its memory and makes them there; auto is the "
+        "second where it can be",
         choices=training.IMAGES_ON,
     )
     steps_at_once: int | None = flag(

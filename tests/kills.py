@@ -62,15 +62,15 @@ def child(folder: Path, epochs: int) -> None:
     optimizer = training.ExponentialAverage(training.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
-    draw = batches.epoch
+    draw = batches.draws
 
-    def shown(epoch, start=0):
-        for step, batch in enumerate(draw(epoch, start), start):
+    def draws(epoch, start=0):
+        for step, drawn in enumerate(draw(epoch, start), start):
             # What the parent follows: the steps, and before the average is scored the batches for its statistics.
             print(f"batch {epoch * STEPS + step}", flush=True)
-            yield batch
+            yield drawn
 
-    batches.epoch = shown
+    batches.draws = draws
     held = (x[IMAGES:], y[IMAGES:])
     history = training.fit(
         model,

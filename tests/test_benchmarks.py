@@ -297,7 +297,7 @@ def test_models_have_batch_sizes():
         with pytest.raises(flags.UsageError, match="--models must be of resnet20"):
             benchmark.Config(models=wrong)
     with pytest.raises(flags.UsageError, match="--chunk must be 1 without --input device"):
-        benchmark.Config(chunk=5)
+        benchmark.Config(chunk=5, input="host")
     with pytest.raises(flags.UsageError, match="--steps must be a multiple of --chunk 4"):
         benchmark.Config(chunk=4, warmup=4, input="device")
 

@@ -37,15 +37,16 @@ callbacks = keras.callbacks
 
 def at_step(batches, number, act):
     """The batches, with a call of `act` before the batch of step `number`, from 1, is drawn."""
-    draw = batches.epoch
+    inner = getattr(batches, "batches", batches)
+    draw = inner.draws
 
-    def epoch(epoch, start=0):
-        for step, batch in enumerate(draw(epoch, start), start):
+    def draws(epoch, start=0):
+        for step, drawn in enumerate(draw(epoch, start), start):
             if epoch * batches.steps + step + 1 == number:
                 act()
-            yield batch
+            yield drawn
 
-    batches.epoch = epoch
+    inner.draws = draws
     return batches
 
 

@@ -222,7 +222,7 @@ def _ready(layer, pads=None, relu=False, *, training):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.DepthwiseConv2D and pads:
         return lambda x, **_: layer(jnp.pad(x, ((0, 0), *pads, (0, 0))))
-    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last and jax.default_backend() == "cpu":
+    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
         return lambda x, **_: _max_pool(x, layer.pool_size, layer.strides)
     call = layer
     if getattr(layer, "_call_has_training_arg", False):
