@@ -469,7 +469,7 @@ def note(report: dict) -> str:
     memory = f", {hardware['memory_bytes'] / 2**30:.0f} GiB" if hardware["memory_bytes"] else ""
     machine = ", ".join([*hardware.get("gpus", []), f"{hardware['cores']} cores of {hardware['cpu']}{memory}"])
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    loads = [row["load"] for row in report["rows"]]
+    loads = [row["load"] for row in report["rows"] if "load" in row]
     return (
         f"Medians of n processes each: `{report['command']}` on {machine}, "
         f"{versions}. In parentheses: kvision's as a multiple of this contender's. When a process began, the machine's "
@@ -507,7 +507,7 @@ def rounds(config: Config, command: str) -> dict[str, object]:
     report = {
         "command": command,
         "n": config.n,
-        "hardware": {**environment.hardware(), "gpus": environment.gpus()},
+        "hardware": environment.hardware(),
         "versions": versions(),
         "rows": rows,
     }
@@ -541,7 +541,8 @@ def main(argv=None) -> None:
         print(json.dumps(measure(config)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that is being measured ends too
-    command = " ".join(["python -m benchmarks.engine", *(sys.argv[1:] if argv is None else argv)])
+    own = ("data", "out", "after", "write", "section", "patience")
+    command = " ".join(["python -m benchmarks.engine", *flags.arguments(config, own)])
     report = rounds(config, command) if config.n else json.loads(Path(config.out).read_text())
     check_parameters(report["rows"])
     content = f"{table(report['rows'])}\n\n{note(report)}"

@@ -163,7 +163,7 @@ def main(argv=None) -> None:
         started = time.perf_counter()
         course.run(config.first, steps=course.at_once + 1)
         report = {
-            "command": " ".join(["python -m benchmarks.speedrun", *(sys.argv[1:] if argv is None else argv)]),
+            "command": " ".join(["python -m benchmarks.speedrun", *flags.arguments(config, ("data", "out", "write"))]),
             "backend": backend,
             "device": engine.device_name(),
             "model": recipe.model,

@@ -27,8 +27,9 @@ def scores() -> str:
         if "test_accuracy" not in run:  # a table of its own, or no training of an app
             continue
         hardware, versions = run["hardware"], run["versions"]
+        gpus = "".join(f"{gpu}, " for gpu in hardware.get("gpus", ()))
         machines.add(
-            f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, "
+            f"{gpus}{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB, "
             f"Keras {versions['keras']}, Python {versions['python']}"
         )
         if run.get("shared_machine"):
@@ -37,6 +38,7 @@ def scores() -> str:
         if "views_accuracy" in run:
             accuracy += f" ({run['views_accuracy']:.2%} on views, {run['views']})"
         engine = ", ".join(f"{name} {versions[name]}" for name in versions if name.startswith(run["backend"]))
+        engine += "".join(f", {gpu.partition(',')[0]}" for gpu in hardware.get("gpus", ()))
         rows.append(
             f"| {run['app']} | `{run['model']}` | {run['dataset']} | {engine} | {accuracy} | "
             f"{run['train_seconds']:.0f} s | {run['images_per_second']:,.0f} | {run['seconds_to_first_step']:.1f} s | "

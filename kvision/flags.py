@@ -77,6 +77,22 @@ def parse(config: type, argv: Sequence[str] | None, *, prog: str, description: s
     return vars(parser.parse_args(argv))
 
 
+def arguments(config, skip: Sequence[str] = ()) -> list[str]:
+    """The command line that gives this configuration: every flag that is not its class's default.
+
+    Args:
+        skip: fields to leave out, such as folders of one's own machine.
+    """
+    words = []
+    for item in fields(config):
+        value, name = getattr(config, item.name), item.name.replace("_", "-")
+        if "help" in item.metadata and item.name not in skip and value != item.default:
+            words += (
+                [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+            )
+    return words
+
+
 def expect(config, names: str, holds: Callable[[object], bool], expected: str) -> None:
     """Check the fields of a configuration that are not None.
 

@@ -583,14 +583,7 @@ def median(values: Sequence[float]) -> float | None:
 
 def arguments_of(config: Config) -> list[str]:
     """The command line that gives this configuration from scratch: every flag that is not the class's default."""
-    words = ["--model", config.model]
-    for item in dataclasses.fields(Config):
-        value = getattr(config, item.name)
-        if "help" not in item.metadata or item.name in ("model", "out", "resume", "data") or value == item.default:
-            continue
-        name = item.name.replace("_", "-")
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
+    return ["--model", config.model, *flags.arguments(config, ("model", "out", "resume", "data"))]
 
 
 def command(

@@ -419,8 +419,9 @@ class History:
             seconds, images_per_second (of a median step); test_loss and test_accuracy where a test set was given,
             validation_loss and validation_accuracy where validation images were.
         step_losses: the losses of the first steps.
-        seconds_to_first_step: from the start of the process to the end of the first step, seconds.
-        compile_seconds: what the first step took beyond a median one, seconds.
+        seconds_to_first_step: from the start of the process to the end of the first step, or of the first program of
+            several steps, seconds.
+        compile_seconds: what that took beyond median steps, seconds.
     """
 
     epochs: list[dict] = field(default_factory=list)
@@ -514,7 +515,7 @@ class _Run:
         self.taken, self.stopped = 0, False
         # Of each step of the unfinished epoch; the newest losses and counts may still be on the device.
         self.losses, self.correct, self.durations = [], [], []
-        self.first_step_seconds = None
+        self.first_program = None  # its seconds and steps
         self._saved = None
 
     def start(self) -> None:
@@ -561,9 +562,9 @@ class _Run:
                 self.losses += values
                 self.correct += correct
                 self.taken += taken
-                if self.first_step_seconds is None:
+                if self.first_program is None:
                     float(values[-1])  # waits for the device
-                    self.first_step_seconds = (time.perf_counter() - clock) / taken
+                    self.first_program = time.perf_counter() - clock, taken
                     if self.history.seconds_to_first_step is None:
                         self.history.seconds_to_first_step = seconds_since_process_start()
                 if self.callbacks.batches:
@@ -637,8 +638,9 @@ class _Run:
         self.tell("on_epoch_end", len(history.epochs), logs=logs_of(row, validation))
         self.stopped = self.callbacks.stop
         history.step_losses += self.losses[: TRACED_STEPS - len(history.step_losses)]
-        if history.compile_seconds is None and self.first_step_seconds is not None and self.durations:
-            history.compile_seconds = max(0.0, self.first_step_seconds - float(np.median(self.durations)))
+        if history.compile_seconds is None and self.first_program is not None and self.durations:
+            seconds, count = self.first_program
+            history.compile_seconds = max(0.0, seconds - count * float(np.median(self.durations)))
         history.epochs.append(row)
         self.losses, self.correct, self.durations = [], [], []
 

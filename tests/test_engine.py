@@ -530,3 +530,19 @@ def test_another_backend_of_keras_has_no_floor(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
         engine.floor()
+
+
+def test_full_precision_leaves_things_as_they_were():
+    """The context of float32 that is float32: on a CPU, where it always is, products are the same within it."""
+    x, y = noise(9, 8), noise(8, 7, seed=1)
+    product = lambda: ops.convert_to_numpy(ops.matmul(ops.convert_to_tensor(x), ops.convert_to_tensor(y)))  # noqa: E731
+    expected = x.astype(np.float64) @ y
+    with engine.full_precision():
+        np.testing.assert_allclose(product(), expected, rtol=1e-5, atol=1e-6)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        with pytest.raises(KeyError), engine.full_precision():
+            assert not torch.backends.cudnn.allow_tf32
+            raise KeyError
+        assert torch.backends.cudnn.allow_tf32

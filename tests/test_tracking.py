@@ -791,7 +791,7 @@ def test_versions_of_this_environment():
 
 def test_hardware_is_plausible():
     found = hardware()
-    assert list(found) == ["cpu", "cores", "memory_bytes", "system"]
+    assert list(found) == ["cpu", "cores", "memory_bytes", "gpus", "system"]
     assert found["cpu"] and found["system"]
     assert 1 <= found["cores"] <= os.cpu_count()
     assert found["memory_bytes"] is None or 2**28 < found["memory_bytes"] < 2**50

@@ -65,6 +65,11 @@ def device_name() -> str:
     return floor().device_name()
 
 
+def full_precision():
+    """A context in which float32 is float32: GPUs shorten the factors of a product to 10 bits (TF32) by default."""
+    return floor().full_precision()
+
+
 def main_output(outputs):
     """The logits of a model that may have auxiliary heads: its only output, or the first of several."""
     return outputs[0] if isinstance(outputs, list | tuple) else outputs

@@ -64,6 +64,10 @@ def device_name() -> str:
     return jax.devices()[0].device_kind
 
 
+def full_precision():
+    return jax.default_matmul_precision("highest")
+
+
 class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1):
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate

@@ -4,6 +4,7 @@ In a functional model's graph batch norm is TensorFlow's fused one, both ways (K
 each a pass over the activations), and a convolution puts the zeros around its input itself.
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import keras
@@ -28,6 +29,16 @@ def accelerated() -> bool:
 def device_name() -> str:
     gpus = tf.config.list_physical_devices("GPU")
     return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+
+
+@contextmanager
+def full_precision():
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 class Engine:

@@ -11,6 +11,7 @@ the device is recorded once as a CUDA graph, and then replayed.
 import ctypes
 import os
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import keras
@@ -47,6 +48,19 @@ def accelerated() -> bool:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if accelerated() else "cpu"
+
+
+@contextmanager
+def full_precision():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 class Engine:
@@ -101,7 +115,8 @@ class Engine:
 
     def train_steps(self, pictures, draws):
         draws = ops.convert_to_tensor(draws)
-        if accelerated():
+        # With loss scaling the host decides by a value of the device whether a step counts.
+        if accelerated() and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             if self._recording is None or self._recording.pictures is not pictures:
                 self._recording = _Recording(self.train_step, pictures)
             results = [self._recording.step(draw) for draw in draws]

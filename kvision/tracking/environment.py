@@ -51,12 +51,13 @@ def versions(backend: str | None = None) -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, str | int | None]:
-    """The machine: cpu (its model), cores (usable by this process), memory_bytes (or None), system."""
+def hardware() -> dict[str, str | int | list[str] | None]:
+    """The machine: cpu (its model), cores (usable by this process), memory_bytes (or None), gpus, system."""
     return {
         "cpu": _cpu(),
         "cores": _cores(),
         "memory_bytes": _memory(),
+        "gpus": gpus(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
     }
 

@@ -13,6 +13,7 @@ from types import NoneType
 import ml_dtypes
 import numpy as np
 
+from kvision import engine
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.adapt import adapt_kernel, adaptable
 from kvision.weights.archive import Archive, WeightsError, digest, dtype_fault, listed, refusal, write
@@ -91,13 +92,14 @@ def probe_images(shape: tuple[int, int, int]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _full_precision(model) -> Iterator[None]:
-    """Compute in the dtype of the variables: a network trained in mixed precision has its file's logits."""
+    """Compute in the dtype of the variables, on a GPU too: a network trained in less has its file's logits."""
     layers = [layer for layer in model._flatten_layers() if layer.compute_dtype != layer.variable_dtype]
     policies = [layer.dtype_policy for layer in layers]
     for layer in layers:
         layer.dtype_policy = layer.variable_dtype
     try:
-        yield
+        with engine.full_precision():
+            yield
     finally:
         for layer, policy in zip(layers, policies, strict=True):
             layer.dtype_policy = policy
