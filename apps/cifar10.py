@@ -2,7 +2,7 @@
 
 The default, airbench_small, is a first run for two CPU cores: expect 89.7 to 89.9 % of the 10,000 test images (seed 0,
 one run on each backend). On two cores of a Xeon with AVX-512 it trains in 400 s on PyTorch; the README has the others.
-Two recipes are for a GPU. `--model resnet20` is that of He et al. 2015, 164 epochs: 91.43 % in 159 s (JAX, an H200,
+Two recipes are for a GPU. `--model resnet20` is that of He et al. 2015, 164 epochs: 91.4 % in 159 s (JAX, an H200,
 float32, seed 0, one run; the paper has 91.25 %). `--model airbench94 --dtype bfloat16` is that of Jordan 2024: 94.07 %
 on six views of each test image (JAX, ten runs; 94.04 % on PyTorch), in seconds, see docs/engine.md.
 """
