@@ -36,7 +36,7 @@ from pathlib import Path
 import keras
 
 from kvision import engine as floors
-from kvision import flags, run, training
+from kvision import flags, optimizers, run, training
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
 from kvision.random import key
@@ -114,7 +114,7 @@ class RegularizeConfig:
     epochs: int = flag(30, "times that every training image is shown")
     batch_size: int = flag(100, "images a step")
     learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=training.SCHEDULES)
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
     limit: int = flag(2000, "train on so many images, drawn evenly from the classes")
     limit_test: int | None = flag(None, "test on so many images; none takes all")
     test_every: int = flag(5, "epochs from one scoring to the next")

@@ -219,7 +219,7 @@ def train_engine(
         input: "host", where batches are made while training goes on, or "device", which has all images and makes them.
         chunk: with input "device": steps in one program, a divisor of `steps`.
     """
-    from kvision import training, zoo
+    from kvision import optimizers, zoo
     from kvision.layers import blank
     from kvision.tasks.classification import cross_entropy
     from kvision.weights.initial import initialize
@@ -229,7 +229,7 @@ def train_engine(
     with blank():
         model = zoo.create_model(name, images.shape[1:], peers.CLASSES[network], **arguments)
     initialize(model, 0)
-    optimizer = training.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         "sgd", peers.LEARNING_RATES[network], momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY
     )
     optimizer.build(model.trainable_variables)

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import flags, regularizers, training, zoo
+from kvision import flags, optimizers, regularizers, training, zoo
 from kvision.checkpoints import Checkpoints
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
@@ -31,7 +31,6 @@ from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.page import write
 from kvision.tracking.report import Mistake, write_report
-from kvision.transfer import LearningRateFactors
 from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
@@ -55,10 +54,10 @@ class Config:
     epochs: int = flag(10, "times that every training image is shown; 0 scores the initial weights or --weights")
     batch_size: int = flag(128, "images a step")
     learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
-    optimizer: str = flag("sgd", "sgd, adam or adamw", choices=training.OPTIMIZERS)
+    optimizer: str = flag("sgd", "sgd, adam or adamw", choices=optimizers.OPTIMIZERS)
     momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
     weight_decay: float = flag(0.0, "decoupled weight decay of the kernels, times the learning rate each step")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=training.SCHEDULES)
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
     warmup: float = flag(0.0, "share of the steps in which the learning rate rises")
     label_smoothing: float = flag(0.0, "share of the target that is spread over all classes")
     l1: float = flag(0.0, "penalty on the sum of the kernels' absolute values")
@@ -359,7 +358,7 @@ def train(
         note: a remark on the data for the report.
         skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
         prepare: called with the model before training, to freeze layers.
-        factors: learning-rate factors by variable pattern, see `kvision.transfer.LearningRateFactors`.
+        factors: learning-rate factors by variable pattern, see `kvision.optimizers.LearningRateFactors`.
 
     Returns, raises: as `classify`.
     """
@@ -501,9 +500,9 @@ def sweep(folder: Path) -> None:
 def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
     """The optimizer that a configuration describes, its schedule laid over the whole run."""
     total = max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
-    optimizer = training.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
-        training.schedule(config.schedule, config.learning_rate, total, config.warmup),
+        optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_global_norm=config.clip,
@@ -512,15 +511,15 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
     if config.bias_factor != 1:
         factors[r".*bn/beta"] = config.bias_factor
     if factors:
-        optimizer = LearningRateFactors(optimizer, factors)
+        optimizer = optimizers.LearningRateFactors(optimizer, factors)
     if config.lookahead is not None:
-        optimizer = training.Lookahead(optimizer, total, config.lookahead)
+        optimizer = optimizers.Lookahead(optimizer, total, config.lookahead)
     # An average is of the weights that are trained, the drawing back included.
     if config.ema is not None:
-        optimizer = training.ExponentialAverage(optimizer, config.ema)
+        optimizer = optimizers.ExponentialAverage(optimizer, config.ema)
     if config.swa is not None:
         first = max(1, config.epochs - round(config.swa * config.epochs))
-        optimizer = training.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
+        optimizer = optimizers.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
     return keras.optimizers.LossScaleOptimizer(optimizer) if config.dtype == "float16" else optimizer
 
 

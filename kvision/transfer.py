@@ -1,4 +1,4 @@
-"""From one task to another: a new head, frozen layers, a smaller learning rate for what was learned before."""
+"""From one task to another: a new head, and layers that keep what they learned before."""
 
 import re
 
@@ -66,66 +66,3 @@ def unfreeze(model: keras.Model, pattern: str) -> list[str]:
     for layer in released:
         layer.trainable = True
     return [layer.name for layer in released]
-
-
-@keras.saving.register_keras_serializable("kvision")
-class LearningRateFactors(keras.optimizers.Optimizer):
-    """An optimizer whose step is `factor` times as long for the variables whose path matches.
-
-    The step of any optimizer is scaled, weight decay included: after the inner update from `old` to `new` the variable
-    is set to `old + factor (new - old)`. For SGD, Adam and their like, whose steps are proportional to the learning
-    rate, this is that learning rate times the factor.
-
-    Args:
-        inner: any Keras optimizer.
-        factors: regular expression for a whole variable path -> factor; the first match counts, no match means 1.
-    """
-
-    def __init__(self, inner: keras.optimizers.Optimizer, factors: dict[str, float], **options):
-        super().__init__(learning_rate=0.0, **options)
-        self.inner, self.factors = inner, dict(factors)
-
-    def factor(self, path: str) -> float:
-        """The factor of the variable with this path."""
-        return next((value for pattern, value in self.factors.items() if re.fullmatch(pattern, path)), 1.0)
-
-    def build(self, variables):
-        unused = [p for p in self.factors if not any(re.fullmatch(p, v.path) for v in variables)]
-        if unused:
-            raise ValueError(f"no trainable variable matches the learning-rate factor's pattern {unused[0]!r}")
-        if not self.inner.built:
-            self.inner.build(variables)
-        super().build(variables)
-
-    @property
-    def variables(self):
-        return self._variables[:] + self.inner.variables
-
-    @property
-    def learning_rate(self):
-        return self.inner.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value):
-        self.inner.learning_rate = value
-
-    @property
-    def iterations(self):
-        return self.inner.iterations
-
-    def apply(self, grads, trainable_variables=None):
-        if not self.built:
-            self.build(trainable_variables)
-        scaled = [(variable, self.factor(variable.path)) for variable in self._trainable_variables]
-        scaled = [(variable, keras.ops.copy(variable.value), factor) for variable, factor in scaled if factor != 1]
-        self.inner.apply(grads, trainable_variables)
-        for variable, old, factor in scaled:
-            variable.assign(old + factor * (variable.value - old))
-
-    def get_config(self):
-        return {"inner": keras.saving.serialize_keras_object(self.inner), "factors": self.factors}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        inner = keras.saving.deserialize_keras_object(config["inner"], custom_objects=custom_objects)
-        return cls(inner, config["factors"])

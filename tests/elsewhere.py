@@ -16,9 +16,10 @@ import numpy as np
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, global_pool, logits
+from kvision.optimizers import ExponentialAverage, make_optimizer, schedule
 from kvision.regularizers.activations import Dropout
 from kvision.tasks.classification import cross_entropy
-from kvision.training import ExponentialAverage, fit, make_optimizer, schedule
+from kvision.training import fit
 from kvision.weights.initial import initialize
 
 

@@ -41,7 +41,7 @@ def child(folder: Path, epochs: int) -> None:
     """Train in `folder`, going on from its checkpoints, and write there what came of it (result.json)."""
     import keras
 
-    from kvision import training
+    from kvision import optimizers, training
     from kvision.data.batches import Augmentation, Batches
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
@@ -58,8 +58,8 @@ def child(folder: Path, epochs: int) -> None:
     outputs = logits(10)(dropout(0.3, name="dropout")(global_pool()(x_inputs)))
     model = keras.Model(inputs, outputs, name="killed")
     initialize(model, 0)
-    rate = training.schedule("cosine", 0.05, epochs * STEPS, 0.1)
-    optimizer = training.ExponentialAverage(training.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
+    rate = optimizers.schedule("cosine", 0.05, epochs * STEPS, 0.1)
+    optimizer = optimizers.ExponentialAverage(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
     draw = batches.draws

@@ -17,9 +17,8 @@ from apps import cifar10, mnist, regularize, transfer
 from kvision import engine, flags
 from kvision.data import load
 from kvision.flags import UsageError
+from kvision.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
 from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
-from kvision.training import ExponentialAverage, Lookahead, StochasticAverage
-from kvision.transfer import LearningRateFactors
 from kvision.weights import inspect, verify
 from tests.drawn import real_data, write_shapes
 

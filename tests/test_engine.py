@@ -9,8 +9,9 @@ from kvision import engine, regularizers
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.graph import Graph
 from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
+from kvision.optimizers import make_optimizer
 from kvision.tasks.classification import cross_entropy
-from kvision.training import make_optimizer, predict
+from kvision.training import predict
 from tests.arrays import noise, value, values
 
 layers = keras.layers
@@ -241,6 +242,24 @@ def test_running_statistics_of_one_step(options, shape):
     pixels, keep = x.astype(np.float64).reshape(-1, 4), options.get("momentum", 0.9)
     np.testing.assert_allclose(value(bn.moving_mean), keep * mean + (1 - keep) * pixels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(value(bn.moving_variance), keep * variance + (1 - keep) * pixels.var(axis=0), rtol=1e-5)
+
+
+def test_a_batch_norm_called_twice_moves_twice():
+    """By the statistics of its input, then by those of its own output."""
+    inputs = keras.Input((6, 5, 4))
+    twice = batch_norm(name="bn")
+    model = fill(keras.Model(inputs, logits(3)(layers.Flatten(name="flatten")(twice(twice(inputs))))))
+    bn, x = model.get_layer("bn"), 2 * noise(7, 6, 5, 4) + 3
+    mean, variance = value(bn.moving_mean).astype(np.float64), value(bn.moving_variance).astype(np.float64)
+    gamma, beta, pixels = value(bn.gamma), value(bn.beta), x.astype(np.float64).reshape(-1, 4)
+    for _ in range(2):
+        mean, variance = 0.9 * mean + 0.1 * pixels.mean(axis=0), 0.9 * variance + 0.1 * pixels.var(axis=0)
+        pixels = (pixels - pixels.mean(axis=0)) / np.sqrt(pixels.var(axis=0) + 1e-5) * gamma + beta
+    floor = floor_of(model, keras.optimizers.SGD(0.1))
+    floor.train_step(x, np.zeros(7, np.int32))
+    floor.push()
+    np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
+    np.testing.assert_allclose(value(bn.moving_variance), variance, rtol=1e-5)
 
 
 def test_a_frozen_batch_norm_stays_as_it_is():

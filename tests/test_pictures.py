@@ -10,9 +10,10 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.pictures import PLACES, Pictures
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.optimizers import WarmUp, make_optimizer
 from kvision.regularizers.samples import Mixed, Mixup
 from kvision.tasks.classification import cross_entropy
-from kvision.training import WarmUp, fit, make_optimizer, values
+from kvision.training import fit, values
 from kvision.weights.initial import initialize
 
 layers, array = keras.layers, ops.convert_to_numpy

@@ -12,9 +12,9 @@ from keras import ops
 
 from kvision import engine
 from kvision.layers import activation, batch_norm, conv, dense, depthwise_conv, logits, max_pool
+from kvision.optimizers import make_optimizer
 from kvision.regularizers import batch_norm as norms
 from kvision.tasks.classification import cross_entropy
-from kvision.training import make_optimizer
 from tests.arrays import noise, value, values
 
 layers = keras.layers

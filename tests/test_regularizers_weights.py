@@ -9,9 +9,9 @@ from keras import ops
 
 from kvision import engine
 from kvision.layers import batch_norm, conv, logits
+from kvision.optimizers import make_optimizer
 from kvision.regularizers import KERNELS, MaxNorm, Orthogonal, attach, constrain, decay
 from kvision.regularizers.weights import Sum
-from kvision.training import make_optimizer
 from tests.arrays import noise, values
 
 L1L2 = keras.regularizers.L1L2

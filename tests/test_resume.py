@@ -21,10 +21,11 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.flags import guard
 from kvision.interruption import Interrupted, Interruption
 from kvision.layers import logits
+from kvision.optimizers import ExponentialAverage, make_optimizer
 from kvision.regularizers.samples import Mixed, Mixup, RandomErasing
 from kvision.run import command
 from kvision.tasks.classification import cross_entropy
-from kvision.training import DivergedError, EarlyStopping, ExponentialAverage, fit, make_optimizer
+from kvision.training import DivergedError, EarlyStopping, fit
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initial import initialize

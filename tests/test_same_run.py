@@ -14,9 +14,8 @@ from kvision import engine, regularizers, zoo
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.optimizers import LearningRateFactors, make_optimizer, schedule
 from kvision.tasks.classification import cross_entropy
-from kvision.training import make_optimizer, schedule
-from kvision.transfer import LearningRateFactors
 from kvision.weights.initial import initialize
 
 layers, initializers = keras.layers, keras.initializers

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import training
+from kvision import optimizers, training
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
+from kvision.optimizers import (
+    ExponentialAverage,
+    LearningRateFactors,
+    Lookahead,
+    StochasticAverage,
+    make_optimizer,
+    schedule,
+)
 from kvision.regularizers import MaxNorm, constrain
 from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks.classification import (
@@ -21,17 +29,7 @@ from kvision.tasks.classification import (
     score,
     worst_mistakes,
 )
-from kvision.training import (
-    DivergedError,
-    EarlyStopping,
-    ExponentialAverage,
-    Lookahead,
-    StochasticAverage,
-    fit,
-    make_optimizer,
-    schedule,
-)
-from kvision.transfer import LearningRateFactors
+from kvision.training import DivergedError, EarlyStopping, fit
 from kvision.weights.initial import initialize
 
 layers = keras.layers
@@ -96,7 +94,7 @@ def test_unknown_schedules_and_optimizers_are_named():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, linear, steps, got 'sawtooth'"):
         schedule("sawtooth", 0.1, 10)
     with pytest.raises(ValueError, match="'linear', 'cosine' or not"):
-        training.WarmUp(0.1, 10, kind="steps")
+        optimizers.WarmUp(0.1, 10, kind="steps")
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adam, adamw, got 'lion'"):
         make_optimizer("lion", 0.1)
 
@@ -104,7 +102,7 @@ def test_unknown_schedules_and_optimizers_are_named():
 # Optimizers
 
 
-@pytest.mark.parametrize("name", training.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_weight_decay_takes_kernels_alone(name):
     """With gradients of zero nothing moves but what decays: by learning rate times decay of itself."""
     x = inputs = keras.Input((4, 4, 2))

@@ -9,9 +9,9 @@ import pytest
 from keras import ops
 
 from kvision import engine, regularizers, zoo
+from kvision.optimizers import LearningRateFactors, make_optimizer
 from kvision.tasks.classification import cross_entropy
-from kvision.training import make_optimizer
-from kvision.transfer import LearningRateFactors, freeze, swap_head, unfreeze
+from kvision.transfer import freeze, swap_head, unfreeze
 from tests.arrays import noise, values
 
 layers = keras.layers

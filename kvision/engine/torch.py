@@ -294,6 +294,9 @@ class _Statistics:
     """What the batch norms of one pass saw, kept for all layers together: one by one it would be 5 operations each."""
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
         self.layers, self.means, self.deviations = [], [], []
 
     def add(self, layer, mean, deviation):
@@ -319,7 +322,7 @@ class _Statistics:
                     seen += [mean, variance]
             seen = [new.to(old.dtype) for old, new in zip(running, seen, strict=True)]
             torch._foreach_lerp_(running, seen, 1 - momentum)
-        self.__init__()
+        self.clear()
 
 
 def _ready(layer, pads=None, relu=False, *, training, statistics):

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kvision import engine, training
+from kvision import engine, optimizers, training
 from kvision.data import DataError
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
@@ -152,8 +152,8 @@ def _layers(model, runner, batch, training: bool) -> list[Tensor]:
 
 def _steps(model, question: Question, loss, images, labels) -> list[float]:
     """Train; the losses."""
-    rates = training.schedule("cosine", question.learning_rate, question.steps, WARMUP)
-    optimizer = training.make_optimizer("sgd", rates, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    rates = optimizers.schedule("cosine", question.learning_rate, question.steps, WARMUP)
+    optimizer = optimizers.make_optimizer("sgd", rates, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     optimizer.build(model.trainable_variables)
     runner = engine.create(model, optimizer, loss)
     augmentation = Augmentation(True, min(SHIFT, *(side // 4 for side in images.shape[1:3])))
