@@ -29,7 +29,7 @@ from kvision.tracking.progress import Progress
 
 IMAGES_ON = ("auto", "host", "device")
 STEPS_AT_ONCE = 50  # on an accelerator
-DEVICE_BYTES = 4 * 2**30  # of uint8 training images that "auto" keeps on the device
+DEVICE_BYTES = 2**30  # of uint8 training images that "auto" keeps on the device; CIFAR-10 has 240 MB with its border
 TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
 # Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
 RECALIBRATION_IMAGES = 10_000

@@ -195,3 +195,32 @@ def test_moved_views_want_a_border(pictures):
     shown = Pictures(batches_of(pictures))
     with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
         training.predict_pictures(engine.create(network()), shown, views="shifted")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"images_on": "host"}, False),
+        ({"engine": "keras"}, False),
+        ({"bytes": 100}, False),
+        ({"own": 1}, False),
+    ],
+    ids=["auto", "host", "keras", "too many", "shows something else"],
+)
+def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, expected):
+    batches = batches_of(pictures)
+    if "bytes" in change:
+        monkeypatch.setattr(training, "DEVICE_BYTES", change["bytes"])
+    if "own" in change:
+        batches.epoch = lambda epoch, start=0: iter(())
+    found = training._pictures(batches, change.get("images_on", "auto"), change.get("engine", "native"))
+    assert isinstance(found, Pictures) is expected
+
+
+def test_images_of_a_float64_run_are_numpys(pictures):
+    engine.configure("float64")
+    try:
+        assert training._pictures(batches_of(pictures), "auto", "native") is None
+    finally:
+        engine.configure()

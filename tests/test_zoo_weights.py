@@ -66,9 +66,7 @@ def test_weights_for_other_channels(stored):
 def test_weights_by_name():
     assert weights.find("airbench_small.cifar10") == weights.shipped()["airbench_small.cifar10"]
     assert weights.find("softmax.mnist.npz").name == "softmax.mnist.npz"
-    with pytest.raises(
-        weights.WeightsError, match=r"airbench_smal\.cifar10: .* did you mean airbench_small\.cifar10\?"
-    ):
+    with pytest.raises(weights.WeightsError, match=r"airbench_smal\.cifar10: .* did you mean airbench_small\.cifar10"):
         weights.find("airbench_smal.cifar10")
     model = kvision.create_model("softmax", weights="softmax.mnist")
     assert model.input_shape == (None, 28, 28, 1)
