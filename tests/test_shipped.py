@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import keras
 import pytest
 
 from kvision.weights import inspect, table, verify
@@ -35,6 +36,7 @@ def test_shipped_manifests_are_complete(path):
     assert "python -m apps." in manifest["provenance"]["command"]
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="builds the whole zoo, with the same counts everywhere")
 def test_readmes_are_up_to_date():
     found = importlib.util.spec_from_file_location("update", ROOT / "docs" / "update.py")
     update = importlib.util.module_from_spec(found)
