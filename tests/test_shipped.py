@@ -13,9 +13,8 @@ SHIPPED = sorted((ROOT / "weights").glob("*.npz"))
 
 
 def test_weights_ship():
-    assert {"softmax.mnist", "mnist_cnn.mnist", "airbench_small.cifar10", "resnet20.cifar10"} <= {
-        path.stem for path in SHIPPED
-    }
+    names = {"softmax.mnist", "mnist_cnn.mnist", "airbench_small.cifar10", "resnet20.cifar10"}
+    assert names <= {path.stem for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
