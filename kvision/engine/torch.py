@@ -82,6 +82,7 @@ class Engine:
             ready = partial(_ready, training=training, statistics=statistics)
             self._graphs[training] = Graph(self.model, ready), statistics
         graph, statistics = self._graphs[training]
+        statistics.clear()  # of a pass that was broken off
         outputs = graph(ops.convert_to_tensor(images, self.model.inputs[0].dtype))
         statistics.keep()
         return outputs
