@@ -133,8 +133,16 @@ def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path
     ],
     ids=lambda changes: changes.get("dtype", "keras"),
 )
-def test_ways_to_compute_a_run(changes, images, tmp_path):
+def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
     """Each learns as float32 does: the losses of the first steps are the same within half precision's rounding."""
+    kinds, create = set(), engine.create
+
+    def noted(*arguments):
+        made = create(*arguments)
+        kinds.add(type(made).__module__)
+        return made
+
+    monkeypatch.setattr(engine, "create", noted)
     base = replace(
         cifar10.RECIPES["airbench_small"],
         data=images,
@@ -153,7 +161,9 @@ def test_ways_to_compute_a_run(changes, images, tmp_path):
         engine.configure("float32")
     limit = 1e-4 if changes.get("dtype") != "float16" else 0.1
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=limit)
-    assert losses[1] != losses[0]
+    # Keras's own step can give the same losses to the bit.
+    assert losses[1] != losses[0] or changes.get("engine") == "keras"
+    assert ("kvision.engine.keras" in kinds) is (changes.get("engine") == "keras")
 
 
 @pytest.mark.parametrize(
