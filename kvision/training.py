@@ -462,7 +462,7 @@ def fit(
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
         images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
             makes them there, within the step, see `kvision.engine.pictures`; "auto" is that for all batches that can be
-            and are not more than 4 GiB, but in float64.
+            and are not more than 1 GiB, but in float64.
         steps_at_once: steps of images on the device in one program; None is about 50 on an accelerator, 1 on a CPU,
             where a loop within a program is slow, or where a callback is told of every step.
         on_epoch: called after every epoch (and once on resumption) with the history so far.

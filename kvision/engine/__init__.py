@@ -60,11 +60,6 @@ def accelerated() -> bool:
     return floor().accelerated()
 
 
-def device_name() -> str:
-    """What the active backend computes on, as its maker calls it: "NVIDIA H100 80GB HBM3"; "cpu" of a CPU."""
-    return floor().device_name()
-
-
 def full_precision():
     """A context in which float32 is float32: GPUs shorten the factors of a product to 10 bits (TF32) by default."""
     return floor().full_precision()

@@ -3,8 +3,8 @@
 On a CPU two of XLA's gradients are slow: that of a convolution to its kernel takes 2.5 to 5 times the convolution's own
 time, that of 2x2 max pooling 31 times. Cut into chunks of the batch and written as a convolution in XLA's own layout,
 the first takes 1.1 to 3 times; as a maximum of slices, pooling and its gradient take 1.6 times the plain pooling. So
-those two are put into a functional model's graph; other devices keep XLA's. (Least of 5 to 7 timings on two cores of a
-Xeon with AVX-512, JAX 0.10.2, shapes of ResNet-20 and airbench_small at batch 128 and 240.)
+those two are put into a functional model's graph; other devices keep XLA's gradient of a convolution. (Least of 5 to 7
+timings on two cores of a Xeon with AVX-512, JAX 0.10.2, shapes of ResNet-20 and airbench_small at batch 128 and 240.)
 
 Compiling takes far longer than a step, so what was compiled is kept in a folder and found there by the next process.
 """
@@ -58,10 +58,6 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
 
 def accelerated() -> bool:
     return jax.default_backend() != "cpu"
-
-
-def device_name() -> str:
-    return jax.devices()[0].device_kind
 
 
 def full_precision():

@@ -26,11 +26,6 @@ def accelerated() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def device_name() -> str:
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
-
-
 @contextmanager
 def full_precision():
     before = tf.config.experimental.tensor_float_32_execution_enabled()

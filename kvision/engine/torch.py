@@ -46,10 +46,6 @@ def accelerated() -> bool:
     return torch.cuda.is_available()
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if accelerated() else "cpu"
-
-
 @contextmanager
 def full_precision():
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -78,14 +74,16 @@ class Engine:
         if not is_graph(self.model):
             return self.model(ops.convert_to_tensor(images), training=training)
         if training not in self._graphs:
-            statistics = _Statistics()
-            ready = partial(_ready, training=training, statistics=statistics)
-            self._graphs[training] = Graph(self.model, ready), statistics
+            self._graphs[training] = self._graph(training)
         graph, statistics = self._graphs[training]
         statistics.clear()  # of a pass that was broken off
         outputs = graph(ops.convert_to_tensor(images, self.model.inputs[0].dtype))
         statistics.keep()
         return outputs
+
+    def _graph(self, training, joined=True):
+        statistics = _Statistics()
+        return Graph(self.model, partial(_ready, training=training, statistics=statistics), joined), statistics
 
     def _part(self, images, labels):
         variables = [variable.value for variable in self.model.trainable_variables]
@@ -144,10 +142,9 @@ class Engine:
             return self.loss(labels, outputs), _count(labels, main_output(outputs))
 
     def tap(self, images, training=False):
-        seen, statistics = Taps(), _Statistics()
-        ready = partial(_ready, training=training, statistics=statistics)
+        seen, (graph, statistics) = Taps(), self._graph(training, joined=False)
         with torch.no_grad():
-            Graph(self.model, ready, joined=False)(ops.convert_to_tensor(images), seen)
+            graph(ops.convert_to_tensor(images), seen)
         statistics.keep()
         return seen.rows
 
