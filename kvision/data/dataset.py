@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvision.data.untrusted import printable
+
 # The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
 RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")
 
@@ -14,7 +16,13 @@ MAX_CLASSES = 100_000
 
 
 class DataError(ValueError):
-    """A data set that cannot be read: the message is one line, and says what was expected and what came."""
+    """A data set that cannot be read: the message is one line, and says what was expected and what came.
+
+    Names from a file may hold anything, so what is not printable in the message is replaced here.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(str(message)))
 
 
 class DataUnavailable(DataError):  # noqa: N818  (it is raised to be caught, and reads as what it says)

@@ -1,0 +1,65 @@
+"""What every reader of a foreign file shares: which files are opened at all, how much memory one may take, and how its
+names enter a message."""
+
+import os
+import stat
+from typing import BinaryIO
+
+BASE = 64 << 20  # bytes that reading any file may take
+FACTOR = 8  # and so many more for each byte of the file
+
+
+class Budget:
+    """The memory that reading one file may take: 64 MiB and 8 times the file's size.
+
+    A reader takes from it what it is about to allocate, before it allocates it, so that no number in a file, and no
+    repetition, asks for more than the file's own size explains.
+
+    Args:
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.limit = size, BASE + FACTOR * size
+        self.left = self.limit
+
+    def take(self, count: int, what: str) -> None:
+        """Take `count` bytes; ValueError, which names `what` they are for, where they are not left."""
+        if count < 0 or count > self.left:
+            raise ValueError(
+                f"{what} would take more than the {self.limit:,} bytes that a file of {self.size:,} may ask for "
+                f"(64 MiB and {FACTOR} times its size)"
+            )
+        self.left -= count
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, opened to be read in binary.
+
+    Opening a pipe or a device may wait for ever, so the path is looked at first, and what was opened once more: in
+    between another process could have put something else there.
+
+    Raises:
+        OSError: there is no such file, it cannot be opened, or it is a folder, pipe, socket or device. `strerror` says
+            which.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "is not a regular file", os.fspath(path))
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "is not a regular file", os.fspath(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def printable(message: str, most: int = 1_000) -> str:
+    """A message as one line without control characters, whatever the names in a hostile file hold.
+
+    Escape sequences would reach the terminal, which obeys them; characters that are no Unicode would end in an error
+    where the message is printed.
+    """
+    line = "".join(character if character.isprintable() else "?" for character in message)
+    return line if len(line) <= most else line[: most - 3] + "..."
