@@ -15,6 +15,7 @@ below are the same ones in these units. As in https://github.com/hiverge/cifar10
 quarter of the test images that the network is least sure of. `--recipe app` is the app's own recipe.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -94,6 +95,7 @@ class Config:
     learning_rate: float | None = setting(None, "none takes the recipe's")
     views: str | None = setting(None, "none takes the recipe's")
     unsure: float = setting(UNSURE, "share of the test images, the least sure ones, that are scored on the views")
+    compile: bool = setting(True, "PyTorch: compile the step; JAX's is compiled in any case")
     dtype: str = setting("bfloat16", "what layers compute in", choices=tuple(engine.POLICIES))
     limit: int | None = setting(None, "train on so many images; none takes all")
     limit_test: int | None = setting(None, "test on so many images; none takes all")
@@ -262,6 +264,8 @@ def main(argv=None) -> None:
         dataset, _ = read_data(recipe, DATASETS, log=lambda text: print(text, file=sys.stderr))
         dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=0)
         course = Course(recipe, dataset, config.recipe == "muon", config.unsure)
+        if backend == "torch" and config.compile:
+            importlib.import_module("kvision.engine.torch_compiled").compile_steps(course.engine)
         started = time.perf_counter()
         course.run(config.first, steps=course.at_once + 1)
         hardware = environment.hardware()
@@ -271,6 +275,7 @@ def main(argv=None) -> None:
             "device": hardware["gpus"][0].partition(",")[0] if engine.accelerated() else "cpu",
             "model": recipe.model,
             "recipe": config.recipe,
+            "compiled": backend == "jax" or (backend == "torch" and config.compile),
             "epochs": recipe.epochs,
             "learning_rate": recipe.learning_rate,
             "dtype": recipe.dtype,

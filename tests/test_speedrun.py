@@ -46,7 +46,7 @@ def test_its_table_holds_every_file(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "ROOT", tmp_path)
     page = tmp_path / "docs" / "engine.md"
     page.write_text("before\n<!-- speedrun:start -->\n<!-- speedrun:end -->\nafter\n")
-    arguments = "--n 2 --recipe app --model softmax --epochs 1 --unsure 1.0 --dtype float32"
+    arguments = "--n 2 --recipe app --model softmax --epochs 1 --unsure 1.0 --no-compile --dtype float32"
     speedrun.main([*arguments.split(), "--data", data, "--write"])
     (file,) = (tmp_path / "docs" / "measured").glob("speedrun-*.json")
     report = json.loads(file.read_text())
