@@ -197,10 +197,12 @@ class Clock:
             )
         counts, seconds, cpu = np.transpose(self.ends)
         measured = np.arange(self.warmup, len(losses) + 1)
-        step = float(np.median(np.diff(np.interp(measured, counts, seconds))))
+        steps = np.diff(np.interp(measured, counts, seconds))
+        step = float(np.median(steps))
         cpu_before, cpu_after = np.interp(measured[[0, -1]], counts, cpu)
         return {
             "step_seconds": step,
+            "step_seconds_of_thirds": [float(np.median(part)) for part in np.array_split(steps, 3) if len(part)],
             "step_cpu_seconds": float(cpu_after - cpu_before) / (len(losses) - self.warmup),
             "seconds_to_first_step": self.seconds_to_first_step,
             "compile_seconds": max(0.0, float(seconds[1] - seconds[0] - counts[1] * step)),

@@ -60,21 +60,23 @@ MUON = replace(
 BIAS_RATE, HEAD_RATE = 0.053 * 2000, 0.67 * 2000 * (9 / 256) ** 2
 DECAY = 2e-6 * 2000  # share of a variable that a step of the full rate takes away
 WHITEN_EPOCHS = 3  # in which the whitening layer's bias is trained
+TEST_BATCH = 5000
 
 
-def muon(recipe, steps: int) -> Muon:
+def muon(recipe, steps: int, whiten_epochs: int = WHITEN_EPOCHS) -> Muon:
     """The recipe's optimizer, of epochs of so many steps."""
-    total = recipe.epochs * steps
-    biases = schedule("linear", BIAS_RATE, total), DECAY / BIAS_RATE
+    total, whiten = recipe.epochs * steps, {}
+    if whiten_epochs:
+        whiten["whiten_conv/bias"] = schedule("linear", BIAS_RATE, whiten_epochs * steps), DECAY / BIAS_RATE
     return Muon(
         schedule("linear", recipe.learning_rate, total),
         recipe.momentum,
         steps=3,
         dtype="bfloat16",
         normalize=True,
-        sgd={
-            "whiten_conv/bias": (schedule("linear", BIAS_RATE, WHITEN_EPOCHS * steps), DECAY / BIAS_RATE),
-            ".*bn/beta": biases,
+        sgd=whiten
+        | {
+            ".*bn/beta": (schedule("linear", BIAS_RATE, total), DECAY / BIAS_RATE),
             "logits/kernel": (schedule("linear", HEAD_RATE, total), DECAY / HEAD_RATE),
         },
         sgd_momentum=0.85,
@@ -94,6 +96,7 @@ class Config:
     epochs: int | None = setting(None, "none takes the recipe's")
     learning_rate: float | None = setting(None, "none takes the recipe's")
     views: str | None = setting(None, "none takes the recipe's")
+    whiten_epochs: int = setting(WHITEN_EPOCHS, "of muon's: epochs in which the whitening layer's bias is trained")
     unsure: float = setting(UNSURE, "share of the test images, the least sure ones, that are scored on the views")
     compile: bool = setting(True, "PyTorch: compile the step; JAX's is compiled in any case")
     dtype: str = setting("bfloat16", "what layers compute in", choices=tuple(engine.POLICIES))
@@ -104,7 +107,7 @@ class Config:
     write: bool = setting(False, "put the table of all such files into docs/engine.md; with --n 0 do only this")
 
     def __post_init__(self):
-        flags.expect(self, "n first", lambda value: value >= 0, "at least 0")
+        flags.expect(self, "n first whiten_epochs", lambda value: value >= 0, "at least 0")
         flags.expect(self, "epochs limit limit_test", lambda value: value >= 1, "at least 1")
         flags.expect(self, "unsure", lambda value: 0 < value <= 1, "above 0 and at most 1")
 
@@ -122,11 +125,12 @@ def recipe_of(config: Config):
     return replace(recipe, **{name: value for name, value in own.items() if value is not None})
 
 
-def build_muon(recipe, dataset):
-    """The network with a bias in its whitening layer, whose kernel alone is frozen, and its preprocessing."""
+def build_muon(recipe, dataset, whiten_epochs: int = WHITEN_EPOCHS):
+    """The network with a bias in its whitening layer, whose kernel is frozen, and its preprocessing."""
     with blank():  # each run sets the weights
         model = zoo.create_model(recipe.model, dataset.input_shape, len(dataset.classes), whiten_bias=True)
-    model.get_layer("whiten_conv").kernel.trainable = False
+    layer = model.get_layer("whiten_conv")
+    layer.kernel.trainable, layer.bias.trainable = False, whiten_epochs > 0
     return model, preprocessing_of(dataset)
 
 
@@ -136,18 +140,26 @@ class Course:
     Args:
         recipe: a configuration of `kvision.run`.
         with_muon: whether its optimizer is `muon`'s.
+        whiten_epochs: of it, epochs in which the whitening layer's bias is trained.
         unsure: share of the test images that are scored on the recipe's views, the others on the image alone.
     """
 
-    def __init__(self, recipe, dataset, with_muon: bool = False, unsure: float = 1.0):
+    def __init__(
+        self,
+        recipe,
+        dataset,
+        with_muon: bool = False,
+        unsure: float = 1.0,
+        whiten_epochs: int = WHITEN_EPOCHS,
+    ):
         self.recipe, self.dataset, self.unsure = recipe, dataset, unsure
         if with_muon:
-            self.model, self.preprocessing = build_muon(recipe, dataset)
+            self.model, self.preprocessing = build_muon(recipe, dataset, whiten_epochs)
         else:
             self.model, self.preprocessing, _ = build(recipe, dataset)
         self.batches = batches_of(recipe, dataset, self.preprocessing)
         steps = self.batches.steps
-        self.optimizer = muon(recipe, steps) if with_muon else optimizer_of(recipe, steps, {})
+        self.optimizer = muon(recipe, steps, whiten_epochs) if with_muon else optimizer_of(recipe, steps, {})
         self.optimizer.build(self.model.trainable_variables)
         self.fresh = training.values(self.optimizer.variables)
         self.engine = engine.create(self.model, self.optimizer, cross_entropy(recipe.label_smoothing))
@@ -190,8 +202,8 @@ class Course:
         """Logits of the test images: of all alone, and of the least sure ones the mean over their views."""
         views = VIEWS[self.recipe.views]
         if self.unsure == 1:
-            return training.predict_pictures(self.engine, self.test, views=self.recipe.views)
-        logits = training.predict_pictures(self.engine, self.test)
+            return training.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.views)
+        logits = training.predict_pictures(self.engine, self.test, TEST_BATCH)
         count = max(1, round(self.unsure * len(logits)))
         unsure = np.argpartition(log_probabilities(logits).max(axis=-1), count - 1)[:count].astype(np.int32)
         moved = [view for view in views if view[1:] != (0, False)]  # the image alone is known
@@ -213,7 +225,7 @@ class Course:
         trained = time.perf_counter()
         logits = self.test_logits()
         ended = time.perf_counter()
-        alone = training.predict_pictures(self.engine, self.test)
+        alone = training.predict_pictures(self.engine, self.test, TEST_BATCH)
         return {
             "seed": seed,
             "seconds": ended - started,
@@ -263,7 +275,7 @@ def main(argv=None) -> None:
         engine.configure(recipe.dtype)
         dataset, _ = read_data(recipe, DATASETS, log=lambda text: print(text, file=sys.stderr))
         dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=0)
-        course = Course(recipe, dataset, config.recipe == "muon", config.unsure)
+        course = Course(recipe, dataset, config.recipe == "muon", config.unsure, config.whiten_epochs)
         if backend == "torch" and config.compile:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(course.engine)
         started = time.perf_counter()

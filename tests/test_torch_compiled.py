@@ -13,7 +13,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.engine.pictures import Pictures
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.muon import Muon
-from kvision.optimizers import make_optimizer, schedule
+from kvision.optimizers import schedule
 from kvision.tasks.classification import cross_entropy
 from kvision.weights.initial import initialize
 
@@ -41,24 +41,18 @@ def network():
     return model
 
 
-def optimizers():
-    rate = schedule("linear", 0.05, 9)
-    yield make_optimizer("sgd", rate, weight_decay=0.01)
-    yield Muon(rate, normalize=True, sgd={"first_bn/.*": (rate, 0.01), "logits/.*": rate})
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["sgd", "muon"])
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler
-def test_compiled_steps_are_the_engines(float64, number):
+def test_compiled_steps_are_the_engines(float64):
     from kvision.engine import torch_compiled
 
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (24, 8, 8, 3), np.uint8), generator.integers(0, 10, 24)
     augmentation = Augmentation(flip=True, shift=1, border="reflect")
     batches = Batches(images, labels, 8, 0, Preprocessing((0.5,) * 3, (0.25,) * 3), augmentation)
-    found = []
+    rate, found = schedule("linear", 0.05, 9), []
     for compiled in (False, True):
-        model, optimizer = network(), list(optimizers())[number]
+        model = network()
+        optimizer = Muon(rate, normalize=True, sgd={"first_bn/.*": (rate, 0.01), "logits/.*": rate})
         optimizer.build(model.trainable_variables)
         trainer = engine.create(model, optimizer, cross_entropy(0.2))
         if compiled:

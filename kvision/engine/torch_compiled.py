@@ -43,14 +43,15 @@ class _CompiledSteps:
         return [torch.stack(values) for values in zip(*results, strict=True)]
 
 
-class _Recordable(torch.overrides.TorchFunctionMode):
-    """Within this one-hot vectors are made without a look at the labels, which a recording cannot take."""
+class _Recordable(eager._Filled):
+    """Within this nothing is copied from the host, as in a CUDA graph, and one-hot vectors are made without a look at
+    the labels, which a recording of operations cannot take."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.one_hot:
             labels, classes = args
             return (labels[..., None] == torch.arange(classes, device=labels.device)).long()
-        return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 class _Program:
