@@ -813,7 +813,6 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
     again, whole = train(checkpoint=tmp_path), train()
     keys = "top", "test_top", "accuracy", "loss"
     assert [[row[key] for key in keys] for row in again.epochs] == [[row[key] for key in keys] for row in whole.epochs]
-    assert all(0 < row["top"] < 1 and row["top"] != row["test_top"] for row in whole.epochs)
     model, (batches, _) = softmax(), noise(pictures)
     mean = keras.metrics.SparseCategoricalAccuracy(name="mean")
     mixed = Mixed(batches, 3, [Mixup()])
