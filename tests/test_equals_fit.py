@@ -278,7 +278,7 @@ PROGRAMS = {
     "activity of a ReLU": Program(
         image_head(batch_norm(), lambda: layers.Activation("relu", activity_regularizer=PENALTY)), IMAGES
     ),
-    # On JAX Keras's own step counts the last call's penalty alone: it calls `model.call`, in which each layer begins anew.
+    # On JAX Keras's own step counts the last call's penalty alone.
     "activity of a shared layer": Program(shared, backends=("tensorflow", "torch")),
     "activity layer": Program(head(lambda: layers.ActivityRegularization(0.1, 0.2))),
     "add_loss": Program(head(AddsLoss)),
