@@ -17,11 +17,12 @@ import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import flags, optimizers, regularizers, training, zoo
+from kvision import flags, memory, optimizers, regularizers, training, zoo
 from kvision.checkpoints import Checkpoints
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.find import keras_cache
+from kvision.data.folder import MEMORY as FOLDER_MEMORY
 from kvision.data.preprocessing import Preprocessing
 from kvision.data.views import VIEWS
 from kvision.layers import blank, whitening_kernel
@@ -31,12 +32,14 @@ from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.page import write
 from kvision.tracking.report import Mistake, write_report
-from kvision.weights import WeightsError, inspect, save
+from kvision.weights import WeightsError, find, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
 
 ERRORS = (DataError, WeightsError, training.DivergedError)
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
+NEW_HEAD = r"(.*_)?logits/.*"  # the arrays of a network's last layer and of its auxiliary heads' last ones
+WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
 
 
@@ -47,12 +50,23 @@ def flag(default, text: str, **metadata):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Raises `flags.UsageError` where a value cannot work."""
+    """Everything that decides a run. Raises `flags.UsageError` where a value cannot work.
+
+    Args:
+        fit_batch: whether `batch_size` is made smaller, and `learning_rate` in proportion, where a step on images of
+            more than 64x64 pixels would take more memory than `kvision.memory.ACTIVATIONS`. On the command line it is
+            on unless --batch-size is given.
+    """
 
     app: str = "cifar10"
+    fit_batch: bool = True
     model: str = flag("softmax", "network of the zoo; each has its recipe, which the other flags change")
     epochs: int = flag(10, "times that every training image is shown; 0 scores the initial weights or --weights")
-    batch_size: int = flag(128, "images a step")
+    batch_size: int = flag(
+        128,
+        "images a step; without the flag fewer, at a learning rate in proportion, of images above 64x64 pixels whose "
+        f"activations would take more than {memory.ACTIVATIONS >> 20} MiB",
+    )
     learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
     optimizer: str = flag("sgd", "sgd, adam or adamw", choices=optimizers.OPTIMIZERS)
     momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
@@ -89,6 +103,15 @@ class Config:
     data: str | None = flag(
         None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
     )
+    image_size: int | None = flag(
+        None,
+        "side in pixels that the images of a folder are brought to: the shorter side is resized, the centre cut out; "
+        "none is the size the network, or --weights, was made for",
+        metavar="PIXELS",
+    )
+    data_memory: float = flag(
+        FOLDER_MEMORY / 2**30, "memory that the decoded images of a folder may take", metavar="GIB"
+    )
     out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
     limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
     limit_test: int | None = flag(None, "test on so many images; none takes all")
@@ -124,7 +147,12 @@ class Config:
         "folder that keeps JAX's compiled programs for the next run; auto is one in Keras's cache, off keeps none",
         metavar="FOLDER",
     )
-    weights: str | None = flag(None, "start from this weights file instead of random weights", metavar="FILE")
+    weights: str | None = flag(
+        None,
+        "start from this weights file, or from one that ships, by its name such as resnet20.cifar10",
+        metavar="FILE|NAME",
+    )
+    new_head: bool = flag(False, "leave the last layer of --weights and begin with a new one, for other classes")
     bias_factor: float = flag(1.0, "learning-rate factor of the batch norms' offsets")
     whiten: bool = flag(False, "set the layer whiten_conv from the training images and freeze it")
     hidden: int | None = flag(None, "units of each hidden layer of a network that has some; none keeps its own")
@@ -134,7 +162,7 @@ class Config:
         expect = flags.expect
         expect(self, "epochs", lambda value: value >= 0, "0 or more")
         expect(self, "batch_size test_every accumulate", lambda value: value >= 1, "at least 1")
-        expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
+        expect(self, "learning_rate bias_factor data_memory", lambda value: 0 < value < np.inf, "a positive number")
         expect(self, "max_norm clip mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
         expect(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
         expect(
@@ -157,6 +185,9 @@ class Config:
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
         expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
+        expect(self, "image_size", lambda value: 1 <= value <= 4096, "from 1 to 4096 pixels")
+        if self.new_head and self.weights is None:
+            raise flags.UsageError("--new-head is of --weights: give a file or the name of one that ships")
         expect(
             self, "limit limit_test steps hidden checkpoint_every steps_at_once", lambda value: value >= 1, "at least 1"
         )
@@ -192,6 +223,21 @@ def model_arguments(config: Config) -> dict[str, object]:
     return own
 
 
+def image_size(config: Config) -> tuple[int, int]:
+    """(height, width) that the images of a folder are brought to: never a camera's.
+
+    Raises:
+        WeightsError: `config.weights` are needed to know, and cannot be read.
+    """
+    if config.image_size is not None:
+        return config.image_size, config.image_size
+    shape = zoo.default_shape(config.model)
+    if config.weights is not None:
+        manifest = inspect(find(config.weights))["manifest"] or {}
+        shape = manifest.get("arguments", {}).get("input_shape", shape)
+    return tuple(shape[:2])
+
+
 def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset, str | None]:
     """The data set, and a note where it is not the first of `names` because that one is nowhere to be had.
 
@@ -199,7 +245,20 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
         DataError: `--data` names no readable data set, or none of `names` is there.
     """
     if config.data is not None:
-        return load(names[0], config.data, log=log), None
+        dataset = load(
+            names[0],
+            config.data,
+            size=image_size(config),
+            limit=(config.limit, config.limit_test),
+            memory=int(config.data_memory * 2**30),
+            log=log,
+        )
+        if config.image_size not in (None, *dataset.input_shape[:2]):
+            height, width = dataset.input_shape[:2]
+            raise flags.UsageError(
+                f"--image-size is of folders of images; those of {dataset.name} are {height}x{width}"
+            )
+        return dataset, None
     missing = []
     for name in names:
         try:
@@ -217,9 +276,14 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
 
 def preprocessing_of(dataset: Dataset) -> Preprocessing:
     """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
+    images = dataset.x_train
+    part = max(1, (1 << 22) // images[0].size)  # NumPy counts in int64, which is eight times as large
     counts = [
-        np.bincount(dataset.x_train[..., channel].ravel(), minlength=256)
-        for channel in range(dataset.x_train.shape[-1])
+        sum(
+            np.bincount(images[start : start + part, ..., channel].ravel(), minlength=256)
+            for start in range(0, len(images), part)
+        )
+        for channel in range(images.shape[-1])
     ]
     values = np.arange(256) / 255
     means = [float(np.average(values, weights=count)) for count in counts]
@@ -321,24 +385,73 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
     """
     preprocessing, own, manifest = preprocessing_of(dataset), model_arguments(config), {}
     if config.weights is not None:
-        manifest = inspect(config.weights)["manifest"] or {}
+        weights = find(config.weights)
+        manifest = inspect(weights)["manifest"] or {}
         known = zoo.arguments(config.model)
         own = {key: value for key, value in manifest.get("arguments", {}).items() if key in known} | own
         # Preprocessing belongs to the weights: what they were trained on decides, not this data set.
         preprocessing = Preprocessing.from_json(manifest.get("preprocessing") or preprocessing.to_json())
+        if preprocessing.size not in (None, size := dataset.input_shape[:2]):
+            preprocessing = replace(preprocessing, size=size, crop=1.0)
+        skip = [*skip, *_head_to_skip(config, dataset, manifest, skip)]
+    largest = memory.largest_kernel(dataset.input_shape, zoo.default_shape(config.model))
     try:
-        with blank():  # `initialize` follows
+        with blank(largest):  # `initialize` follows
             model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
-        raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}") from None
+        height, width = zoo.default_shape(config.model)[:2]
+        cure = "" if largest is None else f"; it was published for images of {height}x{width}: --image-size {height}"
+        raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}{cure}") from None
     initialize(model, config.seed)
     if config.weights is not None:
-        load_weights(model, config.weights, skip)
+        load_weights(model, weights, skip)
     elif config.whiten:
-        whiten(model, preprocessing(dataset.x_train[:5000]))
+        whiten(model, preprocessing(_sample(dataset, WHITENED_PIXELS)))
     if config.whiten:
         model.get_layer("whiten_conv").trainable = False
     return model, preprocessing, own
+
+
+def _head_to_skip(config: Config, dataset: Dataset, manifest: Mapping, skip: Sequence[str]) -> list[str]:
+    """The pattern of the arrays of the last layer where they are not wanted.
+
+    Raises:
+        flags.UsageError: they are wanted, and are of another number of classes.
+    """
+    if config.new_head:
+        return [NEW_HEAD]
+    classes = manifest.get("arguments", {}).get("classes", len(dataset.classes))
+    if not skip and classes != len(dataset.classes):
+        raise flags.UsageError(
+            f"--weights {config.weights} tell {classes} classes apart, and {dataset.name} has {len(dataset.classes)}: "
+            "give --new-head to keep all but the last layer, and train that anew"
+        )
+    return []
+
+
+def _sample(dataset: Dataset, pixels: int) -> np.ndarray:
+    """Training images of so many pixels together: the first ones, or, where they lack a class, evenly spaced ones."""
+    images, count = dataset.x_train, max(1, pixels // int(np.prod(dataset.input_shape[:2])))
+    if len(np.unique(dataset.y_train[:count])) == len(np.unique(dataset.y_train)):
+        return images[:count]
+    return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
+
+
+def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:
+    """The configuration with a batch that the memory holds, and the learning rate in proportion to it (Goyal et al.
+    2017, https://arxiv.org/abs/1706.02677)."""
+    wanted = min(config.batch_size, images)
+    size = memory.batch_within(model, wanted) if config.fit_batch and config.accumulate == 1 else wanted
+    if size == wanted:
+        return config
+    rate = config.learning_rate * size / wanted
+    much, less = (count * memory.activation_bytes(model) / 2**30 for count in (wanted, size))
+    log(
+        f"batch size {size} instead of {wanted}, learning rate {rate:g} instead of {config.learning_rate:g}: the "
+        f"activations of {wanted} images would take {much:.1f} GiB, those of {size} take {less:.2f}; --batch-size "
+        f"{wanted} takes them all the same"
+    )
+    return replace(config, batch_size=size, learning_rate=rate)
 
 
 def train(
@@ -376,6 +489,7 @@ def train(
     validation = None
     if config.early_stopping:
         dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
+    config = fit_batch(config, model, len(dataset.x_train), log)
     batches = batches_of(config, dataset, preprocessing)
     expect_parts(batches.batch_size, config.accumulate)  # of few images a batch is all
     optimizer = optimizer_of(config, batches.steps, factors or {})
@@ -605,9 +719,10 @@ def command(
         else:
             name = given.get("model", default.model)
             if "weights" in given and "model" not in given:
-                name = (inspect(given["weights"])["manifest"] or {}).get("architecture") or name
+                name = (inspect(find(given["weights"]))["manifest"] or {}).get("architecture") or name
             zoo.arguments(name)  # an unknown name ends here
-            config = replace(recipes.get(name) or type(default)(app=default.app, model=name), **given)
+            recipe = recipes.get(name) or type(default)(app=default.app, model=name)
+            config = replace(recipe, **{**given, "model": name, "fit_batch": "batch_size" not in given})
         main(config)
 
     return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), training.Interrupted)

@@ -20,7 +20,7 @@ STOREYS = (
     {"engine"},
     {"zoo", "weights", "tasks"},
     {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
-    {"training"},
+    {"training", "memory"},
     {"run", "compare", "parity"},
     {"__main__"},
     {"apps"},

@@ -48,7 +48,7 @@ def _checked(labels, classes: int | None) -> np.ndarray:
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape (n,), an index for each image, got {labels.shape}")
     most = np.iinfo(np.int32).max if classes is None else classes - 1
-    if labels.size and not (0 <= int(labels.min()) and int(labels.max()) <= most):
+    if labels.size and (int(labels.min()) < 0 or int(labels.max()) > most):
         raise ValueError(f"labels must lie in 0..{most}, got {labels.min()} to {labels.max()}")
     return labels.astype(np.int32)
 

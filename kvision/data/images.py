@@ -76,7 +76,7 @@ def read_image(path: str | os.PathLike, grey: bool = False) -> Image.Image:
 
 
 def read_fitted(path: str | os.PathLike, size: tuple[int, int], grey: bool = False) -> np.ndarray:
-    """An image as uint8, (*size, 3 or 1): upright, its shorter side resized (bilinear, anti-aliased), its centre cut out.
+    """An image as uint8, (*size, 3 or 1): upright, its shorter side resized (bilinear, anti-aliased), its centre cut.
 
     What `kvision.data.preprocessing.Preprocessing.images` makes of the whole image at `crop` 1, but that a JPEG of more
     than four times the height and width is decoded at a half, a quarter or an eighth of them, at least twice what is
