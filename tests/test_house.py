@@ -21,6 +21,8 @@ STOREYS = (
     {"zoo", "weights", "tasks"},
     {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
     {"training", "memory"},
+    {"config"},
+    {"run_data"},
     {"run", "compare", "parity"},
     {"__main__"},
     {"apps"},
