@@ -79,8 +79,8 @@ def read_fitted(path: str | os.PathLike, size: tuple[int, int], grey: bool = Fal
     """An image as uint8, (*size, 3 or 1): upright, its shorter side resized (bilinear, anti-aliased), its centre cut.
 
     What `kvision.data.preprocessing.Preprocessing.images` makes of the whole image at `crop` 1, but that a JPEG of more
-    than four times the height and width is decoded at a half, a quarter or an eighth of them, at least twice what is
-    wanted. Of images of more than 4 million pixels threads have one at a time in memory.
+    than eight times the height and width is decoded at a half, a quarter or an eighth of them, at least four times what
+    is wanted. Of images of more than 4 million pixels threads have one at a time in memory.
 
     Args:
         size: (height, width) in pixels.
@@ -94,7 +94,7 @@ def read_fitted(path: str | os.PathLike, size: tuple[int, int], grey: bool = Fal
         turned = _turned(file) and file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         upright = slice(None, None, -1 if turned else 1)
         if not file.decoderconfig:  # a JPEG is reduced once
-            file.draft(None, tuple(2 * side for side in covering(file.size[::-1][upright], size)[::-1][upright]))
+            file.draft(None, tuple(4 * side for side in covering(file.size[::-1][upright], size)[::-1][upright]))
         with _one_large if file.width * file.height > _LARGE else nullcontext():
             file.load()
             turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1)) if _turned(file) else None
