@@ -26,7 +26,16 @@ from kvision.data import DataError, Dataset
 from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import blank, whitening_kernel
-from kvision.run_data import WHITENED_PIXELS, batches_of, fit_batch, hold_out, preprocessing_of, read_data, sample
+from kvision.run_data import (
+    WHITENED_PIXELS,
+    batches_of,
+    fit_batch,
+    hold_out,
+    images_on,
+    preprocessing_of,
+    read_data,
+    sample,
+)
 from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.page import write
@@ -248,7 +257,7 @@ def train(
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
-        images_on=config.images_on,
+        images_on=images_on(config, dataset),
         steps_at_once=config.steps_at_once,
         checkpoint=folder / "checkpoints",
         checkpoint_every=config.checkpoint_every,

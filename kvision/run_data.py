@@ -6,6 +6,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 
+from kvision import engine as floors
 from kvision import flags, memory, zoo
 from kvision.config import Config
 from kvision.data import Dataset, DataUnavailable, load
@@ -127,6 +128,13 @@ def sample(dataset: Dataset, pixels: int) -> np.ndarray:
     if len(np.unique(dataset.y_train[:count])) == len(np.unique(dataset.y_train)):
         return images[:count]
     return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
+
+
+def images_on(config: Config, dataset: Dataset) -> str:
+    """Where the images of a step are made: large ones on the host, where the host computes too, and a copy of all of
+    them for the device would take memory for nothing."""
+    large = dataset.input_shape[0] * dataset.input_shape[1] > memory.SMALL_IMAGE
+    return "host" if config.images_on == "auto" and large and not floors.accelerated() else config.images_on
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
