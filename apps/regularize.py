@@ -277,8 +277,8 @@ def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     words = [
         word
         for item in dataclasses.fields(config)
-        if (value := getattr(config, item.name)) != item.default and item.name not in ("data", "out")
-        for word in (f"--{item.name.replace('_', '-')}", str(value))
+        if (value := getattr(config, item.name)) != item.default and item.name != "out"
+        for word in (f"--{item.name.replace('_', '-')}", "..." if item.name == "data" else str(value))
     ]
     result = {
         "app": "regularize",

@@ -1,4 +1,4 @@
-"""The apps on folders of ordinary photos: how large their images, batches and networks get, and what a run tells of it."""
+"""The apps on folders of ordinary photos: the sizes they get, what they take, and what is told."""
 
 import io
 import json
@@ -213,7 +213,7 @@ def test_rates_are_the_schedules():
 
 def test_public_names_what_ships_and_hides_what_does_not():
     config = Config(data="/home/a", weights="/home/b.npz", out="/home/c", compile_cache="/home/d", model="resnet20")
-    assert {key: value for key, value in public(config).items() if "..." == value} == dict.fromkeys(
+    assert {key: value for key, value in public(config).items() if value == "..."} == dict.fromkeys(
         ("data", "weights", "out", "compile_cache"), "..."
     )
     assert arguments_of(config) == ["--model", "resnet20", "--data", "...", "--weights", "..."]
