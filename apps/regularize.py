@@ -269,7 +269,8 @@ def write_report(folder: Path, result: dict) -> None:
 def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     """Run the rows; the content of metrics.json, and the run's folder."""
     folder = run.run_folder(config.of("none"))
-    dataset, note = run_data.read_data(config.of("none"), DATASETS, log)
+    sized = dataclasses.replace(config.of("none"), model="resnet20")  # photos become as large as CIFAR-10's images
+    dataset, note = run_data.read_data(sized, DATASETS, log)
     dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     run.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
