@@ -212,8 +212,8 @@ def test_report_draws_the_learning_rate_of_each_step(tmp_path):
     rates = [0.01 + 0.09 * min(step, 1) for step in steps]
     found = Page(write_report(tmp_path, **run, learning_rates=(steps, rates)).read_text(encoding="utf-8"))
     titles = [text for text in found.texts if text.startswith("learning rate: ")]
-    assert len(titles) == 1 + 20 and titles[0] == "learning rate: 0.01 at first, 0.1 at last"
-    assert "learning rate: 0.055 at epoch 0.5" in titles
+    assert len(titles) == 1 + 20 and titles[0] == "learning rate: 0.01000 at first, 0.1000 at last"
+    assert "learning rate: 0.0550000 at epoch 0.5000" in titles
 
 
 @pytest.mark.parametrize("k", [1, 2, 10, 31, 100])
