@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from apps import cifar10, mnist, transfer
-from kvision import flags, memory, zoo
+from kvision import evaluation, flags, memory, zoo
 from kvision.config import Config, arguments_of, public
 from kvision.data import Dataset
+from kvision.data.preprocessing import Preprocessing
 from kvision.layers import blank
 from kvision.run import build, command, learning_rates, schedule_of
 from kvision.run_data import fit_batch, image_size, images_on, preprocessing_of, read_data, sample
@@ -152,6 +153,24 @@ def test_large_images_have_one_copy():
     assert images_on(Config(), dataset_of(32, 32)) == "auto"
     assert images_on(Config(), dataset_of(65, 64)) in ("host", "auto")  # the second on an accelerator
     assert images_on(Config(images_on="device"), dataset_of(65, 64)) == "device"
+
+
+@pytest.mark.parametrize(("side", "n", "largest"), [(32, 501, 500), (224, 25, 10), (2000, 2, 1)])
+def test_predictions_are_of_a_bounded_number_of_pixels(side, n, largest):
+    """500 photos at once took gigabytes."""
+    seen = []
+
+    class Engine:
+        def predict(self, images):
+            seen.append(len(images))
+            return images[:, 0, 0]
+
+    images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
+    found = evaluation.predict(Engine(), images, Preprocessing(scale=1.0))
+    assert set(seen) == {largest}
+    np.testing.assert_array_equal(found, images[:, 0, 0])
+    with pytest.raises(TypeError, match="must be uint8, 0 to 255, got float64"):
+        evaluation.predict(Engine(), images / 255, Preprocessing())
 
 
 def test_statistics_of_parts_are_those_of_all(monkeypatch):
