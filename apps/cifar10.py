@@ -9,7 +9,8 @@ on six views of each test image (JAX, ten runs; 94.04 % on PyTorch), in seconds,
 
 import sys
 
-from kvision.run import Config, classify, command
+from kvision.config import Config
+from kvision.run import classify, command
 
 DATASETS = ("cifar10", "shapes10")
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from kvision.run import Config, classify, command
+from kvision.config import Config
+from kvision.run import classify, command
 
 DATASETS = ("mnist", "digits", "drawn_digits")
 

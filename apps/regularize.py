@@ -36,7 +36,8 @@ from pathlib import Path
 import keras
 
 from kvision import engine as floors
-from kvision import evaluation, flags, optimizers, run, training
+from kvision import evaluation, flags, optimizers, run, run_data, training
+from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
 from kvision.random import key
@@ -49,7 +50,6 @@ from kvision.regularizers.activations import (
     SpatialDropout,
     StochasticDepth,
 )
-from kvision.run import flag
 from kvision.tasks import classification
 from kvision.tracking import environment, page
 from kvision.tracking.charts import bar_chart, line_chart
@@ -133,10 +133,10 @@ class RegularizeConfig:
         """The names of the rows to run, the plain network first."""
         return list(ROWS) if self.only is None else list(dict.fromkeys(["none", *self.only.split(",")]))
 
-    def of(self, name: str) -> run.Config:
+    def of(self, name: str) -> Config:
         """The run of a row."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "only"}
-        return run.Config(app="regularize", warmup=0.1, **own | ROWS[name].flags)
+        return Config(app="regularize", warmup=0.1, **own | ROWS[name].flags)
 
 
 def network(input_shape: tuple[int, int, int], classes: int, row: Row, seed: int) -> keras.Model:
@@ -177,11 +177,11 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     row, own, started = ROWS[name], config.of(name), time.perf_counter()
     model = network(dataset.input_shape, len(dataset.classes), row, own.seed)
     initialize(model, own.seed)
-    preprocessing = run.preprocessing_of(dataset)
+    preprocessing = run_data.preprocessing_of(dataset)
     row.prepare(model)
     run.regularize_weights(own, model)
-    part, validation = run.hold_out(dataset, run.HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
-    batches = run.batches_of(own, part, preprocessing)
+    part, validation = run_data.hold_out(dataset, HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
+    batches = run_data.batches_of(own, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
     history = training.fit(
         model,
@@ -269,7 +269,8 @@ def write_report(folder: Path, result: dict) -> None:
 def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     """Run the rows; the content of metrics.json, and the run's folder."""
     folder = run.run_folder(config.of("none"))
-    dataset, note = run.read_data(config.of("none"), DATASETS, log)
+    sized = dataclasses.replace(config.of("none"), model="resnet20")  # photos become as large as CIFAR-10's images
+    dataset, note = run_data.read_data(sized, DATASETS, log)
     dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     run.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
@@ -277,8 +278,8 @@ def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     words = [
         word
         for item in dataclasses.fields(config)
-        if (value := getattr(config, item.name)) != item.default and item.name not in ("data", "out")
-        for word in (f"--{item.name.replace('_', '-')}", str(value))
+        if (value := getattr(config, item.name)) != item.default and item.name != "out"
+        for word in (f"--{item.name.replace('_', '-')}", "..." if item.name == "data" else str(value))
     ]
     result = {
         "app": "regularize",

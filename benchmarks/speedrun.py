@@ -35,7 +35,8 @@ from kvision.engine.pictures import Pictures
 from kvision.layers import blank, whitening_kernel_on_device
 from kvision.muon import Muon
 from kvision.optimizers import schedule
-from kvision.run import batches_of, build, optimizer_of, preprocessing_of, read_data
+from kvision.run import build, optimizer_of
+from kvision.run_data import batches_of, preprocessing_of, read_data
 from kvision.tasks.classification import cross_entropy, log_probabilities, score
 from kvision.tracking import environment
 from kvision.weights.initial import initialize

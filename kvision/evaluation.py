@@ -6,10 +6,16 @@ from collections.abc import Callable
 import numpy as np
 
 from kvision.data.batches import FIELDS, Batches
-from kvision.data.preprocessing import Preprocessing
+from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.data.views import VIEWS
 from kvision.data.views import views as views_of
 from kvision.engine.pictures import Pictures
+
+
+def at_once(shape: tuple[int, int], small: int) -> int:
+    """Images (height, width) of `shape` that are predicted at once: as many as have the pixels of `small` ones of
+    32x32, so that large ones do not fill the memory."""
+    return min(small, max(1, small * 32 * 32 // math.prod(shape)))
 
 
 def evaluate(
@@ -38,14 +44,16 @@ def evaluate(
 
 
 def predict(
-    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500, views: str = "plain"
+    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int | None = None, views: str = "plain"
 ) -> np.ndarray:
     """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
 
     Args:
+        batch_size: None is 500, or as many as have the pixels of 500 images of CIFAR-10: 10 of 224x224.
         views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
     """
-    batch_size = min(batch_size, len(images))
+    images = as_uint8(images)
+    batch_size = min(batch_size or at_once(images.shape[1:3], 500), len(images))
     logits = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -57,13 +65,15 @@ def predict(
     return np.concatenate(logits).astype(np.float32)
 
 
-def predict_pictures(engine, pictures: Pictures, batch_size: int = 2000, views: str = "plain") -> np.ndarray:
+def predict_pictures(engine, pictures: Pictures, batch_size: int | None = None, views: str = "plain") -> np.ndarray:
     """Logits (n, classes) of pictures on the device, in their order.
 
     Args:
+        batch_size: None is 2,000, or as many as have the pixels of 2,000 images of CIFAR-10.
         views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
     """
-    batch_size, border = min(batch_size, pictures.count), pictures.border
+    batch_size = min(batch_size or at_once((pictures.height, pictures.width), 2000), pictures.count)
+    border = pictures.border
     count = math.ceil(pictures.count / batch_size)
     numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
     total = 0
@@ -90,5 +100,5 @@ class Scorer:
         if self.held is None:
             return predict(self.engine, images, self.preprocessing)
         if name not in self.held:
-            self.held[name] = Pictures(Batches(images, np.zeros(len(images)), 1, 0, self.preprocessing))
+            self.held[name] = Pictures(Batches(images, np.zeros(len(images), np.int32), 1, 0, self.preprocessing))
         return predict_pictures(self.engine, self.held[name])

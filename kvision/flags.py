@@ -4,7 +4,7 @@ import argparse
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 
@@ -36,14 +36,25 @@ def _number(kind: type) -> Callable[[str], object]:
     return read
 
 
-def parse(config: type, argv: Sequence[str] | None, *, prog: str, description: str, defaults=None) -> dict[str, object]:
+def parse(
+    config: type,
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    defaults=None,
+    more: Mapping[str, str] | None = None,
+) -> dict[str, object]:
     """The fields of the dataclass `config` that the command line sets, by name.
 
     Fields with metadata {"help": ...} are flags; a bool is `--name/--no-name`; metadata "choices" limits a value.
+    `--help` lists them by the groups of `config.GROUPS`, {title: "names of fields"}, where there are such; fields in
+    none of them come first.
 
     Args:
         argv: the arguments; None takes the process's own.
         defaults: an instance whose values `--help` shows as the defaults.
+        more: by a field's name, what `--help` says after its text, such as names that are known when it is asked for.
 
     Raises:
         SystemExit: code 2 after one line on an unknown flag or a malformed value; code 0 after `--help`.
@@ -52,9 +63,13 @@ def parse(config: type, argv: Sequence[str] | None, *, prog: str, description: s
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{prog} [--flag VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    groups, first = {}, parser.add_argument_group("of this app")
+    for title, names in getattr(config, "GROUPS", {}).items():
+        groups |= dict.fromkeys(names.split(), parser.add_argument_group(title))
     hints = typing.get_type_hints(config)
     for item in fields(config):
         if "help" not in item.metadata:
@@ -62,30 +77,40 @@ def parse(config: type, argv: Sequence[str] | None, *, prog: str, description: s
         kind = _kind(hints[item.name])
         default = getattr(defaults, item.name, item.default)
         shown = "none" if default is None else default
-        help_text = f"{item.metadata['help']} (default: {shown})".replace("%", "%%")
+        choices = item.metadata.get("choices")
+        texts = [
+            item.metadata["help"],
+            f"one of {', '.join(choices)}" if choices else "",
+            (more or {}).get(item.name, ""),
+        ]
+        help_text = f"{'; '.join(filter(None, texts))} (default: {shown})".replace("%", "%%")
+        group = groups.get(item.name, first)
         flag = f"--{item.name.replace('_', '-')}"
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            parser.add_argument(
+            group.add_argument(
                 flag,
                 type=str if kind is str else _number(kind),
-                choices=item.metadata.get("choices"),
+                choices=choices,
                 metavar=item.metadata.get("metavar", {str: "NAME", int: "N", float: "X"}[kind]),
                 help=help_text,
             )
     return vars(parser.parse_args(argv))
 
 
-def arguments(config, skip: Sequence[str] = ()) -> list[str]:
+def arguments(config, skip: Sequence[str] = (), hidden: Sequence[str] = ()) -> list[str]:
     """The command line that gives this configuration: every flag that is not its class's default.
 
     Args:
-        skip: fields to leave out, such as folders of one's own machine.
+        skip: fields to leave out, such as the folder of a run.
+        hidden: fields whose values stay on this machine, such as paths: the flag is there, with "..." for its value.
     """
     words = []
     for item in fields(config):
         value, name = getattr(config, item.name), item.name.replace("_", "-")
+        if item.name in hidden and value is not None:
+            value = "..."
         if "help" in item.metadata and item.name not in skip and value != item.default:
             words += (
                 [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]

@@ -24,13 +24,17 @@ from keras import ops
 from kvision.random import key
 from kvision.regularizers.activations import Dropout
 
-_blank = ContextVar("blank", default=False)
+_blank = ContextVar("blank", default=None)  # the most numbers that a kernel may have, within `blank`
 
 
 @contextmanager
-def blank() -> Iterator[None]:
-    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time."""
-    token = _blank.set(True)
+def blank(largest: int | None = None) -> Iterator[None]:
+    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time.
+
+    Args:
+        largest: a kernel of more numbers raises ValueError before it takes memory.
+    """
+    token = _blank.set(math.inf if largest is None else largest)
     try:
         yield
     finally:
@@ -72,7 +76,12 @@ class Variance(keras.initializers.Initializer):
         return values * np.float32(deviation)
 
     def __call__(self, shape, dtype=None):
-        if _blank.get():
+        if (largest := _blank.get()) is not None:
+            if math.prod(shape) > largest:
+                raise ValueError(
+                    f"one of its kernels would have {' x '.join(f'{side:,}' for side in shape)} = "
+                    f"{math.prod(shape):,} numbers, more than {largest:,}, as it grows with the image"
+                )
             return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype=dtype)
         # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
         generator = np.random.default_rng(np.random.randint(2**31))

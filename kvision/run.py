@@ -7,231 +7,46 @@ command line replaces single fields of it.
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import evaluation, flags, optimizers, regularizers, training, zoo
+from kvision import evaluation, flags, memory, optimizers, regularizers, training, zoo
 from kvision.checkpoints import Checkpoints
-from kvision.data import DataError, Dataset, DataUnavailable, load
-from kvision.data.batches import Augmentation, Batches
+from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_arguments, public
+from kvision.data import DataError, Dataset
 from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
-from kvision.data.views import VIEWS
 from kvision.layers import blank, whitening_kernel
-from kvision.random import stream
-from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
+from kvision.run_data import (
+    WHITENED_PIXELS,
+    batches_of,
+    fit_batch,
+    hold_out,
+    images_on,
+    preprocessing_of,
+    read_data,
+    sample,
+)
 from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.page import write
 from kvision.tracking.report import Mistake, write_report
-from kvision.weights import WeightsError, inspect, save
+from kvision.weights import WeightsError, find, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
 
 ERRORS = (DataError, WeightsError, training.DivergedError)
-HELD_OUT = 0.1  # share of the training images that early stopping goes by
+NEW_HEAD = r"(.*_)?logits/.*"  # the arrays of a network's last layer and of its auxiliary heads' last ones
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
-
-
-def flag(default, text: str, **metadata):
-    """A field of a configuration that is a flag, with its help text."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run. Raises `flags.UsageError` where a value cannot work."""
-
-    app: str = "cifar10"
-    model: str = flag("softmax", "network of the zoo; each has its recipe, which the other flags change")
-    epochs: int = flag(10, "times that every training image is shown; 0 scores the initial weights or --weights")
-    batch_size: int = flag(128, "images a step")
-    learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
-    optimizer: str = flag("sgd", "sgd, adam or adamw", choices=optimizers.OPTIMIZERS)
-    momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
-    weight_decay: float = flag(0.0, "decoupled weight decay of the kernels, times the learning rate each step")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
-    warmup: float = flag(0.0, "share of the steps in which the learning rate rises")
-    label_smoothing: float = flag(0.0, "share of the target that is spread over all classes")
-    l1: float = flag(0.0, "penalty on the sum of the kernels' absolute values")
-    l2: float = flag(0.0, "penalty on the sum of the kernels' squares")
-    orthogonal: float = flag(0.0, "penalty on what keeps the kernels' columns from being orthonormal")
-    max_norm: float | None = flag(None, "largest length of the weights of one output; none sets no bound")
-    clip: float | None = flag(None, "largest length of all gradients as one vector; none clips nothing")
-    ema: float | None = flag(
-        None, "decay of a moving average of the weights, which is scored and saved; none takes none"
-    )
-    swa: float | None = flag(None, "share of the epochs, the last, whose weights are averaged; none averages none")
-    lookahead: int | None = flag(
-        None, "steps after which the weights are drawn back to slow ones, again and again; none uses none"
-    )
-    early_stopping: int | None = flag(
-        None,
-        f"end after so many epochs without a smaller loss on {HELD_OUT:.0%} of the training images, held out for it",
-    )
-    mixup: float | None = flag(None, "alpha of mixup; with --cutmix each batch gets one of the two")
-    cutmix: float | None = flag(None, "alpha of CutMix")
-    erasing: float = flag(0.0, "share of the images that get a rectangle of noise")
-    dropout: float | None = flag(None, "dropout rate of a network that has dropout; none keeps the network's own")
-    augment: bool = flag(True, "flip, shift and blank the training images as the recipe says")
-    flip: bool = flag(False, "mirror half of the images, the other half in the next epoch")
-    shift: int = flag(0, "move each image by up to so many pixels")
-    border: str = flag("zero", "what moves in: zero (black) or reflect", choices=("zero", "reflect"))
-    cutout: int = flag(0, "blank a square of so many pixels a side in each image")
-    seed: int = flag(0, "seed of the initial weights, the order and the augmentation, equal on every backend")
-    data: str | None = flag(
-        None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
-    )
-    out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
-    limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
-    limit_test: int | None = flag(None, "test on so many images; none takes all")
-    views: str = flag(
-        "plain",
-        "what the finished model is scored on too, beside each test image alone: the mean logits of it and its mirror "
-        "image (mirror), or of these and both moved by a pixel (shifted); plain is the image alone",
-        choices=tuple(VIEWS),
-    )
-    test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
-    steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
-    checkpoint_every: int | None = flag(None, "steps from one checkpoint to the next; none keeps one after each epoch")
-    resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last checkpoint")
-    dtype: str = flag(
-        "float32",
-        "float32 or float64 for everything, bfloat16 or float16 for the layers with float32 weights",
-        choices=tuple(floors.POLICIES),
-    )
-    engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
-    images_on: str = flag(
-        "auto",
-        "host makes the images of each step in NumPy, device keeps all in its memory and makes them there; auto is the "
-        "second where it can be",
-        choices=training.IMAGES_ON,
-    )
-    steps_at_once: int | None = flag(
-        None, "steps of images on the device in one program; none is about 50 on an accelerator, 1 on a CPU"
-    )
-    accumulate: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
-    deterministic: bool = flag(False, "the same bits in every run on the same machine, where that costs speed")
-    compile_cache: str = flag(
-        "auto",
-        "folder that keeps JAX's compiled programs for the next run; auto is one in Keras's cache, off keeps none",
-        metavar="FOLDER",
-    )
-    weights: str | None = flag(None, "start from this weights file instead of random weights", metavar="FILE")
-    bias_factor: float = flag(1.0, "learning-rate factor of the batch norms' offsets")
-    whiten: bool = flag(False, "set the layer whiten_conv from the training images and freeze it")
-    hidden: int | None = flag(None, "units of each hidden layer of a network that has some; none keeps its own")
-    licence: str | None = flag(None, "licence of the weights, for their manifest")
-
-    def __post_init__(self):
-        expect = flags.expect
-        expect(self, "epochs", lambda value: value >= 0, "0 or more")
-        expect(self, "batch_size test_every accumulate", lambda value: value >= 1, "at least 1")
-        expect(self, "learning_rate bias_factor", lambda value: 0 < value < np.inf, "a positive number")
-        expect(self, "max_norm clip mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
-        expect(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
-        expect(
-            self,
-            "momentum label_smoothing warmup dropout ema",
-            lambda value: 0 <= value < 1,
-            "at least 0 and below 1",
-        )
-        expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
-        expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
-        expect(self, "early_stopping lookahead", lambda value: value >= 1, "at least 1")
-        if self.engine == "keras" and self.accumulate != 1:
-            raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
-        expect_parts(self.batch_size, self.accumulate)
-        if self.images_on == "device" and (self.mixup or self.cutmix or self.erasing or self.engine == "keras"):
-            raise flags.UsageError(
-                "--mixup, --cutmix, --erasing and --engine keras want images from the host: leave out "
-                "--images-on device"
-            )
-        if self.ema is not None and self.swa is not None:
-            raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
-        expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
-        expect(
-            self, "limit limit_test steps hidden checkpoint_every steps_at_once", lambda value: value >= 1, "at least 1"
-        )
-        expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
-
-
-def expect_parts(batch_size: int, accumulate: int) -> None:
-    """Check that a batch can be cut into equal parts; raises `flags.UsageError`."""
-    if batch_size % accumulate:
-        raise flags.UsageError(
-            f"a batch of {batch_size} images cannot be cut into {accumulate} equal parts: choose a --batch-size "
-            "that is a multiple of --accumulate"
-        )
-
-
-def model_arguments(config: Config) -> dict[str, object]:
-    """The arguments of the network's own that the flags set.
-
-    Raises:
-        flags.UsageError: the network has no such part; the message names networks that have.
-    """
-    own, defaults = {}, zoo.arguments(config.model)
-    for name, key, value in (
-        ("dropout", "dropout_rate", config.dropout),
-        ("hidden", "hidden", config.hidden),
-    ):
-        if value is None:
-            continue
-        if key not in defaults or defaults[key] == ():
-            others = [other for other in zoo.list_models() if zoo.arguments(other).get(key, ()) != ()]
-            raise flags.UsageError(f"--{name} does not apply to {config.model}; it does to {', '.join(others)}")
-        own[key] = (value,) * len(defaults[key]) if isinstance(defaults[key], tuple) else value
-    return own
-
-
-def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset, str | None]:
-    """The data set, and a note where it is not the first of `names` because that one is nowhere to be had.
-
-    Raises:
-        DataError: `--data` names no readable data set, or none of `names` is there.
-    """
-    if config.data is not None:
-        return load(names[0], config.data, log=log), None
-    missing = []
-    for name in names:
-        try:
-            dataset = load(name, seed=config.seed, log=log)
-        except DataUnavailable as error:
-            missing.append(str(error))
-            continue
-        if not missing:
-            return dataset, None
-        note = f"{names[0]} is not here, so this run trains on {dataset.name} instead. {missing[0]}"
-        log(f"NOTE: {note}")
-        return dataset, note
-    raise DataUnavailable(missing[0])
-
-
-def preprocessing_of(dataset: Dataset) -> Preprocessing:
-    """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
-    counts = [
-        np.bincount(dataset.x_train[..., channel].ravel(), minlength=256)
-        for channel in range(dataset.x_train.shape[-1])
-    ]
-    values = np.arange(256) / 255
-    means = [float(np.average(values, weights=count)) for count in counts]
-    stds = [
-        float(np.sqrt(np.average((values - m) ** 2, weights=count))) for m, count in zip(means, counts, strict=True)
-    ]
-    return Preprocessing(
-        mean=tuple(round(mean, 4) for mean in means),
-        std=tuple(max(round(std, 4), 1e-3) for std in stds),
-        channel_order="rgb" if dataset.x_train.shape[-1] == 3 else "grey",
-        size=dataset.input_shape[:2],
-    )
 
 
 def write_json(path: Path, content) -> None:
@@ -321,24 +136,48 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
     """
     preprocessing, own, manifest = preprocessing_of(dataset), model_arguments(config), {}
     if config.weights is not None:
-        manifest = inspect(config.weights)["manifest"] or {}
+        weights = find(config.weights)
+        manifest = inspect(weights)["manifest"] or {}
         known = zoo.arguments(config.model)
         own = {key: value for key, value in manifest.get("arguments", {}).items() if key in known} | own
         # Preprocessing belongs to the weights: what they were trained on decides, not this data set.
         preprocessing = Preprocessing.from_json(manifest.get("preprocessing") or preprocessing.to_json())
+        if preprocessing.size not in (None, size := dataset.input_shape[:2]):
+            preprocessing = replace(preprocessing, size=size, crop=1.0)
+        skip = [*skip, *_head_to_skip(config, dataset, manifest, skip)]
+    largest = memory.largest_kernel(dataset.input_shape, zoo.default_shape(config.model))
     try:
-        with blank():  # `initialize` follows
+        with blank(largest):  # `initialize` follows
             model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
-        raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}") from None
+        height, width = zoo.default_shape(config.model)[:2]
+        cure = "" if largest is None else f"; it was published for images of {height}x{width}: --image-size {height}"
+        raise flags.UsageError(f"{dataset.name} and {config.model} do not go together: {error}{cure}") from None
     initialize(model, config.seed)
     if config.weights is not None:
-        load_weights(model, config.weights, skip)
+        load_weights(model, weights, skip)
     elif config.whiten:
-        whiten(model, preprocessing(dataset.x_train[:5000]))
+        whiten(model, preprocessing(sample(dataset, WHITENED_PIXELS)))
     if config.whiten:
         model.get_layer("whiten_conv").trainable = False
     return model, preprocessing, own
+
+
+def _head_to_skip(config: Config, dataset: Dataset, manifest: Mapping, skip: Sequence[str]) -> list[str]:
+    """The pattern of the arrays of the last layer where they are not wanted.
+
+    Raises:
+        flags.UsageError: they are wanted, and are of another number of classes.
+    """
+    if config.new_head:
+        return [NEW_HEAD]
+    classes = manifest.get("arguments", {}).get("classes", len(dataset.classes))
+    if not skip and classes != len(dataset.classes):
+        raise flags.UsageError(
+            f"--weights {config.weights} tell {classes} classes apart, and {dataset.name} has {len(dataset.classes)}: "
+            "give --new-head to keep all but the last layer, and train that anew"
+        )
+    return []
 
 
 def train(
@@ -376,6 +215,7 @@ def train(
     validation = None
     if config.early_stopping:
         dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
+    config = fit_batch(config, model, len(dataset.x_train), log)
     batches = batches_of(config, dataset, preprocessing)
     expect_parts(batches.batch_size, config.accumulate)  # of few images a batch is all
     optimizer = optimizer_of(config, batches.steps, factors or {})
@@ -417,7 +257,7 @@ def train(
         early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
-        images_on=config.images_on,
+        images_on=images_on(config, dataset),
         steps_at_once=config.steps_at_once,
         checkpoint=folder / "checkpoints",
         checkpoint_every=config.checkpoint_every,
@@ -447,7 +287,7 @@ def train(
         "model": config.model,
         "backend": backend,
         "dataset": dataset.name,
-        "source": dataset.source,
+        "source": dataset.source[dataset.source.rfind(os.sep) + 1 :],  # no folder of this machine
         "note": note,
         "test_accuracy": scored["accuracy"],
         "test_correct": scored["correct"],
@@ -470,17 +310,20 @@ def train(
         "command": command,
     }
     write_json(folder / "metrics.json", result)
+    taken = min(len(history.epochs) * batches.steps, config.steps or len(history.epochs) * batches.steps)
+    rates = learning_rates(schedule_of(config, total_steps(config, batches.steps)), taken, batches.steps)
     write_report(
         folder,
-        config=dataclasses.asdict(config),
+        config=public(config),
         history=history.epochs,
         result=result,
-        confusion=classification.confusion_matrix(logits, dataset.y_test),
+        confusion=classification.confusions(logits, dataset.y_test),
         classes=dataset.classes,
         mistakes=[
             Mistake(dataset.x_test[i], dataset.classes[dataset.y_test[i]], dataset.classes[predicted], confidence)
             for i, predicted, confidence in classification.worst_mistakes(logits, dataset.y_test)
         ],
+        learning_rates=rates if taken else None,
     )
     more = f", {viewed['views_accuracy']:.2%} on the views {config.views}" if viewed else ""
     log(
@@ -497,12 +340,29 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def total_steps(config: Config, steps_an_epoch: int) -> int:
+    """Steps that the schedule is laid over, at least 1."""
+    return max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
+
+
+def schedule_of(config: Config, total: int):
+    """The learning rate of each of `total` steps."""
+    return optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup)
+
+
+def learning_rates(schedule, steps: int, steps_an_epoch: int, most: int = 400) -> tuple[list[float], list[float]]:
+    """Where steps lie, in epochs from the beginning, and their learning rates: of all steps, or of `most` of them."""
+    shown = np.unique(np.linspace(0, steps - 1, min(steps, most)).round().astype(int)) if steps else []
+    rates = [float(keras.ops.convert_to_numpy(schedule(int(step)))) for step in shown]
+    return [int(step) / steps_an_epoch for step in shown], rates
+
+
 def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
     """The optimizer that a configuration describes, its schedule laid over the whole run."""
-    total = max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
+    total = total_steps(config, steps_an_epoch)
     optimizer = optimizers.make_optimizer(
         config.optimizer,
-        optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup),
+        schedule_of(config, total),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_global_norm=config.clip,
@@ -533,34 +393,6 @@ def regularize_weights(config: Config, model: keras.Model) -> None:
         regularizers.constrain(model, regularizers.MaxNorm(config.max_norm))
 
 
-def batches_of(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | Mixed:
-    """The training images as the configuration shows them."""
-    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
-    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
-    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
-    erasing = RandomErasing(config.erasing) if config.erasing else None
-    if not mixers and not erasing:
-        return batches
-    return Mixed(batches, len(dataset.classes), mixers, erasing)
-
-
-def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
-    """The data set without a share of its training images, drawn from each class, and those images and labels.
-
-    Raises:
-        flags.UsageError: the share is less than an image, or all of them.
-    """
-    labels, generator = dataset.y_train, stream(seed, "hold out")
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        places = generator.permutation(np.flatnonzero(labels == label))
-        held[places[: round(share * len(places))]] = True
-    if not held.any():
-        raise flags.UsageError(f"{len(labels)} training images are too few to hold out {share:.0%} of each class")
-    part = replace(dataset, x_train=dataset.x_train[~held], y_train=dataset.y_train[~held])
-    return part, (dataset.x_train[held], dataset.y_train[held])
-
-
 def whiten(model: keras.Model, images: np.ndarray) -> None:
     """Set the layer `whiten_conv` to whiten the patches of preprocessed `images` (n, h, w, c), and freeze it."""
     try:
@@ -580,34 +412,39 @@ def median(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def arguments_of(config: Config) -> list[str]:
-    """The command line that gives this configuration from scratch: every flag that is not the class's default."""
-    return ["--model", config.model, *flags.arguments(config, ("model", "out", "resume", "data"))]
-
-
 def command(
-    main: Callable[[Config], object], recipes: Mapping[str, Config], description: str, argv: Sequence[str] | None = None
+    main: Callable[[Config], object],
+    recipes: Mapping[str, Config],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    otherwise: Config | None = None,
 ) -> int:
     """An app's command line around its `main(config)`; returns the exit code.
 
     Args:
         recipes: a configuration for each network it is known for, by name; the first is the default. A network without
-            one has the values of the first's class.
+            one has the values of `otherwise`.
         argv: the arguments; None takes the process's own.
+        otherwise: the default is that of the first one's class.
     """
     default = next(iter(recipes.values()))
     prog = f"python -m apps.{default.app}"
+    known = {"model": f"{', '.join(recipes)} have one, `python -m kvision models` lists all"}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # into a pipe, too: a run of hours must not be silent
 
     def run() -> None:
-        given = flags.parse(type(default), argv, prog=prog, description=description, defaults=default)
+        given = flags.parse(type(default), argv, prog=prog, description=description, defaults=default, more=known)
         if given.get("resume"):
             config = stored_config(default, given)
         else:
             name = given.get("model", default.model)
             if "weights" in given and "model" not in given:
-                name = (inspect(given["weights"])["manifest"] or {}).get("architecture") or name
+                name = (inspect(find(given["weights"]))["manifest"] or {}).get("architecture") or name
             zoo.arguments(name)  # an unknown name ends here
-            config = replace(recipes.get(name) or type(default)(app=default.app, model=name), **given)
+            recipe = recipes.get(name) or otherwise or type(default)(app=default.app)
+            config = replace(recipe, **{**given, "model": name, "fit_batch": "batch_size" not in given})
         main(config)
 
     return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), training.Interrupted)

@@ -15,10 +15,12 @@ import pytest
 
 from apps import cifar10, mnist, regularize, transfer
 from kvision import engine, flags
+from kvision.config import Config
 from kvision.data import load
 from kvision.flags import UsageError
 from kvision.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
-from kvision.run import Config, batches_of, command, hold_out, optimizer_of, preprocessing_of
+from kvision.run import command, optimizer_of
+from kvision.run_data import batches_of, hold_out, preprocessing_of
 from kvision.weights import inspect, verify
 from tests.drawn import real_data, write_shapes
 
@@ -332,6 +334,7 @@ def test_regularize_writes_a_table_and_curves(images, tmp_path, capsys):
     assert table in capsys.readouterr().out and len(table.splitlines()) == 6
     report = (tmp_path / "r/report.html").read_text()
     assert report.count("<svg") == 4 + 2 and "shake shake" in report and "http" not in report
+    assert "--data ..." in stored["command"]
 
 
 def test_the_rows_of_regularize_start_alike(images):

@@ -108,7 +108,7 @@ def test_half_of_the_images_are_mirrored(pictures):
 @pytest.mark.parametrize("cutout", [1, 4, 5])
 def test_cutout_blanks_a_square(cutout):
     white = np.full((200, 12, 9, 1), 255, np.uint8)
-    batches = Batches(white, np.zeros(200), 200, 0, Preprocessing(), Augmentation(cutout=cutout))
+    batches = Batches(white, np.zeros(200, int), 200, 0, Preprocessing(), Augmentation(cutout=cutout))
     (images, _) = next(batches.epoch(0))
     sizes = set()
     for image in images[..., 0]:
@@ -124,7 +124,7 @@ def test_moves_take_every_place(pictures):
     """Each of the 25 places of a shift by 2 about equally often: chi-squared with 24 degrees of freedom."""
     image = np.zeros((1, 5, 5, 1), np.uint8)
     image[0, 2, 2] = 255
-    batches = Batches(np.repeat(image, 5000, 0), np.zeros(5000), 5000, 0, Preprocessing(), Augmentation(shift=2))
+    batches = Batches(np.repeat(image, 5000, 0), np.zeros(5000, int), 5000, 0, Preprocessing(), Augmentation(shift=2))
     (images, _) = next(batches.epoch(0))
     counts = images.sum(axis=0).ravel()
     assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
@@ -166,7 +166,71 @@ def test_a_batch_is_at_most_all_images(pictures):
 )
 def test_batches_say_what_they_want(images, labels, batch_size, message):
     with pytest.raises(ValueError, match=message):
-        Batches(np.zeros((images, 2, 2, 1), np.uint8), np.zeros(labels), batch_size, 0, Preprocessing())
+        Batches(np.zeros((images, 2, 2, 1), np.uint8), np.zeros(labels, int), batch_size, 0, Preprocessing())
+
+
+GREY = np.linspace(0, 1, 4 * 2 * 2).reshape(4, 2, 2, 1)
+FAULTS = {
+    "floats": (
+        GREY.astype(np.float32),
+        None,
+        TypeError,
+        r"must be uint8, 0 to 255, got float32; .*value_range=\(0, 1\)",
+    ),
+    "int64": ((255 * GREY).astype(int), None, TypeError, "got int64"),
+    "flags": (GREY > 0.5, None, TypeError, "array of bool"),
+    "a list": (GREY.tolist(), None, TypeError, "got list"),
+    "255 in 0..1": (255 * GREY, (0, 1), ValueError, r"must lie in 0\.\.1 as stated, got"),
+    "300 in 0..255": (300 * GREY, (0, 255), ValueError, r"must lie in 0\.\.255 as stated"),
+    "nan": (np.where(GREY > 0.9, np.nan, GREY), (0, 1), ValueError, "nan"),
+    "below 0": (GREY - 0.1, (0, 1), ValueError, "must lie in"),
+    "uint8 in 0..1": ((255 * GREY).astype(np.uint8), (0, 1), ValueError, "must be floats, got uint8"),
+    "another range": (GREY, (-1, 1), ValueError, "value_range must be"),
+    "three axes": (np.zeros((4, 2, 2), np.uint8), None, ValueError, r"got \(4, 2, 2\)"),
+    "no pixels": (np.zeros((4, 0, 2, 1), np.uint8), None, ValueError, "must have pixels"),
+}
+
+
+@pytest.mark.parametrize(("images", "value_range", "kind", "message"), FAULTS.values(), ids=FAULTS)
+def test_images_that_would_be_cut_are_refused(images, value_range, kind, message):
+    """Floats in 0..1 became black images, silently."""
+    with pytest.raises(kind, match=message):
+        Batches(images, [0, 1, 2, 3], 2, 0, Preprocessing(), value_range=value_range)
+
+
+@pytest.mark.parametrize(
+    ("images", "value_range"),
+    [
+        (GREY, (0, 1)),
+        (GREY.astype(np.float16), (0, 1)),
+        (255 * GREY, (0, 255)),
+        (np.rint(255 * GREY).astype(int), (0, 255)),
+    ],
+)
+def test_images_of_a_stated_range_become_uint8(images, value_range):
+    kept = images.copy()
+    batches = Batches(images, np.arange(4), 4, 0, Preprocessing(), value_range=value_range)
+    assert batches.padded.dtype == np.uint8
+    np.testing.assert_allclose(batches.padded, 255 * GREY, atol=0.5 if images.dtype != np.float16 else 0.6)
+    np.testing.assert_array_equal(images, kept)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "kind", "message"),
+    [
+        ([0.0, 1.0, 0.5], None, TypeError, "whole numbers, the classes' indices, got float64"),
+        (np.array([0, 1, 1], np.float32), None, TypeError, "got float32"),
+        ([True, False, True], None, TypeError, "got bool"),
+        (["0", "1", "1"], None, TypeError, "whole numbers"),
+        ([[1, 0], [0, 1], [1, 0]], None, ValueError, r"shape \(n,\).*got \(3, 2\)"),
+        ([0, -1, 1], None, ValueError, r"must lie in 0\.\.\d+, got -1 to 1"),
+        ([0, 1, 2], 2, ValueError, r"must lie in 0\.\.1, got 0 to 2"),
+        (np.array([0, 1, 2**40]), None, ValueError, "must lie in"),
+    ],
+)
+def test_labels_that_would_be_cut_are_refused(labels, classes, kind, message):
+    with pytest.raises(kind, match=message):
+        Batches(np.zeros((3, 2, 2, 1), np.uint8), labels, 2, 0, Preprocessing(), classes=classes)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Folders of images by class."""
 
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
-from kvision.data import DataError, load, read_image_folder
+from kvision.data import DataError, folder, load, read_image_folder
+from kvision.data.images import read_fitted, read_image
+from kvision.data.preprocessing import Preprocessing
 
 
 def write(path, value, size=(6, 4), mode="RGB"):
@@ -82,12 +86,107 @@ def test_every_mode_becomes_rgb_or_grey(tmp_path, mode, value, rgb, grey):
         assert black.x_train[0, 0, 0].item() == grey
 
 
-def test_images_of_several_sizes_take_the_first_ones_or_the_size_given(splits):
+def test_images_of_several_sizes_need_the_size_that_they_are_brought_to(splits):
+    """Never the first one's without a word."""
     write(splits / "train" / "cat" / "9.jpg", (200, 0, 0), size=(50, 20))
-    dataset = load("cifar10", splits)
+    with pytest.raises(
+        DataError, match=r"images of several sizes, such as 0\.png of 4x6 and 9\.jpg of 20x50; give the"
+    ):
+        load("cifar10", splits)
+    dataset = load("cifar10", splits, size=(4, 6))
     assert dataset.input_shape == (4, 6, 3)
     assert dataset.x_train[3, 2, 3, 0] > 190
     assert load("cifar10", splits, size=(8, 3)).input_shape == (8, 3, 3)
+
+
+def noise(height, width, seed=0):
+    """A smooth random image, so that a JPEG of it is close to it."""
+    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 20), max(2, width // 20), 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 40), (40, 40), (8, 9), (300, 400)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_image_is_fitted_as_preprocessing_does(tmp_path, shape, suffix, orientation):
+    """The shorter side resized, the centre cut out, upright: training sees what `Preprocessing.images` shows later. A
+    JPEG that is decoded at a part of its size differs a little."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    noise(*shape).save(path, exif=exif, quality=95)
+    upright = np.asarray(read_image(path))
+    assert (upright.shape[0] == shape[1]) is (orientation == 6 or orientation == 8) or shape[0] == shape[1]
+    expected = Preprocessing(size=(16, 24), scale=1.0).images([upright])[0]
+    found = read_fitted(path, (16, 24))
+    assert found.dtype == np.uint8 and np.abs(found - expected).mean() < (2 if suffix == "jpg" else 0.3)
+    grey = read_fitted(path, (16, 24), grey=True)
+    assert grey.shape == (16, 24, 1)
+    assert np.abs(grey[..., 0] - expected @ [0.299, 0.587, 0.114]).mean() < 2
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path):
+    noise(1200, 1600).save(tmp_path / "a.jpg", quality=95)
+    sizes, load_ = [], ImageFile.ImageFile.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: sizes.append(self.size) or load_(self))
+        read_fitted(tmp_path / "a.jpg", (32, 32))
+    assert sizes[0] == (200, 150)
+
+
+def test_memory_is_told_before_it_is_taken_and_refused_above_a_bound(splits, monkeypatch):
+    told = []
+    load("cifar10", splits, size=(64, 64), log=told.append)
+    assert told == [f"decoding {splits}: 10 images of 64x64 pixels take 0 MiB of memory"]
+    monkeypatch.setattr(folder, "read_fitted", lambda *arguments, **options: pytest.fail("an image was read"))
+    with pytest.raises(
+        DataError, match=r"10 images of 64x64 pixels take .*--image-size 57\).*: 8 in all.*--data-memory"
+    ):
+        load("cifar10", splits, size=(64, 64), memory=100_000)
+
+
+def test_a_limit_reads_the_images_of_the_subset_and_no_others(splits):
+    whole, part = load("cifar10", splits), load("cifar10", splits, limit=(4, 3))
+    expected = whole.subset(train=4, test=3, seed=0)
+    for name in ("x_train", "y_train", "x_test", "y_test", "classes", "source", "name"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
+    for path in (splits / "train").rglob("*.png"):
+        if int(path.stem) * 10 not in {int(image[0, 0, 0]) for image in part.x_train}:
+            path.write_bytes(b"broken")
+    load("cifar10", splits, limit=(4, 3))
+
+
+@pytest.mark.parametrize("name", [b"d\xe9j\xe0", b"two\nlines", b"\x1b[2J", b"tab\there", "line\u2028".encode()])
+@pytest.mark.skipif(os.name == "nt", reason="such names there are none")
+def test_class_names_that_nothing_can_hold_are_refused_when_they_are_read(splits, name, monkeypatch):
+    """Not after the training, when they are to be written."""
+    try:
+        os.rename(os.fsencode(splits / "train" / "dog"), os.path.join(os.fsencode(splits), b"train", name))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (splits / "test" / "dog").rename(splits / "dog")
+    monkeypatch.setattr(folder, "read_fitted", lambda *arguments, **options: pytest.fail("an image was read"))
+    with pytest.raises(
+        DataError, match=r"class name .* is empty, no UTF-8, or holds control characters; rename it"
+    ) as caught:
+        load("cifar10", splits, size=(4, 4))
+    assert str(caught.value).isprintable()
+
+
+def test_class_names_of_other_scripts_are_names(splits):
+    for split in ("train", "test"):
+        (splits / split / "dog").rename(splits / split / "собака 犬 \U0001f415")
+    assert load("cifar10", splits).classes[1] == "собака 犬 \U0001f415"
+
+
+def test_a_folder_whose_name_is_no_unicode_has_a_name_that_can_be_written(splits):
+    root = os.path.join(os.fsencode(splits.parent), b"p\xe9ts")
+    try:
+        os.rename(splits, root)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    dataset = load("cifar10", os.fsdecode(root))
+    assert dataset.name == "p?ts" and dataset.source.encode().endswith(b"p?ts")
 
 
 def test_what_is_no_image_is_passed_over(splits):
@@ -152,5 +251,7 @@ def test_a_bad_folder_is_an_error_that_says_what_was_expected(splits, fault, mes
 
 
 def test_too_many_pixels_are_refused_before_they_are_read(splits):
-    with pytest.raises(DataError, match="do not fit"):
+    with pytest.raises(DataError, match="take 286,102 MiB of memory, more than the 384 MiB that are allowed"):
         read_image_folder(splits, size=(100_000, 100_000))
+    with pytest.raises(DataError, match="expected at least 1x1"):
+        read_image_folder(splits, size=(0, 4))

@@ -186,7 +186,7 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
 def test_views_of_pictures_are_those_of_the_host(pictures, views):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
-    shown = Pictures(Batches(images, np.zeros(11), 1, 0, RGB, Augmentation(shift=1, border="reflect")))
+    shown = Pictures(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(shift=1, border="reflect")))
     found = evaluation.predict_pictures(predictor, shown, batch_size=4, views=views)
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, views), rtol=1e-5, atol=1e-6)
 

@@ -176,6 +176,46 @@ def check_alone(text: str) -> Page:
 # --- The page of a run ---
 
 
+def test_report_of_many_classes_has_no_matrix_but_its_classes(tmp_path):
+    """A matrix of 49,999 classes would take 18.6 GiB, and nobody could look at it."""
+    k = 49_999
+    counts = {(0, 0): 3, (0, 17): 2, (0, 5): 1, (k - 1, k - 1): 4}
+    run = make_run(3) | {"confusion": counts, "classes": [f"kind {i}" for i in range(k)], "mistakes": []}
+    text = write_report(tmp_path, **run).read_text(encoding="utf-8")
+    found = check_alone(text)
+    assert "Confusion matrix" not in text and len(text) < 200_000
+    words = " ".join(" ".join(found.texts).split())
+    assert "7 of 10 images" in words and "The 20 worst of 49999 classes" in words
+    assert re.search(r"kind 0 3 6 50\.00 % kind 17 \(2\)", words)
+
+
+@pytest.mark.parametrize("k", [2, 31])
+def test_a_matrix_is_the_same_from_what_occurred_of_it(tmp_path, k):
+    run = make_run(k)
+    pairs = {(i, j): int(run["confusion"][i, j]) for i, j in np.argwhere(run["confusion"])}
+    dense, sparse = (
+        write_report(tmp_path / name, **run | {"confusion": counts}).read_text(encoding="utf-8")
+        for name, counts in (("dense", run["confusion"]), ("sparse", pairs))
+    )
+    assert dense == sparse
+
+
+@pytest.mark.parametrize("counts", [{(0, 3): 1}, {(-1, 0): 1}, {(0, 1): -1}, {(0, 1): 0.5}])
+def test_counts_of_no_class_are_refused(tmp_path, counts):
+    with pytest.raises(ValueError, match="confusion matrix"):
+        write_report(tmp_path, **make_run(3) | {"confusion": counts})
+
+
+def test_report_draws_the_learning_rate_of_each_step(tmp_path):
+    run = make_run(epochs=2)
+    steps = [i / 10 for i in range(20)]
+    rates = [0.01 + 0.09 * min(step, 1) for step in steps]
+    found = Page(write_report(tmp_path, **run, learning_rates=(steps, rates)).read_text(encoding="utf-8"))
+    titles = [text for text in found.texts if text.startswith("learning rate: ")]
+    assert len(titles) == 1 + 20 and titles[0] == "learning rate: 0.01000 at first, 0.1000 at last"
+    assert "learning rate: 0.0550000 at epoch 0.5000" in titles
+
+
 @pytest.mark.parametrize("k", [1, 2, 10, 31, 100])
 def test_report_is_well_formed_and_self_contained(tmp_path, k):
     path = write_report(tmp_path / "new" / "run", **make_run(k))
@@ -692,10 +732,17 @@ def test_log_gets_plain_lines_and_few(clock, monkeypatch, dumb):
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
+def test_log_tells_within_an_epoch_without_being_asked_to(clock):
+    """At least every ten seconds, where nobody watches a bar."""
+    stream = Terminal(live=False)
+    drive(Progress(400, "epoch 3/20", stream), clock, 400)  # 100 seconds
+    assert 9 <= len(stream.getvalue().splitlines()) <= 10
+
+
 def test_log_of_a_short_epoch_is_its_last_line_alone(clock):
     stream = Terminal(live=False)
     with Progress(100, "epoch", stream) as bar:
-        drive(bar, clock, 100)
+        drive(bar, clock, 100, seconds=0.09)
         bar.close("done")
         bar.close("twice")
     assert stream.getvalue() == "done\n"

@@ -616,7 +616,7 @@ def test_a_run_keeps_its_first_losses_alone(pictures, monkeypatch):
 def test_a_diverged_run_says_where(pictures, tmp_path, at):
     """The step whose batch holds the poisoned image, of 3 in each of 2 epochs; the last checkpoint stays."""
     images, _ = pictures(12, 6, 6)
-    labels = np.zeros(12)
+    labels = np.zeros(12, int)
     labels[0] = 1
     model, optimizer, _ = run(pictures, width=0)
     make = lambda seed: Batches(images, labels, 4, seed, Preprocessing())  # noqa: E731

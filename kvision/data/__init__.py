@@ -6,6 +6,7 @@ from kvision.data.find import NAMES, keras_cache, load
 from kvision.data.folder import read_image_folder
 from kvision.data.mnist import FASHION_CLASSES
 from kvision.data.npz import read_npz
+from kvision.data.preprocessing import as_uint8
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "DataUnavailable",
     "Dataset",
+    "as_uint8",
     "keras_cache",
     "load",
     "read_image_folder",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvision.data.preprocessing import Preprocessing
+from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.random import stream
 
 BORDERS = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
@@ -40,6 +40,19 @@ class Augmentation:
             raise ValueError(f"shift and cutout are numbers of pixels, got {self.shift} and {self.cutout}")
 
 
+def _checked(labels, classes: int | None) -> np.ndarray:
+    """Labels as int32; a float is never cut to a whole number."""
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "ui":
+        raise TypeError(f"labels must be whole numbers, the classes' indices, got {labels.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"labels must have shape (n,), an index for each image, got {labels.shape}")
+    most = np.iinfo(np.int32).max if classes is None else classes - 1
+    if labels.size and (int(labels.min()) < 0 or int(labels.max()) > most):
+        raise ValueError(f"labels must lie in 0..{most}, got {labels.min()} to {labels.max()}")
+    return labels.astype(np.int32)
+
+
 class Batches:
     """The training images of one run, batch by batch.
 
@@ -47,12 +60,15 @@ class Batches:
     have seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
 
     Args:
-        images: uint8 (n, height, width, channels).
-        labels: integers (n,).
+        images: uint8 (n, height, width, channels); of another type where `value_range` says what its numbers mean.
+        labels: integers (n,), 0 or more.
         batch_size: images a step; all of them where there are fewer.
+        value_range: (0, 1) or (0, 255), of images that are not uint8; they are rounded to uint8.
+        classes: where it is given, labels are below it.
 
     Raises:
-        ValueError: no images, not as many labels, or a batch size below 1.
+        TypeError: images that are no array of uint8 without `value_range`; labels that are no whole numbers.
+        ValueError: no images, a wrong shape, a value outside its range, not as many labels, or a batch size below 1.
     """
 
     def __init__(
@@ -63,12 +79,18 @@ class Batches:
         seed: int,
         preprocessing: Preprocessing,
         augmentation: Augmentation | None = None,
+        *,
+        value_range: tuple[float, float] | None = None,
+        classes: int | None = None,
     ):
+        images = as_uint8(images, value_range)
         if len(images) == 0 or batch_size < 1:
             raise ValueError(f"training wants images and a positive batch size, got {len(images)} and {batch_size}")
         if len(images) != len(labels):
             raise ValueError(f"training wants a label for each image, got {len(images)} and {len(labels)}")
-        self.labels = np.asarray(labels, np.int32)
+        if not images.size:
+            raise ValueError(f"images must have pixels and channels, got shape {images.shape}")
+        self.labels = _checked(labels, classes)
         self.batch_size = min(batch_size, len(images))
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()

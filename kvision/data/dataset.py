@@ -1,5 +1,6 @@
 """What a data set is: images, labels and class names in memory, checked once, where they enter."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,8 @@ class Dataset:
         source: the path that was read, or such as "drawn from seed 0".
 
     Raises:
-        DataError: a wrong type or shape, a label outside `classes`, unequal lengths, an empty split.
+        DataError: a wrong type or shape, a label outside `classes`, unequal lengths, an empty split, a class name that
+            cannot be printed.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Dataset:
     source: str
 
     def __post_init__(self):
-        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "classes", check_classes(self.classes, f"{self.name} ({self.source})"))
         for split, images, labels in (
             ("training", self.x_train, self.y_train),
             ("test", self.x_test, self.y_test),
@@ -127,20 +129,18 @@ class Dataset:
             if count is not None and count < 1:
                 raise DataError(f"a subset wants at least 1 image, got {count}")
         # Each part draws for itself, so that how many train does not change which test.
-        train_part = _balanced(self.y_train, train, np.random.default_rng([seed, 0]))
-        test_part = _balanced(self.y_test, test, np.random.default_rng([seed, 1]))
+        train_part = balanced(self.y_train, train, np.random.default_rng([seed, 0]))
+        test_part = balanced(self.y_test, test, np.random.default_rng([seed, 1]))
         if len(train_part) == len(self.y_train) and len(test_part) == len(self.y_test):
             return self
-        note = (
-            f"{len(train_part)} of {len(self.y_train)} training and {len(test_part)} of {len(self.y_test)} test images"
-        )
+        sizes = (len(train_part), len(self.y_train)), (len(test_part), len(self.y_test))
         return replace(
             self,
             x_train=self.x_train[train_part],
             y_train=self.y_train[train_part],
             x_test=self.x_test[test_part],
             y_test=self.y_test[test_part],
-            source=f"{self.source} ({note})",
+            source=part_of(self.source, *sizes),
         )
 
     def per_class(self, n: int, seed: int = 0) -> "Dataset":
@@ -159,7 +159,30 @@ class Dataset:
         return self.subset(train=n * len(self.classes), seed=seed)
 
 
-def _balanced(labels: np.ndarray, count: int | None, rng: np.random.Generator) -> np.ndarray:
+def part_of(source: str, train: tuple[int, int], test: tuple[int, int]) -> str:
+    """`source` and how many of how many images a part of it has."""
+    if train[0] == train[1] and test[0] == test[1]:
+        return source
+    return f"{source} ({train[0]} of {train[1]} training and {test[0]} of {test[1]} test images)"
+
+
+def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        DataError: a name that no page, manifest or terminal can hold: empty, no Unicode (a folder's name may be any
+            bytes), or with control characters.
+    """
+    for name in classes:
+        # Of a surrogate the category is Cs; line and paragraph separators end a line as a control character does.
+        if not name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+            raise DataError(
+                f"{where}: the class name {name!a} is empty, no UTF-8, or holds control characters; rename it"
+            )
+    return tuple(classes)
+
+
+def balanced(labels: np.ndarray, count: int | None, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of `count` random labels, spread evenly over the classes."""
     if count is None or count >= len(labels):
         return np.arange(len(labels))

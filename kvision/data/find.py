@@ -12,7 +12,7 @@ from kvision.data.digits import load_digits
 from kvision.data.download import REMOTES
 from kvision.data.download import download as fetch
 from kvision.data.drawn import load_drawn_digits, load_shapes10
-from kvision.data.folder import is_image_folder, read_image_folder
+from kvision.data.folder import MEMORY, is_image_folder, read_image_folder
 from kvision.data.npz import read_npz
 
 PUBLISHED = ("cifar10", "cifar100", "mnist", "fashion_mnist")
@@ -32,6 +32,8 @@ def load(
     download: bool = True,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    limit: tuple[int | None, int | None] = (None, None),
+    memory: int = MEMORY,
     log: Callable[[str], None] = print,
 ) -> Dataset:
     """A data set by its name, or whatever data set lies at `path`.
@@ -45,8 +47,10 @@ def load(
             ./data, then the network.
         download: whether the network may be used.
         seed: of data sets that are drawn, and of the split of a folder of images that has none.
-        size: (height, width) that a folder of images is resized to; default: the size of its first image.
-        log: is told, in one line each, what is downloaded and what is passed over because it is broken.
+        size, limit, memory: of a folder of images: (height, width) of each, how many training and test images are read,
+            and the bytes that they may take; see `read_image_folder`.
+        log: is told, in one line each, what is downloaded, what is passed over because it is broken, and how much
+            memory the images of a folder take before they are decoded.
 
     Raises:
         DataUnavailable: without a path, where it was neither found nor downloadable.
@@ -62,7 +66,10 @@ def load(
         if not path.exists():
             raise DataError(f"{path} does not exist; expected a file or a folder with {name} or images by class")
         try:
-            return _read_file(path) if path.is_file() else _read_any_folder(path, name, size, seed)
+            if path.is_file():
+                return _read_file(path)
+            options = {"size": size, "seed": seed, "limit": limit, "memory": memory, "log": log}
+            return _read_any_folder(path, name, options)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
     if name in MADE:
@@ -115,7 +122,7 @@ def _read_file(path: Path) -> Dataset:
     )
 
 
-def _read_any_folder(folder: Path, name: str, size: tuple[int, int] | None, seed: int) -> Dataset:
+def _read_any_folder(folder: Path, name: str, options: dict) -> Dataset:
     # The folder is a data set: then it is that one, whatever name was asked for.
     if cifar.layout_of(folder):
         return cifar.read_folder(folder)
@@ -134,7 +141,7 @@ def _read_any_folder(folder: Path, name: str, size: tuple[int, int] | None, seed
     if len(inner) == 1 and not is_image_folder(folder) and is_image_folder(inner[0]):
         folder = inner[0]
     if is_image_folder(folder):
-        return read_image_folder(folder, size=size, grey=name in _GREY, seed=seed)
+        return read_image_folder(folder, grey=name in _GREY, **options)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     raise DataError(
         f"{folder} holds no {name}, no .npz and no images by class, but {found}; expected "

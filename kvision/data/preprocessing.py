@@ -14,6 +14,62 @@ CHANNEL_ORDERS = ("rgb", "bgr", "grey")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
+def covering(shape: tuple[int, int], size: tuple[int, int], crop: float = 1.0) -> tuple[int, int]:
+    """What an image of `shape` is resized to before `size` is cut out of its centre, (height, width) all.
+
+    The shorter side in the proportion of what is cut out; the longer one rounded down, as torchvision does.
+    """
+    (rows, columns), (height, width) = shape, size
+    factor = max(round(height / crop) / rows, round(width / crop) / columns)
+    return max(height, int(rows * factor + 1e-9)), max(width, int(columns * factor + 1e-9))
+
+
+def centred(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The first row and column of the centre of `size` in an image of `shape`, (height, width) both."""
+    return round((shape[0] - size[0]) / 2), round((shape[1] - size[1]) / 2)
+
+
+VALUE_RANGES = ((0, 1), (0, 255))
+
+
+def as_uint8(images: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+    """Images as uint8, 0 to 255; an array that is that already is returned as it is.
+
+    Args:
+        images: (n, height, width, channels), uint8, or numbers of another type where `value_range` says what they mean.
+        value_range: (0, 1) for floats from black to white, (0, 255) for floats or integers; they are rounded to the
+            nearest of 256 steps.
+
+    Raises:
+        TypeError: no array of numbers, or another dtype than uint8 without `value_range`.
+        ValueError: not four axes, an unknown range, uint8 images said to lie in 0..1, or a value outside the range.
+    """
+    if not isinstance(images, np.ndarray) or images.dtype.kind not in "uif":
+        found = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise TypeError(f"images must be a NumPy array of uint8, got {found}")
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (n, height, width, channels), got {images.shape}")
+    if value_range is not None and tuple(value_range) not in VALUE_RANGES:
+        raise ValueError(f"value_range must be (0, 1) or (0, 255), got {value_range!r}")
+    if images.dtype == np.uint8 and (value_range is None or tuple(value_range) == (0, 255)):
+        return images
+    if value_range is None:
+        raise TypeError(
+            f"images must be uint8, 0 to 255, got {images.dtype}; say what their values mean: value_range=(0, 1) or "
+            "value_range=(0, 255)"
+        )
+    low, high = value_range
+    if images.dtype.kind in "ui" and high == 1:
+        raise ValueError(f"images in 0..1 must be floats, got {images.dtype}; give value_range=(0, 255)")
+    result = np.empty(images.shape, np.uint8)
+    for image, out in zip(images, result, strict=True):  # one after the other: no second copy in floats
+        # Not `min() < low`: this way a nan is outside, too.
+        if image.size and not (image.min() >= low and image.max() <= high):
+            raise ValueError(f"images must lie in {low}..{high} as stated, got {image.min()} to {image.max()}")
+        out[:] = np.rint(image * (255 / high)) if images.dtype.kind == "f" else image
+    return result
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The map from stored images to network input: `(images * scale - mean) / std`, channel by channel.
@@ -98,18 +154,15 @@ class Preprocessing:
 
     def _cut(self, picture: np.ndarray) -> np.ndarray:
         height, width = self.size
-        rows, columns = picture.shape[:2]
-        # The shorter side in the proportion of what is cut out; the longer one rounded down, as torchvision does.
-        factor = max(round(height / self.crop) / rows, round(width / self.crop) / columns)
-        target = max(height, int(rows * factor + 1e-9)), max(width, int(columns * factor + 1e-9))
-        if target != (rows, columns):
+        target = covering(picture.shape[:2], self.size, self.crop)
+        if target != picture.shape[:2]:
             method = Image.Resampling[self.interpolation.upper()]
             planes = [  # plane by plane, because Pillow knows images of 1 and 3 channels alone
                 np.asarray(Image.fromarray(np.ascontiguousarray(picture[..., i])).resize(target[::-1], method))
                 for i in range(picture.shape[-1])
             ]
             picture = np.stack(planes, axis=-1)
-        top, left = (round((side - wanted) / 2) for side, wanted in zip(target, self.size, strict=True))
+        top, left = centred(target, self.size)
         return picture[top : top + height, left : left + width]
 
     def to_json(self) -> dict:

@@ -1,11 +1,14 @@
 """One label for each image: its loss, its score, and the mistakes worth looking at."""
 
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 from keras import ops
 
 # Of each auxiliary head's loss (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, section 5).
 AUXILIARY_WEIGHT = 0.3
+PART = 1 << 20  # logits that are scored at once
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -54,24 +57,46 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def _parts(logits: np.ndarray) -> Iterator[np.ndarray]:
+    """The logits in parts of some megabytes: their copies in float64 are of a part, however many classes there are."""
+    rows = max(1, PART // logits.shape[-1])
+    return (logits[start : start + rows] for start in range(0, len(logits), rows))
+
+
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy (0 to 1), the count behind it and the mean cross-entropy in nats, of (n, classes) logits."""
     correct = int((logits.argmax(axis=-1) == labels).sum())
-    loss = -log_probabilities(logits)[np.arange(len(labels)), labels].mean()
-    return {"accuracy": correct / len(labels), "correct": correct, "loss": float(loss)}
+    losses, done = [], 0
+    for part in _parts(logits):
+        losses.append(-log_probabilities(part)[np.arange(len(part)), labels[done : done + len(part)]])
+        done += len(part)
+    return {"accuracy": correct / len(labels), "correct": correct, "loss": float(np.concatenate(losses).mean())}
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(classes, classes) counts: row the true class, column the predicted one."""
+    """(classes, classes) counts: row the true class, column the predicted one. Of many classes see `confusions`."""
     classes = logits.shape[-1]
     cells = np.asarray(labels, np.int64) * classes + logits.argmax(axis=-1)  # uint8 labels would overflow
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
+def confusions(logits: np.ndarray, labels: np.ndarray) -> dict[tuple[int, int], int]:
+    """How many images of a true class were given a predicted one: {(true, predicted): count}, of what occurred alone.
+
+    As many entries as images at most, where a matrix has the square of the number of classes.
+    """
+    classes = logits.shape[-1]
+    cells = np.asarray(labels, np.int64) * classes + logits.argmax(axis=-1)
+    return {
+        divmod(int(cell), classes): int(count)
+        for cell, count in zip(*np.unique(cells, return_counts=True), strict=True)
+    }
+
+
 def worst_mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 24) -> list[tuple[int, int, float]]:
     """(index, predicted class, its probability) of the wrong answers given with most confidence."""
     predicted = logits.argmax(axis=-1)
-    confidence = np.exp(log_probabilities(logits).max(axis=-1))
+    confidence = np.concatenate([np.exp(log_probabilities(part).max(axis=-1)) for part in _parts(logits)])
     wrong = np.flatnonzero(predicted != labels)
     order = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
     return [(int(i), int(predicted[i]), float(confidence[i])) for i in order]

@@ -20,6 +20,7 @@ WIDTH = 520
 DASHES = ("", "9 6", "3 5", "12 4 3 4", "5 3", "1.5 3")
 MOST_POINTS = 800  # more than this a series cannot be told apart on a screen this wide
 LARGEST = 1e100  # keeps differences and ticks far from the end of float64
+MOST_DRAWN = 1000  # classes up to which a confusion matrix is drawn: ImageNet's, whose cells are two points wide
 MOST_COUNTED = 30  # classes up to which a confusion matrix has room for a number in each cell
 
 
@@ -250,18 +251,36 @@ def bar_chart(values: Mapping[str, float | None], unit: str, title: str) -> str:
     return _svg(WIDTH, bottom, title, described, body)
 
 
-def check_confusion(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """`confusion` as an int64 array of shape (k, k) for k classes, else ValueError."""
-    array = np.asarray(confusion)
-    if array.shape != (len(classes), len(classes)) or not len(classes):
-        wanted = (len(classes), len(classes))
-        raise ValueError(f"the confusion matrix of {len(classes)} classes has shape {wanted}, got {array.shape}")
-    if not np.array_equal(array, array.astype(np.int64)) or array.min() < 0:
+def confusion_cells(confusion: np.ndarray | Mapping[tuple[int, int], int], classes: Sequence[str]) -> np.ndarray:
+    """What occurred of a confusion matrix, sorted: int64 (m, 3), rows of true class, predicted class and count.
+
+    Args:
+        confusion: counts, of shape (k, k) for k classes, the row the true class, or {(true, predicted): count}.
+
+    Raises:
+        ValueError: another shape, a class that there is not, or anything but counts.
+    """
+    count = len(classes)
+    if isinstance(confusion, Mapping):
+        cells = np.array([(*pair, value) for pair, value in sorted(confusion.items())]).reshape(-1, 3)
+        if len(cells) and not (cells[:, :2].min() >= 0 and cells[:, :2].max() < count):
+            raise ValueError(f"the confusion matrix of {count} classes has entries 0 to {count - 1}")
+        values = cells[:, 2]
+    else:
+        cells = values = np.asarray(confusion)
+        if cells.shape != (count, count) or not count:
+            raise ValueError(f"the confusion matrix of {count} classes has shape {(count, count)}, got {cells.shape}")
+    if not np.array_equal(values, values.astype(np.int64)) or values.min(initial=0) < 0:
         raise ValueError("a confusion matrix holds counts: whole numbers, none negative")
-    return array.astype(np.int64)
+    if not isinstance(confusion, Mapping):
+        places = np.argwhere(cells)
+        cells = np.column_stack([places, cells[tuple(places.T)]])
+    return cells.astype(np.int64)
 
 
-def matrix_chart(confusion: np.ndarray, classes: Sequence[str], title: str = "Confusion matrix") -> str:
+def matrix_chart(
+    confusion: np.ndarray | Mapping[tuple[int, int], int], classes: Sequence[str], title: str = "Confusion matrix"
+) -> str:
     """A confusion matrix as a heat map, an SVG string.
 
     A cell is shaded by the square root of its share of the row, which keeps rare mistakes visible: right
@@ -269,14 +288,15 @@ def matrix_chart(confusion: np.ndarray, classes: Sequence[str], title: str = "Co
     names; beyond that cells are too small for either, and the axes are numbered by class index.
 
     Args:
-        confusion: counts, shape (k, k); the row is the true class, the column the predicted one.
-        classes: k names.
-
-    Raises:
-        ValueError: another shape, or anything but counts.
+        confusion, raises: see `confusion_cells`.
+        classes: k names, `MOST_DRAWN` at most: a matrix of more would fill the memory, and could not be looked at.
     """
-    counts = check_confusion(confusion, classes)
+    cells = confusion_cells(confusion, classes)
     k = len(classes)
+    if k > MOST_DRAWN:
+        raise ValueError(f"a confusion matrix is drawn of {MOST_DRAWN:,} classes at most, got {k:,}")
+    counts = np.zeros((k, k), np.int64)
+    counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
     totals = counts.sum(1)
     shares = counts / np.maximum(totals, 1)[:, None]
     names = [_clip(str(name), 16) for name in classes]

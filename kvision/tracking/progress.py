@@ -38,7 +38,7 @@ class Progress:
         every_seconds: between plain lines.
     """
 
-    def __init__(self, total_steps: int, label: str, stream: TextIO | None = None, every_seconds: float = 30.0) -> None:
+    def __init__(self, total_steps: int, label: str, stream: TextIO | None = None, every_seconds: float = 10.0) -> None:
         self.total_steps = max(int(total_steps), 1)
         self.label = label
         self._stream = sys.stderr if stream is None else stream

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from kvision.tracking import page
-from kvision.tracking.charts import MOST_COUNTED, check_confusion, line_chart, matrix_chart
+from kvision.tracking.charts import MOST_COUNTED, MOST_DRAWN, confusion_cells, line_chart, matrix_chart
 from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
 
 # What the other parts of the page show already; every other entry of a result is listed at its end.
@@ -67,7 +67,7 @@ def shares_as_percent(pairs: tuple[list, list]) -> tuple[list, list]:
     return epochs, [None if finite(value) is None else 100 * float(value) for value in values]
 
 
-def _curves(history: Sequence[Mapping[str, Any]]) -> str:
+def _curves(history: Sequence[Mapping[str, Any]], rates: tuple[Sequence, Sequence] | None) -> str:
     if not history:
         return '<p class="quiet">No epoch was recorded.</p>'
     charts = [
@@ -87,7 +87,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
             "right answers, %",
         ),
         line_chart(
-            {"learning rate": column(history, "learning_rate")},
+            {"learning rate": rates or column(history, "learning_rate")},
             "Learning rate",
             "epoch",
             "rate",
@@ -126,28 +126,40 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> str:
     return f"<details><summary>Every epoch in numbers</summary>{page.table(heads, rows, range(8))}</details>"
 
 
-def _classes(confusion: np.ndarray, classes: Sequence[str]) -> str:
-    """Accuracy class by class in a table; the worst first and the rest folded away where there are many."""
+def _classes(cells: np.ndarray, classes: Sequence[str]) -> str:
+    """Accuracy class by class in a table; the worst first and the rest folded away where there are many.
+
+    Args:
+        cells: of `kvision.tracking.charts.confusion_cells`.
+    """
+    totals, rights = np.zeros((2, len(classes)), np.int64)
+    np.add.at(totals, cells[:, 0], cells[:, 2])
+    hits = cells[cells[:, 0] == cells[:, 1]]
+    rights[hits[:, 0]] = hits[:, 2]
+    wrong = {}  # of each class, the other one that it was most often taken for, and how often
+    for true, predicted, count in cells[cells[:, 0] != cells[:, 1]].tolist():
+        if count > wrong.get(true, (0, 0))[1]:
+            wrong[true] = predicted, count
+    shares = np.where(totals, rights / np.maximum(totals, 1), np.inf)
+    order, shown = range(len(classes)), len(classes)
+    if len(classes) > MOST_COUNTED:
+        order, shown = np.argsort(shares, kind="stable").tolist(), 20
     rows = []
-    for index, name in enumerate(classes):
-        total, right = int(confusion[index].sum()), int(confusion[index, index])
-        wrong = confusion[index].copy()
-        wrong[index] = 0
-        worst = int(wrong.argmax())
-        taken = f"{escape(classes[worst])} ({wrong[worst]:,})" if wrong[worst] else MISSING
-        share = right / total if total else None
+    for index in order if len(classes) <= MOST_DRAWN else order[:shown]:
+        taken = f"{escape(classes[wrong[index][0]])} ({wrong[index][1]:,})" if index in wrong else MISSING
+        share = float(shares[index]) if totals[index] else None
         bar = f'<span class="bar"><i style="width:{100 * (share or 0):.1f}%"></i></span>'
-        rows.append((share, [escape(name), f"{right:,}", f"{total:,}", percent(share), bar, taken]))
+        name = escape(classes[index])
+        rows.append([name, f"{rights[index]:,}", f"{totals[index]:,}", percent(share), bar, taken])
     heads = ("class", "right", "of", "accuracy", "", "most often taken for")
 
     def table(part):
-        return page.table(heads, [row for _, row in part], (1, 2, 3))
+        return page.table(heads, part, (1, 2, 3))
 
-    if len(rows) <= MOST_COUNTED:
+    if len(classes) <= MOST_COUNTED:
         return table(rows)
-    rows.sort(key=lambda row: math.inf if row[0] is None else row[0])
-    rest = f"<details><summary>The other {len(rows) - 20} classes</summary>{table(rows[20:])}</details>"
-    return f"<h3>The 20 worst of {len(rows)} classes</h3>{table(rows[:20])}{rest}"
+    rest = f"<details><summary>The other {len(rows) - shown} classes</summary>{table(rows[shown:])}</details>"
+    return f"<h3>The {shown} worst of {len(classes)} classes</h3>{table(rows[:shown])}{rest if rows[shown:] else ''}"
 
 
 def _pictures(mistakes: Sequence[Mistake]) -> str:
@@ -186,9 +198,10 @@ def write_report(
     config: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     result: Mapping[str, Any],
-    confusion: np.ndarray,
+    confusion: np.ndarray | Mapping[tuple[int, int], int],
     classes: Sequence[str],
     mistakes: Sequence[Mistake],
+    learning_rates: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Path:
     """Writes `report.html` into `folder`: one file that needs no other, no network and no script.
 
@@ -202,9 +215,12 @@ def write_report(
             the name in `kvision.data.views` and the accuracy on them, train_seconds, images_per_second,
             seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed, weights_sha256, versions and
             hardware (dictionaries), command, note. Other entries are listed as they are.
-        confusion: counts on the test images, shape (k, k); row true class, column predicted class.
+        confusion: counts on the test images, shape (k, k), row true class, column predicted class; or {(true,
+            predicted): count}. The matrix is drawn of `kvision.tracking.charts.MOST_DRAWN` classes at most.
         classes: k names.
         mistakes: shown in this order.
+        learning_rates: places, counted in epochs from 0, and the rates of the steps there; default: those of the
+            epochs' ends, from the history.
 
     Returns:
         The path of the page.
@@ -212,8 +228,8 @@ def write_report(
     Raises:
         ValueError: a confusion matrix that does not fit the classes or holds anything but counts.
     """
-    confusion = check_confusion(confusion, classes)
-    right, total = int(np.trace(confusion)), int(confusion.sum())
+    cells = confusion_cells(confusion, classes)
+    right, total = int(cells[cells[:, 0] == cells[:, 1], 2].sum()), int(cells[:, 2].sum())
     model, dataset, backend = (str(result.get(key) or "unnamed") for key in ("model", "dataset", "backend"))
     accuracy = finite(result.get("test_accuracy"))
     small = f"{right:,} of {total:,} images"
@@ -247,19 +263,18 @@ def write_report(
             ]
         )
     )
+    drawn = len(classes) <= MOST_DRAWN
     shade = "shaded by their share" if len(classes) <= MOST_COUNTED else "the axes count classes from 0"
     environment = [("command", f"`{result['command']}`")] if result.get("command") else []
     environment.append(("seed", plain(result.get("seed"))))
     if result.get("weights_sha256"):
         environment.append(("weights sha256", f"`{result['weights_sha256']}`"))
+    intro = f"{total:,} test images; right answers blue, mistakes orange, {shade}."
+    matrix = page.section("Confusion matrix", matrix_chart(confusion, classes), intro=intro) if drawn else ""
     sections = [
-        page.section("Curves", _curves(history), _epochs(history) if history else ""),
-        page.section(
-            "Confusion matrix",
-            matrix_chart(confusion, classes),
-            intro=f"{total:,} test images; right answers blue, mistakes orange, {shade}.",
-        ),
-        page.section("Class by class", _classes(confusion, classes)),
+        page.section("Curves", _curves(history, learning_rates), _epochs(history) if history else ""),
+        matrix,
+        page.section("Class by class", _classes(cells, classes)),
         page.section(
             "Worst mistakes",
             _pictures(mistakes),

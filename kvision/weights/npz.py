@@ -110,10 +110,13 @@ def probe_logits(model, shape: tuple[int, int, int], preprocessing: dict | None)
     import keras  # here, so that reading a file's manifest starts no backend
 
     prepare = Preprocessing() if preprocessing is None else Preprocessing.from_json(preprocessing)
+    rows = []
     with _full_precision(model):
-        logits = model(prepare(probe_images(shape)), training=False)
-    logits = logits[0] if isinstance(logits, list) else logits  # auxiliary heads follow the first
-    return np.asarray(keras.ops.convert_to_numpy(logits), np.float32)
+        for image in probe_images(shape):  # each alone: until it has them all, Keras keeps what every layer gives
+            logits = model(prepare(image[None]), training=False)
+            logits = logits[0] if isinstance(logits, list) else logits  # auxiliary heads follow the first
+            rows.append(np.asarray(keras.ops.convert_to_numpy(logits), np.float32))
+    return np.concatenate(rows)
 
 
 def save(

@@ -1,0 +1,154 @@
+"""The images of a run: found, brought to a size, counted, held out, and shown in batches that fit the memory."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import keras
+import numpy as np
+
+from kvision import engine as floors
+from kvision import flags, memory, zoo
+from kvision.config import Config
+from kvision.data import Dataset, DataUnavailable, load
+from kvision.data.batches import Augmentation, Batches
+from kvision.data.preprocessing import Preprocessing
+from kvision.random import stream
+from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
+from kvision.weights import find, inspect
+
+WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """(height, width) that the images of a folder are brought to: never a camera's.
+
+    Raises:
+        WeightsError: `config.weights` are needed to know, and cannot be read.
+    """
+    if config.image_size is not None:
+        return config.image_size, config.image_size
+    shape = zoo.default_shape(config.model)
+    if config.weights is not None:
+        manifest = inspect(find(config.weights))["manifest"] or {}
+        shape = manifest.get("arguments", {}).get("input_shape", shape)
+    return tuple(shape[:2])
+
+
+def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset, str | None]:
+    """The data set, and a note where it is not the first of `names` because that one is nowhere to be had.
+
+    Raises:
+        DataError: `--data` names no readable data set, or none of `names` is there.
+    """
+    if config.data is not None:
+        dataset = load(
+            names[0],
+            config.data,
+            size=image_size(config),
+            limit=(config.limit, config.limit_test),
+            memory=int(config.data_memory * 2**30),
+            log=log,
+        )
+        if config.image_size not in (None, *dataset.input_shape[:2]):
+            height, width = dataset.input_shape[:2]
+            raise flags.UsageError(
+                f"--image-size is of folders of images; those of {dataset.name} are {height}x{width}"
+            )
+        return dataset, None
+    missing = []
+    for name in names:
+        try:
+            dataset = load(name, seed=config.seed, log=log)
+        except DataUnavailable as error:
+            missing.append(str(error))
+            continue
+        if not missing:
+            return dataset, None
+        note = f"{names[0]} is not here, so this run trains on {dataset.name} instead. {missing[0]}"
+        log(f"NOTE: {note}")
+        return dataset, note
+    raise DataUnavailable(missing[0])
+
+
+def preprocessing_of(dataset: Dataset) -> Preprocessing:
+    """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
+    images = dataset.x_train
+    part = max(1, (1 << 22) // images[0].size)  # NumPy counts in int64, which is eight times as large
+    counts = [
+        sum(
+            np.bincount(images[start : start + part, ..., channel].ravel(), minlength=256)
+            for start in range(0, len(images), part)
+        )
+        for channel in range(images.shape[-1])
+    ]
+    values = np.arange(256) / 255
+    means = [float(np.average(values, weights=count)) for count in counts]
+    stds = [
+        float(np.sqrt(np.average((values - m) ** 2, weights=count))) for m, count in zip(means, counts, strict=True)
+    ]
+    return Preprocessing(
+        mean=tuple(round(mean, 4) for mean in means),
+        std=tuple(max(round(std, 4), 1e-3) for std in stds),
+        channel_order="rgb" if dataset.x_train.shape[-1] == 3 else "grey",
+        size=dataset.input_shape[:2],
+    )
+
+
+def batches_of(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | Mixed:
+    """The training images as the configuration shows them."""
+    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
+    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
+    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
+    erasing = RandomErasing(config.erasing) if config.erasing else None
+    if not mixers and not erasing:
+        return batches
+    return Mixed(batches, len(dataset.classes), mixers, erasing)
+
+
+def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:
+    """The configuration with a batch that the memory holds, and the learning rate in proportion to it (Goyal et al.
+    2017, https://arxiv.org/abs/1706.02677)."""
+    wanted = min(config.batch_size, images)
+    size = memory.batch_within(model, wanted) if config.fit_batch and config.accumulate == 1 else wanted
+    if size == wanted:
+        return config
+    rate = config.learning_rate * size / wanted
+    much, less = (count * memory.activation_bytes(model) / 2**30 for count in (wanted, size))
+    log(
+        f"batch size {size} instead of {wanted}, learning rate {rate:g} instead of {config.learning_rate:g}: the "
+        f"activations of {wanted} images would take {much:.1f} GiB, those of {size} take {less:.2f}; --batch-size "
+        f"{wanted} takes them all the same"
+    )
+    return replace(config, batch_size=size, learning_rate=rate)
+
+
+def sample(dataset: Dataset, pixels: int) -> np.ndarray:
+    """Training images of so many pixels together: the first ones, or, where they lack a class, evenly spaced ones."""
+    images, count = dataset.x_train, max(1, pixels // int(np.prod(dataset.input_shape[:2])))
+    if len(np.unique(dataset.y_train[:count])) == len(np.unique(dataset.y_train)):
+        return images[:count]
+    return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
+
+
+def images_on(config: Config, dataset: Dataset) -> str:
+    """Where the images of a step are made: large ones on the host, where the host computes too, and a copy of all of
+    them for the device would take memory for nothing."""
+    large = dataset.input_shape[0] * dataset.input_shape[1] > memory.SMALL_IMAGE
+    return "host" if config.images_on == "auto" and large and not floors.accelerated() else config.images_on
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+    """The data set without a share of its training images, drawn from each class, and those images and labels.
+
+    Raises:
+        flags.UsageError: the share is less than an image, or all of them.
+    """
+    labels, generator = dataset.y_train, stream(seed, "hold out")
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = generator.permutation(np.flatnonzero(labels == label))
+        held[places[: round(share * len(places))]] = True
+    if not held.any():
+        raise flags.UsageError(f"{len(labels)} training images are too few to hold out {share:.0%} of each class")
+    part = replace(dataset, x_train=dataset.x_train[~held], y_train=dataset.y_train[~held])
+    return part, (dataset.x_train[held], dataset.y_train[held])
