@@ -1,12 +1,38 @@
-"""What every reader of a foreign file shares: which files are opened at all, how much memory one may take, and how its
-names enter a message."""
+"""What every reader of a foreign file shares: which files are opened at all, how much memory one may take, what a
+malformed one raises, and how its names enter a message."""
 
 import os
 import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
+
+import numpy as np
 
 BASE = 64 << 20  # bytes that reading any file may take
 FACTOR = 8  # and so many more for each byte of the file
+# What a reader stumbles over in a malformed file: its own checks, and whatever the libraries below it raise.
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,  # a zip's encryption; NotImplementedError and RecursionError
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    OSError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 class Budget:
@@ -31,6 +57,39 @@ class Budget:
                 f"(64 MiB and {FACTOR} times its size)"
             )
         self.left -= count
+
+
+@contextmanager
+def border(error: Callable[[str], Exception], kind: str, cure: str) -> Iterator[None]:
+    """Within this, what a malformed file raises becomes an error of the project.
+
+    Args:
+        error: makes it of a message, such as `lambda message: DataError(f"{path} {message}")`. What it makes passes
+            through where the block raises it itself.
+        kind: what the file should have been: "safetensors file".
+        cure: what to do.
+    """
+    try:
+        yield
+    except MALFORMED as fault:
+        if isinstance(fault, type(error(""))):
+            raise
+        if isinstance(fault, OSError) and fault.strerror:
+            raise error(f"cannot be read: {fault.strerror}") from None
+        reason = f"{type(fault).__name__}: {fault}" if not isinstance(fault, ValueError) else fault
+        raise error(f"is no readable {kind}: {reason}; {cure}") from None
+
+
+def read_exactly(file: BinaryIO, start: int, size: int, what: str) -> np.ndarray:
+    """`size` bytes of a file from `start`, as a writable vector of uint8; ValueError, with `what`, where it ends first.
+
+    The caller has checked the size against the file's or a `Budget`.
+    """
+    values = np.empty(size, np.uint8)
+    file.seek(start)
+    if file.readinto(values) != size:
+        raise ValueError(f"the file ends inside {what}")
+    return values
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
