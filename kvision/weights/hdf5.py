@@ -65,17 +65,21 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
-    """What the child process says: [[layer, variable's name, dtype, shape, offset], ...]."""
+def _ask(path: str | os.PathLike) -> subprocess.CompletedProcess:
     # -P: the folder of the program is none to import from, for its files have the names of packages.
     command = [sys.executable, "-P", str(CHILD), os.path.abspath(path), str(BASE)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"HDF5 does not find its way through it within {SECONDS} s") from None
+
+
+def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
+    """What the child process says: [[layer, variable's name, dtype, shape, offset], ...]."""
+    done = _ask(path)
     try:
         answer = json.loads(done.stdout)
     except ValueError:
