@@ -1,10 +1,10 @@
 """Coverage-guided fuzzing of every reader of foreign files, by atheris (https://github.com/google/atheris).
 
 `python -m tests.fuzz_readers --seconds 3600 --out fuzzing.json` shares the time among all readers; `--reader NAME`
-takes one. It needs `pip install atheris`. Each input is read or refused. Any other exception, more than 10 seconds, more memory
-than 64 MiB and 8 times the input, or the end of the process is a finding: it is kept in the folder `--findings`,
-and the exit code is 1. HDF5's own process is forked here instead of started, and the Python of what it runs is then run
-once more in this one, where coverage is counted.
+takes one. It needs `pip install atheris`. Each input is read or refused. Any other exception, more than 10 seconds,
+more memory than 64 MiB and 8 times the input, or the end of the process is a finding: it is kept in the folder
+`--findings`, and the exit code is 1. HDF5's own process is forked here instead of started, and the Python of what it
+runs is then run once more in this one, where coverage is counted.
 """
 
 import argparse
