@@ -24,17 +24,33 @@ from keras import ops
 from kvision.random import key
 from kvision.regularizers.activations import Dropout
 
-_blank = ContextVar("blank", default=False)
+_blank: ContextVar[list[float] | None] = ContextVar("blank", default=None)  # [how many numbers may follow]
 
 
 @contextmanager
-def blank() -> Iterator[None]:
-    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time."""
-    token = _blank.set(True)
+def blank(at_most: float = math.inf) -> Iterator[None]:
+    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time.
+
+    Args:
+        at_most: how many numbers all kernels may hold together. More raise ValueError before they take memory: for a
+            network whose arguments stand in a file.
+    """
+    token = _blank.set([at_most])
     try:
         yield
     finally:
         _blank.reset(token)
+
+
+def _is_blank(shape: tuple[int, ...]) -> bool:
+    """Whether a kernel of `shape` starts as zeros; ValueError where `blank` allows no such kernel."""
+    left = _blank.get()
+    if left is None:
+        return False
+    left[0] -= math.prod(shape)
+    if left[0] < 0:
+        raise ValueError(f"a kernel of shape {tuple(shape)} makes the network larger than the file of its weights")
+    return True
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -72,7 +88,7 @@ class Variance(keras.initializers.Initializer):
         return values * np.float32(deviation)
 
     def __call__(self, shape, dtype=None):
-        if _blank.get():
+        if _is_blank(shape):
             return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype=dtype)
         # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
         generator = np.random.default_rng(np.random.randint(2**31))

@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -116,6 +117,23 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, as `object_pairs_hook`: ValueError where a key stands twice, of which `json` keeps the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice[:80]} stands there twice")
+    return found
+
+
+def name_fault(name: str) -> str | None:
+    """What keeps a class or a network from being called so, or None: it enters files, pages and terminals."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        return f"is {printable(name, 80)!r}, which holds control characters or is no UTF-8"
+    return None
 
 
 def printable(message: str, most: int = 1_000) -> str:

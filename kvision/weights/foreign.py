@@ -11,7 +11,7 @@ from kvision.data import zipped
 from kvision.data.untrusted import border, open_regular
 from kvision.weights import hdf5, pth, safetensors, tf_checkpoint
 from kvision.weights.archive import Archive, refusal
-from kvision.weights.npz import MANIFEST
+from kvision.weights.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from kvision.data.untrusted import Budget, border, open_regular, read_exactly
+from kvision.data.untrusted import Budget, border, open_regular, read_exactly, unique
 from kvision.weights.archive import plain_bytes, refusal, whole
 
 DTYPES = {
@@ -48,19 +48,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if whole_size < 8 or size > min(MAX_HEADER, whole_size - 8):
             raise refusal(path, "is no safetensors file, or is cut short")
         budget.take(30 * size, "its header")  # as Python's objects: lists within lists take so much
-        header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         return _arrays(header, read_exactly(file, 8 + size, whole_size - 8 - size, "its values"))
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, of which `json` would silently keep the last of two values."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice[:80]} stands there twice")
-    return found
 
 
 def _arrays(header: dict, values: np.ndarray) -> dict[str, np.ndarray]:
