@@ -56,9 +56,9 @@ class Dataset:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
-        for name in self.classes:
+        for kind, name in (("the data set", self.name), *(("a class", name) for name in self.classes)):
             if fault := name_fault(str(name)):
-                raise DataError(f"{self.name} ({self.source}): a class's name {fault}; rename it")
+                raise DataError(f"{self.name} ({self.source}): the name of {kind} {fault}; rename it")
         for split, images, labels in (
             ("training", self.x_train, self.y_train),
             ("test", self.x_test, self.y_test),

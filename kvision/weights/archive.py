@@ -47,10 +47,10 @@ def refusal(path: str | os.PathLike, message: str) -> WeightsError:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, printable, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:most]) + more
+    return ", ".join(printable(name, 80) for name in names[:most]) + more
 
 
 def key_fault(key: str) -> str | None:

@@ -73,7 +73,8 @@ def inside(group, path: str):
     for part in path.split("/"):
         if not isinstance(group, h5py.Group) or not part or part == ".":
             raise Refused(f"{path[:80]!r} is no path of a group")
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+        name = part.encode()
+        if not group.id.links.exists(name) or group.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
             raise Refused(f"{path[:80]} is missing or a link to elsewhere")
         group = group[part]
     return group
@@ -104,7 +105,7 @@ def place(dataset, name: str) -> tuple[str, list[int], int]:
 def contents(file) -> list[list]:
     """The arrays of an opened file: [[layer, variable's name, dtype, shape, offset], ...]."""
     root = file
-    if file.get("model_weights", getlink=True) is not None:
+    if file.id.links.exists(b"model_weights"):
         root = inside(file, "model_weights")
     if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
         raise Refused(
