@@ -7,6 +7,7 @@ instead of naming them, so only the model that wrote one can read it: save such 
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -21,7 +22,7 @@ from kvision.weights.archive import listed, refusal
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
 LEAVES |= {"running_std": "moving_variance"}  # Keras 1 called the variance so
 CHILD = Path(__file__).with_name("hdf5_child.py")
-SECONDS = 60  # on the clock; the child takes a quarter of one, and stops itself after ten of its own time
+SECONDS = 60  # on the clock; the child takes a quarter of one, and stops itself after five of its own time
 
 
 def _leaf(name: str) -> str:
@@ -80,6 +81,8 @@ def _ask(path: str | os.PathLike) -> subprocess.CompletedProcess:
 def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
     """What the child process says: [[layer, variable's name, dtype, shape, offset], ...]."""
     done = _ask(path)
+    if done.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise ValueError("HDF5 does not find its way through it and was stopped")
     try:
         answer = json.loads(done.stdout)
     except ValueError:
