@@ -8,7 +8,6 @@ runs is then run once more in this one, where coverage is counted.
 """
 
 import argparse
-import gzip
 import hashlib
 import io
 import json
@@ -20,7 +19,6 @@ import resource
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import traceback
@@ -105,6 +103,8 @@ def _bundle() -> bytes:
 
 
 def _tar(mode: str) -> bytes:
+    import tarfile  # here and below late, so that coverage is counted in what the readers import first
+
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode, format=tarfile.PAX_FORMAT) as archive:
         for name in ("data_batch_1", "test_batch", "batches.meta", "n" * 120):
@@ -144,6 +144,8 @@ def _images() -> list[bytes]:
 
 def seeds(reader: str, folder: Path) -> list[bytes]:
     """Small valid files of a reader's format."""
+    import gzip
+
     from tests import fuzz_weights
 
     digits = _digits()
