@@ -362,7 +362,13 @@ def fuzz_one(reader: str, seconds: int, corpus: Path, findings: Path) -> None:
         if (Path(tempfile.gettempdir()) / "kvision_canary").exists():
             report("code of a file was run", blob, "")
 
-    options = [f"-max_total_time={seconds}", "-timeout=120", f"-max_len={MAX_LENGTH}", "-rss_limit_mb=2048"]
+    options = [
+        f"-max_total_time={seconds}",
+        "-timeout=120",
+        "-report_slow_units=120",
+        f"-max_len={MAX_LENGTH}",
+        "-rss_limit_mb=2048",
+    ]
     options += ["-print_final_stats=1", f"-artifact_prefix={findings}/{reader}-", str(corpus)]
     atheris.Setup([sys.argv[0], *options], one)
     atheris.Fuzz()
