@@ -24,21 +24,41 @@ from keras import ops
 from kvision.random import key
 from kvision.regularizers.activations import Dropout
 
-_blank = ContextVar("blank", default=None)  # the most numbers that a kernel may have, within `blank`
+_blank: ContextVar[list[float] | None] = ContextVar("blank", default=None)  # [numbers that may follow, in a kernel]
 
 
 @contextmanager
-def blank(largest: int | None = None) -> Iterator[None]:
+def blank(at_most: float = math.inf, largest: float = math.inf) -> Iterator[None]:
     """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time.
 
     Args:
-        largest: a kernel of more numbers raises ValueError before it takes memory.
+        at_most: how many numbers all kernels may hold together. More raise ValueError before they take memory: for a
+            network whose arguments stand in a file.
+        largest: how many one kernel may hold. More raise ValueError likewise: for a network whose dense layer grows
+            with the image.
     """
-    token = _blank.set(math.inf if largest is None else largest)
+    token = _blank.set([at_most, largest])
     try:
         yield
     finally:
         _blank.reset(token)
+
+
+def _is_blank(shape: tuple[int, ...]) -> bool:
+    """Whether a kernel of `shape` starts as zeros; ValueError where `blank` allows no such kernel."""
+    limits = _blank.get()
+    if limits is None:
+        return False
+    limits[0] -= (count := math.prod(shape))
+    if limits[0] < 0:
+        raise ValueError(f"a kernel of shape {tuple(shape)} makes the network larger than the file of its weights")
+    if count > limits[1]:
+        sides = " x ".join(f"{side:,}" for side in shape)
+        raise ValueError(
+            f"one of its kernels would have {sides} = {count:,} numbers, more than {limits[1]:,}, "
+            "as it grows with the image"
+        )
+    return True
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -76,12 +96,7 @@ class Variance(keras.initializers.Initializer):
         return values * np.float32(deviation)
 
     def __call__(self, shape, dtype=None):
-        if (largest := _blank.get()) is not None:
-            if math.prod(shape) > largest:
-                raise ValueError(
-                    f"one of its kernels would have {' x '.join(f'{side:,}' for side in shape)} = "
-                    f"{math.prod(shape):,} numbers, more than {largest:,}, as it grows with the image"
-                )
+        if _is_blank(shape):
             return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype=dtype)
         # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
         generator = np.random.default_rng(np.random.randint(2**31))

@@ -147,7 +147,7 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
         skip = [*skip, *_head_to_skip(config, dataset, manifest, skip)]
     largest = memory.largest_kernel(dataset.input_shape, zoo.default_shape(config.model))
     try:
-        with blank(largest):  # `initialize` follows
+        with blank(largest=largest):  # `initialize` follows
             model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
         height, width = zoo.default_shape(config.model)[:2]

@@ -46,6 +46,14 @@ def test_a_photo_of_a_large_camera_opens_reduced(tmp_path, progressive):
         assert read_image(path).size == (4_000, 3_000)
 
 
+def test_a_webp_counts_what_its_decoder_takes(tmp_path):
+    Image.new("RGB", (2_100, 2_100)).save(tmp_path / "x.webp", method=0)
+    with pytest.raises(DataError, match="resize it first"):
+        read_image(tmp_path / "x.webp")
+    Image.new("RGB", (2_000, 2_000)).save(tmp_path / "x.webp", method=0)
+    assert read_image(tmp_path / "x.webp").size == (2_000, 2_000)
+
+
 def test_an_ordinary_photo_opens_whole(tmp_path):
     path = tmp_path / "photo.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (374, 500, 3), np.uint8)

@@ -1,12 +1,11 @@
 """What a data set is: images, labels and class names in memory, checked once, where they enter."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvision.data.untrusted import printable
+from kvision.data.untrusted import name_fault, printable
 
 # The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
 RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")
@@ -58,6 +57,8 @@ class Dataset:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", check_classes(self.classes, f"{self.name} ({self.source})"))
+        if fault := name_fault(self.name):
+            raise DataError(f"{self.source}: the data set's name {fault}; rename it")
         for split, images, labels in (
             ("training", self.x_train, self.y_train),
             ("test", self.x_test, self.y_test),
@@ -174,11 +175,8 @@ def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
             bytes), or with control characters.
     """
     for name in classes:
-        # Of a surrogate the category is Cs; line and paragraph separators end a line as a control character does.
-        if not name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-            raise DataError(
-                f"{where}: the class name {name!a} is empty, no UTF-8, or holds control characters; rename it"
-            )
+        if fault := name_fault(str(name)):
+            raise DataError(f"{where}: the class name {fault}; rename it")
     return tuple(classes)
 
 

@@ -16,7 +16,8 @@ from kvision.data.untrusted import Budget, open_regular
 # By content, not by suffix: Pillow knows more formats, and one of them (EPS) starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Bytes that a pixel takes in Pillow's memory, with its conversion to RGB where that makes another image.
-_PIXEL = {"1": 5, "L": 5, "P": 5, "RGB": 4, "I;16": 7, "I": 9, "F": 9}
+_PIXEL = {"1": 5, "L": 5, "P": 5, "RGB": 4, "I;16": 8, "I": 9, "F": 9}
+_WEBP = 12  # more, which its decoder takes: two canvases, and what it hands over
 _ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 _UPRIGHT = {  # by its value, what brings the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -128,9 +129,12 @@ def _fit(image: Image.Image, size: int) -> None:
     """Check an image's pixels against the bytes of its file; a JPEG is reduced until they fit."""
     width, height = full = image.size
     each = _PIXEL.get(image.mode, 8) * (2 if _turned(image) else 1)
+    each += _WEBP if image.format == "WEBP" else 0
     kept = 0
     if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-        kept = 6 * width * height  # a progressive JPEG's coefficients are kept until its last scan
+        # Its coefficients, two bytes each, are kept until its last scan; of the colors mostly a quarter as many.
+        samples = [across * down for _, across, down, _ in image.layer]
+        kept = 2 * width * height * sum(samples) // max(samples)
     limit = Budget(size).limit
     for scale in (2, 4, 8):
         if kept + each * image.width * image.height <= limit or image.format not in ("JPEG", "MPO"):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from kvision.data.untrusted import printable
 from kvision.weights.archive import refusal
 from kvision.weights.npz import inspect
 
@@ -15,7 +16,7 @@ def file_size(count: int) -> str:
 
 
 def _cell(text: object) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return printable(" ".join(str(text).split()).replace("|", "\\|"))
 
 
 def table(folder: str | os.PathLike) -> str:
