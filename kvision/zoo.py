@@ -12,8 +12,12 @@ import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvision.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import keras
 
 # The files of `kvision.models`; each has its variants. Importing them imports Keras, so it waits until somebody asks.
 PAPERS = (
@@ -98,8 +102,8 @@ def create_model(
     weights: str | os.PathLike | None = None,
     *,
     adapt_input: bool = False,
-    **own,
-):
+    **own: object,
+) -> "keras.Model":
     """Build a network of the zoo.
 
     Args:
