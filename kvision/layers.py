@@ -120,6 +120,11 @@ class Border(keras.layers.Layer):
         return {**super().get_config(), "pads": self.pads, "value": self.value}
 
 
+def least_side(input_shape: tuple[int | None, int | None, int]) -> float:
+    """The shorter side of images in pixels, as far as it is known; None is any size, and infinite here."""
+    return min((side for side in input_shape[:2] if side is not None), default=math.inf)
+
+
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -109,7 +109,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         input_shape: (height, width, channels) of the images; the network reads float (n, height, width, channels). The
-            default is what the weights were made for, or else the size it was published for.
+            default is what the weights were made for, or else the size it was published for. Of most networks without
+            a head height and width may be None: images of any size.
         classes: how many logits; 0 leaves the head off, and the network ends in its pooled features. The default is
             that of the weights, or else the published number.
         weights: a weights file of this network: its path, or the name of one that ships, such as "resnet20.cifar10"
@@ -143,25 +144,40 @@ def create_model(
         input_shape = stated.get("input_shape", default_shape(name))
     if classes is None:
         classes = stated.get("classes", paper(name).classes)
-    if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in input_shape):
+    input_shape = tuple(input_shape)
+    sizes = [size for size in input_shape[:2] if size is not None] + list(input_shape[2:])
+    if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape!r}")
     if not isinstance(classes, int) or classes < 0:
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
     # JSON knows lists alone; a manifest's arguments come back as such.
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     if weights is None:
-        return row(tuple(input_shape), classes, **own)
+        return _built(row, input_shape, classes, own)
 
     from kvision.layers import blank
     from kvision.weights import load, named_variables
 
     with blank():
-        model = row(tuple(input_shape), classes, **own)
+        model = _built(row, input_shape, classes, own)
     # A network without head takes what it has of the file.
     named = named_variables(model)
     skip = [re.escape(key) for key in manifest["arrays"] if key not in named] if classes == 0 and manifest else ()
     load(model, weights, skip, adapt_input=adapt_input)
     return model
+
+
+def _built(row: partial, input_shape, classes: int, own: dict) -> "keras.Model":
+    """The network; images of any size, where it cannot be built for those, are refused."""
+    try:
+        return row(input_shape, classes, **own)
+    except TypeError:
+        if None in input_shape:
+            head = " with a head" if classes else ""
+            raise ValueError(
+                f"{row.keywords['name']}{head} must know the size of its images, got input_shape={input_shape}"
+            ) from None
+        raise
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,18 @@ from functools import partial
 
 import keras
 
-from kvision.layers import AdaptivePool, Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
+from kvision.layers import (
+    AdaptivePool,
+    Variance,
+    activation,
+    batch_norm,
+    conv,
+    dense,
+    dropout,
+    least_side,
+    logits,
+    max_pool,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -49,7 +60,7 @@ def vgg(
     Raises:
         ValueError: the images are smaller than 32 pixels, which five poolings need.
     """
-    if min(input_shape[:2]) < 32:
+    if least_side(input_shape) < 32:
         raise ValueError(f"VGG needs images of at least 32x32 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
     x = inputs
