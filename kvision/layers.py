@@ -280,7 +280,7 @@ class AdaptivePool(keras.layers.Layer):
 
     def call(self, x):
         for axis, cells in enumerate(self.size, start=1):
-            length = x.shape[axis]
+            length = int(x.shape[axis])  # PyTorch's tracer, which ONNX is made with, makes a tensor of it
             ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
             parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
             x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)

@@ -95,6 +95,12 @@ def default_shape(name: str) -> tuple[int, int, int]:
     return paper(name).shapes.get(name, paper(name).input_shape)
 
 
+def head_maps(name: str, made_for, input_shape) -> tuple[int, int] | None:
+    """The maps that the head of weights made for images of one shape needs at another; None where those are its own."""
+    own = importlib.import_module(_row(name).func.__module__).head_maps
+    return None if input_shape is None or own(made_for) == own(input_shape) else own(made_for)
+
+
 def create_model(
     name: str,
     input_shape: tuple[int, int, int] | None = None,
@@ -140,6 +146,8 @@ def create_model(
         manifest = inspect_weights(weights)["manifest"] or {}
         stated = manifest.get("arguments", {}) if manifest.get("architecture") == name else {}
         own = {key: stated[key] for key in arguments(name) if key in stated} | own
+        if "maps" in arguments(name) and own.get("maps") is None and "input_shape" in stated:
+            own["maps"] = head_maps(name, stated["input_shape"], input_shape)
     if input_shape is None:
         input_shape = stated.get("input_shape", default_shape(name))
     if classes is None:

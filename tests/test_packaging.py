@@ -73,7 +73,7 @@ def test_the_wheel_says_whose_it_is(built):
     (text,) = [data.decode() for name, data in members.items() if name.endswith(".dist-info/METADATA")]
     for line in ("Author: The kvision authors", "Classifier: Typing :: Typed", "License-Expression: Apache-2.0"):
         assert f"\n{line}\n" in text
-    assert {"Requires-Dist: h5py>=3.11", "Requires-Dist: ml_dtypes>=0.4"} <= set(text.splitlines())
+    assert {"Requires-Dist: h5py>=3.11", "Requires-Dist: ml_dtypes>=0.5.1"} <= set(text.splitlines())
 
 
 def test_the_sources_hold_their_tests(built):
