@@ -226,12 +226,13 @@ def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shap
         place = places.get("logits/bias") or places["logits/kernel"]
         if place.key in given and "logits/bias" in places:
             classes = given[place.key].size
-        elif not any(_matches(name, skip) for key, item in places.items() for name in (key, item.key)):
+        elif not any(_matches(key, skip) for key in places if key.startswith("logits/")):
             body = {item.key for item in placed(input_shape, 0, **arguments)[0].values()}
             head = {item.key for item in places.values()} - body
             classes = 0 if head.isdisjoint(given) and not body.isdisjoint(given) else None
     with blank():
-        return zoo.create_model(name, input_shape, classes, **arguments), arguments
+        model = zoo.create_model(name, input_shape, classes, **arguments)
+    return model, arguments if classes != 0 else {**arguments, "classes": 0}
 
 
 def _sister(name: str, arrays: Mapping[str, np.ndarray]) -> str:
