@@ -9,6 +9,7 @@ each round begins with another one. Wanted are the extras `all` and `benchmark`.
 - fit: the network in plain Keras layers, `model.compile`, `model.fit`;
 - by_hand: Flax and Optax; TensorFlow's own functions; PyTorch's modules. See `benchmarks/peers`;
 - compiled: the last with `torch.compile`;
+- engine_compiled: kvision on PyTorch with `--input device`, its step one program of PyTorch's compiler;
 - graphed: PyTorch by hand, every step a CUDA graph's replay, on a GPU alone; scanned: JAX by hand, `--chunk` steps in
   one program. They are not measured unless `--contenders` names them.
 
@@ -58,8 +59,13 @@ from kvision.tracking import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_HAND = {"jax": "flax_peer", "tensorflow": "tensorflow_peer", "torch": "torch_peer"}
-CONTENDERS = ("engine", "fit", "by_hand", "compiled", "graphed", "scanned")
-ONLY = {"compiled": "torch", "graphed": "torch", "scanned": "jax"}  # contenders of one backend
+CONTENDERS = ("engine", "engine_compiled", "fit", "by_hand", "compiled", "graphed", "scanned")
+ONLY = {
+    "engine_compiled": "torch",
+    "compiled": "torch",
+    "graphed": "torch",
+    "scanned": "jax",
+}  # contenders of one backend
 # Names and arguments in the zoo.
 NETWORKS = {
     "resnet20": ("resnet20", {}),
@@ -197,10 +203,12 @@ class Clock:
             )
         counts, seconds, cpu = np.transpose(self.ends)
         measured = np.arange(self.warmup, len(losses) + 1)
-        step = float(np.median(np.diff(np.interp(measured, counts, seconds))))
+        steps = np.diff(np.interp(measured, counts, seconds))
+        step = float(np.median(steps))
         cpu_before, cpu_after = np.interp(measured[[0, -1]], counts, cpu)
         return {
             "step_seconds": step,
+            "step_seconds_of_thirds": [float(np.median(part)) for part in np.array_split(steps, 3) if len(part)],
             "step_cpu_seconds": float(cpu_after - cpu_before) / (len(losses) - self.warmup),
             "seconds_to_first_step": self.seconds_to_first_step,
             "compile_seconds": max(0.0, float(seconds[1] - seconds[0] - counts[1] * step)),
@@ -211,13 +219,25 @@ class Clock:
 
 
 def train_engine(
-    network, images, labels, batch_size, clock, *, steps, dtype="float32", cache=None, input="host", chunk=1
+    network,
+    images,
+    labels,
+    batch_size,
+    clock,
+    *,
+    steps,
+    dtype="float32",
+    cache=None,
+    input="host",
+    chunk=1,
+    compiled=False,
 ) -> int:
     """kvision; like `train` of `benchmarks.peers`, but of uint8 images.
 
     Args:
         input: "host", where batches are made while training goes on, or "device", which has all images and makes them.
         chunk: with input "device": steps in one program, a divisor of `steps`.
+        compiled: with input "device" on PyTorch: whether the step is compiled.
     """
     from kvision import optimizers, zoo
     from kvision.layers import blank
@@ -238,6 +258,8 @@ def train_engine(
     if input == "device":
         from kvision.engine.pictures import Pictures
 
+        if compiled:
+            importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)
         pictures = Pictures(batches)
         draws = itertools.chain.from_iterable(map(batches.draws, itertools.count()))
         clock.start()
@@ -289,9 +311,10 @@ def measure(config: Config) -> dict[str, object]:
     images, labels = pictures_of(network, batch_size, steps, config.inputs)
     clock = Clock(config.warmup)
     given = {"steps": steps, "dtype": config.dtype}
-    if config.once == "engine":
+    if config.once in ("engine", "engine_compiled"):
         train = train_engine
         given |= {"cache": config.cache, "input": config.input, "chunk": config.chunk}
+        given |= {"compiled": config.once == "engine_compiled"}
     else:
         peer = "keras_peer" if config.once == "fit" else BY_HAND[config.backends]
         train = importlib.import_module(f"benchmarks.peers.{peer}").train
@@ -401,6 +424,7 @@ LABELS = {
     ("engine", "jax"): "kvision",
     ("engine", "tensorflow"): "kvision",
     ("engine", "torch"): "kvision",
+    ("engine_compiled", "torch"): "kvision, compiled",
     ("fit", "jax"): "`model.fit`",
     ("fit", "tensorflow"): "`model.fit`",
     ("fit", "torch"): "`model.fit`",

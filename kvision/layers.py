@@ -24,17 +24,33 @@ from keras import ops
 from kvision.random import key
 from kvision.regularizers.activations import Dropout
 
-_blank = ContextVar("blank", default=False)
+_blank: ContextVar[list[float] | None] = ContextVar("blank", default=None)  # [how many numbers may follow]
 
 
 @contextmanager
-def blank() -> Iterator[None]:
-    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time."""
-    token = _blank.set(True)
+def blank(at_most: float = math.inf) -> Iterator[None]:
+    """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time.
+
+    Args:
+        at_most: how many numbers all kernels may hold together. More raise ValueError before they take memory: for a
+            network whose arguments stand in a file.
+    """
+    token = _blank.set([at_most])
     try:
         yield
     finally:
         _blank.reset(token)
+
+
+def _is_blank(shape: tuple[int, ...]) -> bool:
+    """Whether a kernel of `shape` starts as zeros; ValueError where `blank` allows no such kernel."""
+    left = _blank.get()
+    if left is None:
+        return False
+    left[0] -= math.prod(shape)
+    if left[0] < 0:
+        raise ValueError(f"a kernel of shape {tuple(shape)} makes the network larger than the file of its weights")
+    return True
 
 
 @keras.saving.register_keras_serializable("kvision")
@@ -72,7 +88,7 @@ class Variance(keras.initializers.Initializer):
         return values * np.float32(deviation)
 
     def __call__(self, shape, dtype=None):
-        if _blank.get():
+        if _is_blank(shape):
             return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype=dtype)
         # Seeded by NumPy's global generator, so that keras.utils.set_random_seed is heard.
         generator = np.random.default_rng(np.random.randint(2**31))
@@ -356,10 +372,42 @@ def whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -
     for start in range(0, len(windows), 500):  # all patches at once would fill a gigabyte
         patches = windows[start : start + 500].reshape(-1, features).astype(np.float64)
         covariance += patches.T @ patches
-    values, vectors = np.linalg.eigh(covariance / math.prod(windows.shape[:3]))
+    return _whitening(covariance / math.prod(windows.shape[:3]), size, epsilon)
+
+
+def whitening_kernel_on_device(pixels, factor: np.ndarray, offset: np.ndarray, size: int = 2, epsilon: float = 5e-4):
+    """`whitening_kernel` of `pixels * factor - offset`, with the sums over patches made where the pixels lie.
+
+    They are sums of integers, exact on every backend and in TF32 too: a row's products in float32 below 2**24, an
+    image's in int32.
+
+    Args:
+        pixels: tensor of integers from 0 to 255, (n, h, w, c).
+        factor, offset: (c,), see `kvision.data.preprocessing.Preprocessing.constants`.
+
+    Raises:
+        ValueError: patches of more than 258 columns, or more than 33,000 of them in an image.
+    """
+    rows, columns = (side - size + 1 for side in pixels.shape[1:3])
+    if columns * 255**2 >= 2**24 or rows * columns * 255**2 >= 2**31:
+        raise ValueError(f"patches of {pixels.shape[1]}x{pixels.shape[2]} pixels are too many to be summed exactly")
+    pixels = ops.cast(pixels, "float32")
+    windows = [pixels[:, i : i + rows, j : j + columns] for i in range(size) for j in range(size)]
+    windows = ops.concatenate([*windows, ops.ones_like(pixels[:, :rows, :columns, :1])], axis=-1)
+    products = ops.matmul(ops.swapaxes(windows, -2, -1), windows)
+    sums = ops.convert_to_numpy(ops.sum(ops.cast(products, "int32"), axis=1)).astype(np.int64).sum(axis=0)
+    mean = sums / sums[-1, -1]  # of the products, and of the values in its last row
+    factor, offset = (np.tile(np.asarray(values, np.float64), size * size) for values in (factor, offset))
+    scaled = np.outer(factor * mean[-1, :-1], offset)
+    covariance = np.outer(factor, factor) * mean[:-1, :-1] - scaled - scaled.T + np.outer(offset, offset)
+    return _whitening(covariance, size, epsilon)
+
+
+def _whitening(covariance, size, epsilon):
+    values, vectors = np.linalg.eigh(covariance)
     # An eigenvector's sign is the library's whim; fix it, so that every machine starts from the same kernel.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])
-    kernel = (vectors / np.sqrt(values + epsilon)).reshape(size, size, images.shape[-1], -1)
+    kernel = (vectors / np.sqrt(values + epsilon)).reshape(size, size, len(values) // size**2, -1)
     return np.concatenate([kernel, -kernel], axis=-1).astype(np.float32)
 
 

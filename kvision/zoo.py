@@ -143,7 +143,8 @@ def create_model(
         from kvision.weights import inspect as inspect_weights
 
         weights = find(weights)
-        manifest = inspect_weights(weights)["manifest"] or {}
+        held = inspect_weights(weights)
+        manifest = held["manifest"] or {}
         stated = manifest.get("arguments", {}) if manifest.get("architecture") == name else {}
         own = {key: stated[key] for key in arguments(name) if key in stated} | own
         if "maps" in arguments(name) and own.get("maps") is None and "input_shape" in stated:
@@ -165,8 +166,9 @@ def create_model(
 
     from kvision.layers import blank
     from kvision.weights import load, named_variables
+    from kvision.weights.manifest import room_for
 
-    with blank():
+    with blank(room_for(held["parameters"])):
         model = _built(row, input_shape, classes, own)
     # A network without head takes what it has of the file.
     named = named_variables(model)

@@ -284,7 +284,7 @@ def test_a_round_has_every_contender_once():
     assert all(pair in members for pair in pairs)
     plain = [group for group in members if group not in pairs]
     once = {(backend, name) for backend in benchmark.BY_HAND for name in ("engine", "fit", "by_hand")}
-    once |= {("torch", "graphed"), ("jax", "scanned")}
+    once |= {("torch", "engine_compiled"), ("torch", "graphed"), ("jax", "scanned")}
     assert sorted(plain) == sorted([(*which, "cold")] for which in once - {("jax", "engine")})
     cold = benchmark.plan(benchmark.Config(models="resnet20", contenders=every, warm=False))
     assert [group[:1] for group in groups] == cold

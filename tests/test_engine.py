@@ -313,9 +313,9 @@ def mixture():
 
 def test_what_is_one_operation_is_one_call():
     """Borders go into the convolution behind them, a ReLU into the batch norm or the addition before it."""
-    model, layers_called = mixture(), []
-    Graph(model, lambda layer, pads=None, relu=False: layers_called.append((layer.name, pads, relu)) or layer)
-    joined = [(name, pads, relu) for name, pads, relu in layers_called if pads or relu]
+    model, lowered = mixture(), []
+    graph = Graph(model, lambda layer, pads=None, relu=False: lowered.append((layer.name, pads, relu)) or layer, False)
+    joined = [(name, pads, relu) for name, pads, relu in lowered if pads or relu]
     one = ((1, 1), (1, 1))
     assert sorted(joined) == [
         ("depthwise", one, False),
@@ -326,7 +326,7 @@ def test_what_is_one_operation_is_one_call():
         ("sum", None, True),
         ("wide_conv", ((2, 2), (2, 2)), False),
     ]
-    assert len(layers_called) == len(model.layers) - 1 - len(joined)
+    assert len(graph.calls) == len(model.layers) - 1 - len(joined)
 
 
 def test_tap_shows_every_layer():

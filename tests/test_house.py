@@ -20,7 +20,7 @@ STOREYS = (
     {"models"},
     {"engine"},
     {"zoo", "weights", "tasks"},
-    {"tracking", "transfer", "optimizers", "flags", "applications", "checkpoints", "callbacks", "interruption"},
+    {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
     {"training"},
     {"run", "compare", "parity"},
     {"__main__"},

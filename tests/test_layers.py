@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from kvision.data.preprocessing import Preprocessing
 from kvision.layers import (
     Identity,
     Variance,
@@ -18,6 +19,7 @@ from kvision.layers import (
     logits,
     max_pool,
     whitening_kernel,
+    whitening_kernel_on_device,
 )
 
 SHAPE = (3, 3, 40, 60)
@@ -200,6 +202,20 @@ def test_whitened_patches_are_uncorrelated(coloured, size):
     np.testing.assert_allclose(half.T @ moment @ half, np.diag(values / (values + 0.01)), atol=2e-5)
     whole = whitening_kernel(coloured, size, epsilon=0.0)[..., :outputs].reshape(outputs, outputs)
     np.testing.assert_allclose(whole.T @ moment @ whole, np.eye(outputs), atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_whitening_kernel_of_pixels_on_the_device_is_that_of_numpy(size):
+    pixels = numbers().integers(0, 256, (40, 17, 23, 3), np.uint8)
+    pixels[:, 1:] = pixels[:, 1:] // 2 + pixels[:, :-1] // 2  # neighbors are alike
+    scaling = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    found = whitening_kernel_on_device(ops.convert_to_tensor(pixels), *scaling.constants("float64"), size)
+    np.testing.assert_allclose(found, whitening_kernel(scaling(pixels, "float64"), size), rtol=1e-5, atol=1e-6)
+
+
+def test_patches_that_cannot_be_summed_exactly_are_refused():
+    with pytest.raises(ValueError, match="patches of 4x300 pixels are too many to be summed exactly"):
+        whitening_kernel_on_device(ops.zeros((1, 4, 300, 3), "uint8"), np.ones(3), np.zeros(3))
 
 
 def test_the_sign_of_a_whitening_filter_is_fixed(coloured, monkeypatch):

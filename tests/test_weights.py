@@ -182,7 +182,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(trained, tmp_path, 
         ({"preprocessing": {"median": 3}}, "preprocessing knows"),
         ({"preprocessing": Preprocessing(mean=(0, 0), std=(1, 1))}, "expected images of shape"),
         ({"dataset": 7}, "dataset in the manifest is '7'; it must be a string or null"),
-        ({"dataset": "\ud800"}, "no Unicode"),
+        ({"dataset": "\ud800"}, "is no UTF-8"),
+        ({"provenance": {"by": "\ud800"}}, "no Unicode"),
+        ({"architecture": "\x1b[2J"}, "control characters"),
     ],
 )
 def test_a_manifest_that_is_not_json_or_not_true_is_not_written(trained, tmp_path, stated, message):
@@ -452,13 +454,13 @@ BAD = {
     ),
     "two arrays of one name": (
         lambda good: good.bytes([("more1.npy", ONE), ("more2.npy", ONE)]).replace(b"more2", b"more1"),
-        "holds the array more1 twice",
+        "holds more1.npy twice",
     ),
     "overlap": (  # all sizes agree, and reach 108 bytes into the next array
         lambda good: good.patched(
             f"{KERNEL}.npy", 20, struct.pack("<II", *[len(good.members[f"{KERNEL}.npy"]) + 108] * 2)
         ).replace(b"'shape': (3, 3, 3, 4)", b"'shape': (3, 3, 3, 5)"),
-        "the bytes of logits/bias overlap",
+        "the bytes of logits/bias.npy overlap",
     ),
     "reaches past the end": (
         lambda good: good.patched(f"{KERNEL}.npy", 20, struct.pack("<II", 1 << 30, 1 << 30)),
@@ -473,7 +475,7 @@ BAD = {
         "is not an .npz file|overlap",
     ),
     "zip bomb": (
-        lambda good: good.bytes([("more.npy", npy(np.zeros(1 << 24, np.uint8)))], zipfile.ZIP_DEFLATED),
+        lambda good: good.bytes([("more.npy", npy(np.zeros(1 << 27, np.uint8)))], zipfile.ZIP_DEFLATED),
         "zip bomb",
     ),
     "giant shape": (
@@ -504,6 +506,16 @@ BAD = {
     "manifest with NaN": (lambda good: good.stating(provenance={"a": float("nan")}), "no finite number"),
     "manifest with 1e999": (lambda good: good.with_manifest(b'{"accuracy": {"jax": 1e999}}'), "no finite number"),
     "manifest nested": (lambda good: good.with_manifest(b"[" * 200_000), "is not JSON"),
+    "manifest says a thing twice": (
+        lambda good: good.with_manifest(b'{"format": 1, "format": 2}'),
+        "stands there twice",
+    ),
+    "classes no UTF-8": (lambda good: good.stating(classes=["a", "b", "c", "\udc80"]), "surrogates not allowed"),
+    "classes that clear the screen": (lambda good: good.stating(classes=["a", "b", "c", "\x1b[2J"]), "control char"),
+    "header of minuses": (
+        lambda good: good.kernel(header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "-" * 9_000 + "1,)}")),
+        "says nothing sensible",
+    ),
     "manifest a list": (lambda good: good.with_manifest([]), "is not JSON .*not an object"),
     "manifest empty": (lambda good: good.with_manifest({}), "of format 'None'"),
     "another format": (lambda good: good.stating(format="other"), "of format 'other', expected 'kvision-npz'"),
@@ -575,7 +587,7 @@ def test_the_good_file_put_together_again_is_not_refused(saved, trained, target)
 def test_what_is_no_file_is_refused(tmp_path, call):
     with pytest.raises(WeightsError, match="no such file"):
         call(tmp_path / "none.npz")
-    with pytest.raises(WeightsError, match="is not a file"):
+    with pytest.raises(WeightsError, match="is not a regular file"):
         call(tmp_path)
 
 
@@ -691,10 +703,14 @@ def test_verify_finds_a_changed_weight(saved, zoo, tmp_path):
         ({"architecture": "huge"}, "huge cannot be rebuilt from the manifest's arguments: unknown model 'huge'"),
         ({"arguments": {"input_shape": [6, 5, 3], "classes": 4, "depth": 3}}, "cannot be rebuilt"),
         ({"arguments": {"input_shape": [6, 5, 3], "classes": 5}, "classes": None}, "of another shape"),
-        ({"probe": {"shape": [4, 6, 5, 3], "logits": [[1.0]]}}, "probe cannot be repeated: logits of shape"),
-        ({"probe": 3}, "probe cannot be repeated"),
-        ({"probe": {"shape": [4, 10**6, 10**6, 3], "logits": [[1.0]]}}, "probe cannot be repeated: images of shape"),
-        ({"probe": {"shape": [4, 6, 5, -3], "logits": [[1.0]]}}, "probe cannot be repeated"),
+        ({"probe": {"shape": [4, 6, 5, 3], "logits": [[1.0]] * 4}}, "probe cannot be repeated: logits of shape"),
+        ({"probe": 3}, r"probe.shape in the manifest must be \[4, height"),
+        ({"probe": {"shape": [4, 6, 5, 3], "logits": [[10**400] * 4] * 4}}, "beyond 64 bits"),
+        ({"probe": {"shape": [4, 6, 5, 3], "logits": [[1e300] * 4] * 4}}, "rows of float32 numbers"),
+        ({"arguments": {"input_shape": [6, -5, 3], "classes": 4}}, "arguments.input_shape .* positive whole numbers"),
+        ({"arguments": {"input_shape": [10**6, 10**6, 3], "classes": 4}}, "at most 16,777,216 values"),
+        ({"probe": {"shape": [4, 10**6, 10**6, 3], "logits": [[1.0]] * 4}}, "at most 16,777,216 values"),
+        ({"probe": {"shape": [4, 6, 5, -3], "logits": [[1.0]] * 4}}, "positive whole numbers"),
     ],
 )
 def test_verify_refuses_what_it_cannot_rebuild(saved, zoo, tmp_path, fields, message):

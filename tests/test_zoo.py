@@ -293,7 +293,11 @@ def test_every_weight_has_a_gradient(floor):
         ("resnet21", {}, "unknown model 'resnet21'; did you mean resnet"),
         ("zzz", {}, r"unknown model 'zzz'\. The zoo has: softmax, mlp, "),
         ("softmax", {"width": 3}, "softmax takes no argument width; it takes hidden, dropout_rate"),
-        ("airbench94", {"with": 3, "depth": 1}, "airbench94 takes no argument depth, with; it takes widths"),
+        (
+            "airbench94",
+            {"with": 3, "depth": 1},
+            "airbench94 takes no argument depth, with; it takes widths, whiten_bias",
+        ),
         ("softmax", {"input_shape": (32, 32)}, r"three positive integers \(height, width, channels\), got \(32, 32\)"),
         ("softmax", {"input_shape": (32, None, 3)}, "three positive integers"),
         ("softmax", {"input_shape": (32, 0, 3)}, "three positive integers"),

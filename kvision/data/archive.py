@@ -6,53 +6,72 @@ import os
 import shutil
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from kvision.data.dataset import DataError
+from kvision.data.untrusted import Budget, border, open_regular
 
 # CIFAR's archives unpack to 178 MB, in 8 members.
 MAX_UNPACKED = 600 << 20
 MAX_MEMBERS = 1000
+MAX_EXTENSION = 4096  # bytes of a header that stands before another, with a long name or the like
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, of the kinds that plain files need, and of their length."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError("a member of a negative size")
+        if header.type == tarfile.GNUTYPE_SPARSE or (header.type in _EXTENSIONS and header.size > MAX_EXTENSION):
+            raise tarfile.ReadError("a sparse member or an endless header, which no CIFAR archive has")
+        return header
 
 
 class _Bounded:
-    """A file that ends in an error, rather than in a full memory or disk, after MAX_UNPACKED bytes."""
+    """A file that ends in an error, rather than in a full memory or disk, after more bytes than its size explains."""
 
-    def __init__(self, file, where: Path):
-        self.file, self.where, self.left = file, where, MAX_UNPACKED
+    def __init__(self, file, size: int):
+        self.file, self.budget, self.left = file, Budget(size), MAX_UNPACKED
 
     def read(self, size: int) -> bytes:
         content = self.file.read(size)
         self.left -= len(content)
         if self.left < 0:
-            raise DataError(f"{self.where} unpacks to more than {MAX_UNPACKED >> 20} MB, which no CIFAR archive does")
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED >> 20} MB, which no CIFAR archive does")
+        self.budget.take(3 * len(content), "unpacking it")  # tarfile puts a member together from its pieces
         return content
 
 
 def _members(path: Path, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """The members of a tar, gzipped or not, in one pass, with the contents of those wanted; DataError if
     broken."""
-    try:
-        with open(path, "rb") as raw:
-            gzipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            content = gzip.GzipFile(fileobj=raw) if gzipped else raw
-            # A stream ("r|"): tarfile then asks for small blocks only, and the bound sees each of them.
-            with tarfile.open(fileobj=_Bounded(content, path), mode="r|") as archive:
-                for count, member in enumerate(archive, 1):
-                    if count > MAX_MEMBERS:
-                        raise DataError(f"{path} holds more than {MAX_MEMBERS} members, which no CIFAR archive does")
-                    yield (
-                        member,
-                        archive.extractfile(member).read() if member.isreg() and wanted(member) else b"",
-                    )
-    except DataError:
-        raise
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is not a whole tar archive ({reason}); fetch it again") from None
+    with (
+        border(lambda message: DataError(f"{path} {message}"), "tar archive", "fetch it again"),
+        open_regular(path) as raw,
+    ):
+        size = os.fstat(raw.fileno()).st_size
+        gzipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        content = gzip.GzipFile(fileobj=raw) if gzipped else raw
+        # A stream ("r|"): tarfile then asks for small blocks only, and the bound sees each of them.
+        with tarfile.open(fileobj=_Bounded(content, size), mode="r|", tarinfo=_Header) as archive:
+            for count, member in enumerate(archive, 1):
+                if count > MAX_MEMBERS:
+                    raise DataError(f"{path} holds more than {MAX_MEMBERS} members, which no CIFAR archive does")
+                archive.members.clear()  # tarfile would keep each, with all that its headers say
+                yield member, archive.extractfile(member).read() if member.isreg() and wanted(member) else b""
 
 
 def read_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, dict[str, bytes]]:

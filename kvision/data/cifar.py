@@ -5,6 +5,7 @@ them an image is a row of 3,072 bytes: 1,024 red, then green, then blue. CIFAR-1
 labels.
 """
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from kvision.data.archive import read_tar
 from kvision.data.dataset import DataError, Dataset
 from kvision.data.unpickle import unpickle
+from kvision.data.untrusted import open_regular
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -166,10 +168,11 @@ def _layout(folder: str, files: Collection[str]) -> Layout | None:
 
 def _read_file(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE:
-            raise DataError(f"{path} has {size} bytes, more than any of CIFAR's files")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise DataError(f"{path} has {size} bytes, more than any of CIFAR's files")
+            return file.read(size)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvision.data.untrusted import name_fault, printable
+
 # The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
 RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")
 
@@ -14,7 +16,13 @@ MAX_CLASSES = 100_000
 
 
 class DataError(ValueError):
-    """A data set that cannot be read: the message is one line, and says what was expected and what came."""
+    """A data set that cannot be read: the message is one line, and says what was expected and what came.
+
+    Names from a file may hold anything, so what is not printable in the message is replaced here.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(str(message)))
 
 
 class DataUnavailable(DataError):  # noqa: N818  (it is raised to be caught, and reads as what it says)
@@ -48,6 +56,9 @@ class Dataset:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
+        for name in self.classes:
+            if fault := name_fault(str(name)):
+                raise DataError(f"{self.name} ({self.source}): a class's name {fault}; rename it")
         for split, images, labels in (
             ("training", self.x_train, self.y_train),
             ("test", self.x_test, self.y_test),

@@ -1,12 +1,12 @@
 """Images in folders, one folder a class: `train/<class>/*` and `test/<class>/*`, or `<class>/*` alone."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from kvision.data.dataset import MAX_BYTES, DataError, Dataset, own_name
+from kvision.data.images import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 TEST_SHARE = 0.2
@@ -53,7 +53,7 @@ def read_image_folder(
         train, test = _split(train, root, seed)
     classes = tuple(sorted(train))
     if size is None:
-        first = _open(train[classes[0]][0], grey)
+        first = read_image(train[classes[0]][0], grey)
         size = (first.height, first.width)
     count = sum(map(len, train.values())) + sum(map(len, test.values()))
     channels = 1 if grey else 3
@@ -67,7 +67,7 @@ def read_image_folder(
         labels = []
         for index, name in enumerate(classes):
             for path in files.get(name, ()):
-                image = _open(path, grey)
+                image = read_image(path, grey)
                 if (image.height, image.width) != tuple(size):
                     image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
                 images[len(labels)] = np.asarray(image).reshape(*size, channels)
@@ -103,21 +103,3 @@ def _split(files: dict[str, list[Path]], root: Path, seed: int) -> tuple[dict[st
         test[name] = [paths[i] for i in sorted(order[:count])]
         train[name] = [paths[i] for i in sorted(order[count:])]
     return train, test
-
-
-def _open(path: Path, grey: bool) -> Image.Image:
-    mode = "L" if grey else "RGB"
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of images with more pixels than a camera's, and of transparency that RGB drops.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I"):
-                    # 16-bit grey, which Pillow would clip at 255.
-                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-                return image.convert(mode)
-    # Pillow's decoders raise much more than they document: SyntaxError, struct.error, IndexError ...
-    except Exception as error:
-        raise DataError(f"cannot read the image {path}: {str(error) or type(error).__name__}") from None

@@ -7,7 +7,7 @@ bytes, d dimensions), d big-endian 32-bit lengths, the bytes.
 
 import gzip
 import math
-import zlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from kvision.data.dataset import MAX_BYTES, DataError, Dataset, own_name
 from kvision.data.npz import read_npz
+from kvision.data.untrusted import Budget, border, open_regular
 
 DIGITS = tuple("0123456789")
 FASHION_CLASSES = (
@@ -112,25 +113,25 @@ def _file(folder: Path, name: str) -> Path | None:
 def _read_idx(path: Path) -> np.ndarray:
     """The uint8 array of one IDX file; `path` says by its name whether it holds images or labels."""
     dimensions = 3 if "idx3" in path.name else 1
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            header = file.read(4 + 4 * dimensions)
-            expected = bytes([0, 0, 8, dimensions])
-            if header[:4] != expected or len(header) < 4 + 4 * dimensions:
-                raise DataError(f"{path} is no IDX file: it begins with {header[:4].hex()}, not {expected.hex()}")
-            shape = tuple(np.frombuffer(header, ">u4")[1:].tolist())
-            size = math.prod(shape)
-            if size > MAX_BYTES:
-                raise DataError(f"{path}: shape {shape} takes more than the {MAX_BYTES} bytes that are allowed")
-            content = bytearray()
-            # Block by block, so that neither a false header nor a gzip bomb allocates more than is really
-            # there.
-            while len(content) <= size and (block := file.read(min(1 << 20, size + 1 - len(content)))):
-                content += block
-    except DataError:
-        raise
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+    with (
+        border(lambda message: DataError(f"cannot read {path}: it {message}"), "IDX file", "fetch it again"),
+        open_regular(path) as raw,
+        gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file,
+    ):
+        budget = Budget(os.fstat(raw.fileno()).st_size)
+        header = file.read(4 + 4 * dimensions)
+        expected = bytes([0, 0, 8, dimensions])
+        if header[:4] != expected or len(header) < 4 + 4 * dimensions:
+            raise DataError(f"{path} is no IDX file: it begins with {header[:4].hex()}, not {expected.hex()}")
+        shape = tuple(np.frombuffer(header, ">u4")[1:].tolist())
+        size = math.prod(shape)
+        if size > MAX_BYTES:
+            raise DataError(f"{path}: shape {shape} takes more than the {MAX_BYTES} bytes that are allowed")
+        content = bytearray()
+        # Block by block, so that neither a false header nor a gzip bomb allocates more than is really there.
+        while len(content) <= size and (block := file.read(min(1 << 20, size + 1 - len(content)))):
+            budget.take(2 * len(block), "unpacking it")  # growing, it moves from one place to another
+            content += block
     if len(content) != size:
         more = "more" if len(content) > size else len(content)
         raise DataError(f"{path}: shape {shape} takes {size} bytes, but the file holds {more}")

@@ -2,13 +2,17 @@
 anyone's)."""
 
 import math
-import zipfile
+import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from kvision.data import zipped
 from kvision.data.dataset import MAX_BYTES, MAX_CLASSES, DataError, Dataset, own_name
+from kvision.data.npy import MAX_HEADER, parse_header
+from kvision.data.untrusted import Budget, border, open_regular
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -22,29 +26,11 @@ def read_npz(path: Path) -> Dataset:
         DataError: not an .npz, a missing array, a wrong type or shape, a pickled object, a size beyond its
             bytes.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
-            missing = [key for key in KEYS if f"{key}.npy" not in entries]
-            if missing:
-                found = ", ".join(sorted(entries)[:6]) or "nothing"
-                raise DataError(f"{path}: expected {', '.join(KEYS)}; {', '.join(missing)} missing among {found}")
-            arrays = {key: _read_array(archive, entries[f"{key}.npy"], f"{path}: {key}") for key in KEYS}
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    # zipfile raises RuntimeError for an encrypted member and NotImplementedError for an unknown compression.
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        raise DataError(f"{path} is not a whole .npz file ({error or type(error).__name__})") from None
+    with border(lambda message: DataError(f"{path} {message}"), ".npz file", "write it again with np.savez"):
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
+        with open_regular(path) as file:
+            arrays = _read_arrays(file, Budget(os.fstat(file.fileno()).st_size), path)
     splits = []
     for split in ("train", "test"):
         splits += [
@@ -55,34 +41,36 @@ def read_npz(path: Path) -> Dataset:
     return Dataset(own_name(path.stem, "npz"), *splits, classes=tuple(map(str, range(classes))), source=str(path))
 
 
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
+def _read_arrays(file: BinaryIO, budget: Budget, path: Path) -> dict[str, np.ndarray]:
+    entries = {entry.name: entry for entry in zipped.directory(file)}
+    if missing := [key for key in KEYS if f"{key}.npy" not in entries]:
+        found = ", ".join(sorted(entries)[:6]) or "nothing"
+        raise DataError(f"{path}: expected {', '.join(KEYS)}; {', '.join(missing)} missing among {found}")
+    return {key: _read_array(file, entries[f"{key}.npy"], budget, f"{path}: {key}") for key in KEYS}
+
+
+def _read_array(file: BinaryIO, entry: zipped.Entry, budget: Budget, where: str) -> np.ndarray:
     """One member, only after its header and the directory of the zip agree on its size."""
-    with archive.open(entry) as member:
-        version = np.lib.format.read_magic(member)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in "ui":
-            raise DataError(f"{where}: expected whole numbers (images uint8), got {dtype}")
-        if size > MAX_BYTES:
-            raise DataError(f"{where}: shape {shape} takes {size} bytes, more than the {MAX_BYTES} that are allowed")
-        if member.tell() + size != entry.file_size:
-            raise DataError(f"{where}: shape {shape} takes {size} bytes, but the file holds {entry.file_size}")
-        values = np.empty(math.prod(shape), dtype)
-        # readinto a memory that is exactly as large as the header said, however much the member would inflate
-        # to.
-        left = memoryview(values).cast("B") if size else memoryview(b"")
-        while left:
-            count = member.readinto(left)
-            if not count:
-                raise DataError(f"{where}: cut short")
-            left = left[count:]
-        # Only at the end of a member does zipfile compare its checksum.
-        if member.read(1):
-            raise DataError(f"{where}: longer than its header says")
-    return np.ascontiguousarray(values.reshape(shape, order="F" if fortran else "C"))
+    file.seek(entry.start)
+    head = file.read(min(entry.packed_size, 2 * MAX_HEADER))
+    if entry.deflated:
+        head = zlib.decompressobj(-15).decompress(head, MAX_HEADER + 12)
+    try:
+        start, shape, dtype, fortran = parse_header(head)
+    except ValueError as error:
+        raise DataError(f"{where} {error}") from None
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "ui":
+        raise DataError(f"{where}: expected whole numbers (images uint8), got {dtype}")
+    if size > MAX_BYTES:
+        raise DataError(f"{where}: shape {shape} takes {size} bytes, more than the {MAX_BYTES} that are allowed")
+    if start + size != entry.size:
+        raise DataError(f"{where}: shape {shape} takes {size} bytes, but the file holds {entry.size - start}")
+    values = zipped.content(file, entry, budget)
+    if zlib.crc32(values) != entry.crc:
+        raise DataError(f"{where} does not match its checksum: the file is damaged")
+    array = values[start:].view(dtype).reshape(shape, order="F" if fortran else "C")
+    return np.ascontiguousarray(array, dtype.newbyteorder("=")).reshape(shape)
 
 
 def _images(values: np.ndarray, where: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 A pickle is a program. The files that are read here use a small part of its language: dictionaries, lists, strings,
 numbers, and calls of a few functions by name. So no unpickler runs. This file interprets that part itself, on the
 opcodes that `pickletools` has parsed, and refuses every other one; what a named function stands for, the caller says.
-Nothing is ever imported or called by name, and memory is bounded by the size of the file.
+Nothing is ever imported or called by name. Each object is taken from a budget by the file's size before it is made, and
+the opcodes are counted, so that memory and time are bounded.
 """
 
 import pickletools
@@ -11,6 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from kvision.data.untrusted import MALFORMED, Budget
+
+MAX_OPCODES = 1_000_000  # about two seconds; a state_dict takes 40 for each tensor, CIFAR's batches 50,000
+_OBJECT = 64  # bytes that an opcode's object takes, with its place on the stack
 _STRINGS = """
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
     BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
@@ -26,8 +31,7 @@ _PUSH_NEW = {
 }
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-# What a broken pickle makes an interpreter stumble over.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+BROKEN = MALFORMED  # what a broken pickle makes an interpreter stumble over
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class Named:
     """A function or class that a pickle names, by the kind of thing that it stands for."""
 
     kind: str
+
+
+class _Source:
+    """An open file that is asked for no more bytes than it has: Python allocates them before it reads."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size = file, size
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(min(size, max(0, self.size - self.file.tell())))
 
 
 class Refused(Exception):  # noqa: N818  (callers make it an error with the file's name)
@@ -46,6 +61,7 @@ def interpret(
     names: Mapping[str, str],
     call: Callable[[str, tuple], object],
     set_state: Callable[[object, object], None],
+    budget: Budget,
     persistent: Callable[[object], object] | None = None,
     floats: bool = False,
 ) -> object:
@@ -56,13 +72,16 @@ def interpret(
         names: what it may name, "module attribute", with the kind of each.
         call: what calling a thing of a kind with a tuple of arguments gives.
         set_state: what it does to an object to give it a state.
+        budget: what its objects are taken from. What `call` makes beyond one object, it takes itself.
         persistent: what a persistent id stands for; None refuses them.
         floats: whether floating-point numbers may stand in it.
 
     Raises:
         Refused: an opcode or a name beyond these.
-        ValueError, KeyError ...: any of `BROKEN`, where the pickle is no sound one.
+        ValueError, KeyError ...: any of `BROKEN`, where the pickle is no sound one, or asks for more than its size
+            explains.
     """
+    code = source if isinstance(source, bytes) else _Source(source, budget.size)
     stack: list = []
     marks: list[int] = []
     memo: dict[int, object] = {}
@@ -78,8 +97,12 @@ def interpret(
             raise Refused(f"a call of {name.replace(' ', '.')[:80]!r}")
         return Named(names[name])
 
-    for opcode, argument, _ in pickletools.genops(source):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(code)):
         name = opcode.name
+        if count >= MAX_OPCODES:
+            raise ValueError(f"a pickle of more than {MAX_OPCODES:,} opcodes")
+        # A string may take four bytes a character, which at protocol 0 is one byte of the file.
+        budget.take(_OBJECT + (4 * len(argument) if isinstance(argument, (str, bytes)) else 0), "its pickle's objects")
         if name in _PUSH_ARGUMENT or (floats and name == "BINFLOAT"):
             stack.append(argument)
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
@@ -131,6 +154,18 @@ def interpret(
         elif name not in ("PROTO", "FRAME"):
             raise Refused(f"the pickle opcode {name}")
     raise ValueError("no end")  # genops raises first
+
+
+def copied(argument: object, budget: Budget) -> dict:
+    """What `dict(argument)` or `OrderedDict(argument)` gives, of a dictionary or a list of pairs."""
+    if isinstance(argument, dict):
+        budget.take(2 * _OBJECT * len(argument), "a copy of a dictionary")
+        return dict(argument)
+    items = []
+    for pair in expect(argument, (list, tuple)):
+        budget.take(2 * _OBJECT, "a dictionary's entries")
+        items += expect(pair, (list, tuple)) if len(pair) == 2 else expect(None, tuple)
+    return _pairs(items)
 
 
 def _pairs(items: list) -> dict:

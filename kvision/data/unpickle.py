@@ -4,11 +4,13 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from kvision.data.dataset import DataError
 from kvision.data.opcodes import BROKEN, Refused, expect, interpret, raw, text
+from kvision.data.untrusted import Budget
 
 _DTYPES = ("u1", "i4", "i8")
 
@@ -52,22 +54,27 @@ def unpickle(blob: bytes, where: str) -> dict[str, object]:
         DataError: a broken pickle, or one that holds anything else; no code of it has run.
     """
     try:
-        result = interpret(blob, _GLOBALS, _call, _set_state)
+        budget = Budget(len(blob))
+        result = interpret(blob, _GLOBALS, partial(_call, budget), _set_state, budget)
     except Refused as refusal:
         raise DataError(f"{where} is no CIFAR batch: it holds {refusal}; it was not executed") from None
     except BROKEN as error:
         raise DataError(f"{where} is not a readable CIFAR batch: {type(error).__name__}: {error}") from None
     if not isinstance(result, dict):
         raise DataError(f"{where} is no CIFAR batch: expected a dictionary, got {type(result).__name__}")
-    return {text(key): value.value if isinstance(value, _Array) else value for key, value in result.items()}
+    try:
+        return {text(key): value.value if isinstance(value, _Array) else value for key, value in result.items()}
+    except ValueError as error:  # a key of bytes that are no ASCII
+        raise DataError(f"{where} is not a readable CIFAR batch: {error}") from None
 
 
-def _call(kind: str, arguments: tuple) -> object:
+def _call(budget: Budget, kind: str, arguments: tuple) -> object:
     """What a call that the file asks for makes: plain bytes, or a thing under construction."""
     if kind == "encode":
         string, codec = arguments
         if codec != "latin1":
             raise ValueError(f"bytes in codec {str(codec)[:20]!r}")
+        budget.take(len(string), "its strings as bytes")
         return raw(string)
     if kind == "bytes":
         if arguments:

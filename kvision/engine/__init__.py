@@ -2,8 +2,9 @@
 
 Each floor has a class `Engine` with the same methods, so that nothing above knows which it stands on:
 
-- `Engine(model, optimizer, loss, accumulate)`; `optimizer` and `loss` may be None where only `predict` is wanted. With
-  `accumulate` a batch is cut into so many equal parts, whose mean gradient makes the step; batch norm sees each part.
+- `Engine(model, optimizer, loss, accumulate, metrics)`; `optimizer` and `loss` may be None where only `predict` is
+  wanted. With `accumulate` a batch is cut into so many equal parts, whose mean gradient makes the step; batch norm sees
+  each part. `metrics` are Keras metrics of labels and logits, updated by what a training step shows.
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
   (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
 - `train_steps(pictures, draws) -> (losses, correct)`: one step for each of `draws`, int32 (k, 6, n), of
@@ -11,7 +12,7 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
 - `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
   `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
   scales the loss scales these gradients.
-- `evaluate(images, labels) -> (loss, correct)`: in inference mode, still on the device.
+- `evaluate(images, labels) -> (loss, correct)`: in inference mode, penalties included, still on the device.
 - `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
   heads) the first is predicted; the loss sees them all.
 - `predict_shown(pictures, draws) -> logits`: NumPy (k, n, classes), of pictures on the device likewise. Keras's own
@@ -29,6 +30,10 @@ And a function `mean_over_replicas(tensor)`, the differentiable mean over the re
 import importlib
 import importlib.util
 import os
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
 
 FLOORS = ("jax", "tensorflow", "torch")
 KINDS = ("native", "keras")
@@ -66,15 +71,67 @@ def full_precision():
 
 
 def main_output(outputs):
-    """The logits of a model that may have auxiliary heads: its only output, or the first of several."""
-    return outputs[0] if isinstance(outputs, list | tuple) else outputs
+    """The logits of a model that may have auxiliary heads: its only output, or the first of several.
+
+    Raises:
+        TypeError: the model gives something else, as a dictionary.
+    """
+    main = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
+    if not hasattr(main, "shape"):
+        raise TypeError(
+            "kvision trains models that return a tensor, or a list of tensors of which the first is the logits; "
+            f"this one returned a {type(outputs).__name__}. {INSTEAD}"
+        )
+    return main
 
 
-def innermost(optimizer):
-    """The optimizer that makes the update, inside those that scale, average or bound it."""
-    while inner := getattr(optimizer, "inner", None) or getattr(optimizer, "inner_optimizer", None):
-        optimizer = inner
-    return optimizer
+INSTEAD = "Train it with Keras's own model.compile(...) and model.fit(...)."
+
+
+def check_model(model) -> None:
+    """Refuse a model that an engine cannot run.
+
+    Raises:
+        TypeError: it is no Keras model.
+        ValueError: it is not built, has several inputs or nested ones, or outputs that are not a tensor or a list.
+    """
+    import keras
+
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"expected a keras.Model, got a {type(model).__name__}")
+    if not model.built:
+        raise ValueError(
+            f"{model.name} is not built: build it first, by model.build(input_shape) or by calling it on a batch"
+        )
+    for name, wanted in (("inputs", "one input tensor"), ("outputs", "a tensor, or a list of tensors, as output")):
+        tensors = getattr(model, name, None)  # a subclass of keras.Model has none: its outputs are seen in the call
+        structure = getattr(model, name.removesuffix("s"), None)
+        if tensors and (isinstance(structure, dict) or (name == "inputs" and len(tensors) > 1)):
+            what = f"a {type(structure).__name__} of {len(tensors)} {name}"
+            raise ValueError(f"kvision trains models with {wanted}, and {model.name} has {what}. {INSTEAD}")
+
+
+def check_targets(labels) -> None:
+    """Refuse labels that are neither class numbers nor shares of classes; tensors on a device are taken as they are.
+
+    Args:
+        labels: integers (n,), or floating targets (n, classes) that sum to 1 in each row.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(labels, np.ndarray):
+        return
+    if labels.ndim == 1 and labels.dtype.kind in "iu":
+        return
+    if labels.ndim == 2 and labels.dtype.kind == "f":
+        if np.allclose(labels.sum(axis=1), 1, atol=1e-3):
+            return
+        raise ValueError(f"targets (n, classes) must sum to 1 in each row; these are not shares of classes. {INSTEAD}")
+    raise ValueError(
+        f"expected integer labels (n,) or floating targets (n, classes), got {labels.dtype} of shape {labels.shape}. "
+        f"{INSTEAD}"
+    )
 
 
 POLICIES = {  # Keras's names of them
@@ -107,21 +164,38 @@ def configure(
     if dtype not in POLICIES:
         raise ValueError(f"dtype must be one of {', '.join(POLICIES)}, got {dtype!r}")
     keras.config.set_floatx("float64" if dtype == "float64" else "float32")
-    # On JAX and PyTorch Keras 3.15 makes float32 of whatever means, variances and matrix products are of: its rules of
-    # promotion end in this table.
-    narrowed = importlib.import_module("keras.src.backend.common.dtypes").BIT64_TO_BIT32_DTYPE
-    narrowed["float64"] = "float64" if dtype == "float64" or keras.backend.backend() == "tensorflow" else "float32"
+    # On JAX and PyTorch Keras 3.15 makes float32 of whatever means, variances and matrix products are of.
+    double = dtype == "float64" or keras.backend.backend() == "tensorflow"
+    importlib.import_module("kvision.engine.keras_internals").narrow_float64("float64" if double else "float32")
     keras.config.set_dtype_policy(POLICIES[dtype])
     floor().configure(dtype, deterministic, compile_cache)
 
 
-def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "native"):
+class HandedToKeras(UserWarning):
+    """A model is trained by Keras's own step, because it has a part of one of its own."""
+
+
+def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "native", metrics: Sequence = ()):
     """The `Engine` of a model: the active backend's, or with `kind` "keras" Keras's own step.
 
+    A model whose class has a `train_step`, `test_step`, `predict_step`, `compute_loss` or `compute_metrics` of its own
+    is Keras's in any case, with a warning `HandedToKeras` that says so.
+
     Raises:
-        ValueError: an unknown kind; Keras's own step of a model with several outputs or with `accumulate`.
+        ValueError: an unknown kind; a model that the engine cannot run (see `check_model`); Keras's own step of a model
+            with several outputs or with `accumulate`.
     """
     if kind not in KINDS:
         raise ValueError(f"engine must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_model(model)
+    if kind == "native" and optimizer is not None:
+        own = importlib.import_module("kvision.engine.keras_internals").own_step(model)
+        if own:
+            kind = "keras"
+            warnings.warn(
+                f"{model.name} is trained by Keras's own step: its class has {', '.join(own)} of its own",
+                HandedToKeras,
+                stacklevel=2,
+            )
     module = floor() if kind == "native" else importlib.import_module("kvision.engine.keras")
-    return module.Engine(model, optimizer, loss, accumulate)
+    return module.Engine(model, optimizer, loss, accumulate, metrics)

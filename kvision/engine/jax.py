@@ -21,8 +21,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
-from kvision.engine import main_output
-from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
+from kvision.engine import check_model, check_targets, main_output
+from kvision.engine.graph import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.keras_internals import calling, takes_training
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
 CHUNK = 8  # images in one at least: fewer gain nothing, and every loop costs compilation
@@ -65,8 +66,10 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+        check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.metrics = list(metrics)
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
         self._step = jit(self._train, donate_argnums=0)
@@ -79,23 +82,31 @@ class Engine:
 
     def _call(self, images, training):
         if not is_graph(self.model):
-            return self.model(images, training=training)
+            return self.model(images, **({"training": training} if takes_training(self.model) else {}))
         if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, partial(_ready, training=training))
-        return self._graphs[training](jnp.asarray(images, self.model.inputs[0].dtype))
+            self._graphs[training] = Graph(self.model, _lower, training)
+        with calling(self.model, training):
+            return self._graphs[training](images)
+
+    @property
+    def _fixed(self):
+        """The variables that a step changes and no gradient does: running statistics, generators, metrics."""
+        return [*self.model.non_trainable_variables, *(v for metric in self.metrics for v in metric.variables)]
 
     def _scope(self, trainable, fixed, slots=()):
-        variables, values = (*self.model.trainable_variables, *self.model.non_trainable_variables), (*trainable, *fixed)
+        variables, values = (*self.model.trainable_variables, *self._fixed), (*trainable, *fixed)
         if slots:
             variables, values = (*variables, *self.optimizer.variables), (*values, *slots)
-        return keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True)))
+        return keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True)), collect_losses=True)
 
     def _objective(self, trainable, fixed, slots, images, labels):
         with self._scope(trainable, fixed, slots) as scope:
             outputs = self._call(images, training=True)
-            loss = self.loss(labels, outputs) + sum(self.model.losses)
+            loss = self.loss(labels, outputs) + penalties(self.model)
             scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
-        fixed = [scope.get_current_value(variable) for variable in self.model.non_trainable_variables]
+            for metric in self.metrics:
+                metric.update_state(labels, main_output(outputs))
+        fixed = [scope.get_current_value(variable) for variable in self._fixed]
         return scaled, (fixed, loss, _count(labels, main_output(outputs)))
 
     def _part(self, trainable, fixed, slots, images, labels):
@@ -144,16 +155,17 @@ class Engine:
     def _judge(self, trainable, fixed, images, labels):
         with self._scope(trainable, fixed):
             outputs = self._call(images, training=False)
-            return self.loss(labels, outputs), _count(labels, main_output(outputs))
+            return self.loss(labels, outputs) + penalties(self.model), _count(labels, main_output(outputs))
 
     def _variables(self):
         slots = self.optimizer.variables if self.optimizer else []
-        return self.model.trainable_variables, self.model.non_trainable_variables, slots
+        return self.model.trainable_variables, self._fixed, slots
 
     def _values(self):
         return tuple([variable.value for variable in group] for group in self._variables())
 
     def train_step(self, images, labels):
+        check_targets(labels)
         if self._state is None:
             self._state = self._values()  # a tuple of lists, as the step returns: another structure is compiled anew
         self._state, result = self._step(self._state, images, labels)
@@ -174,7 +186,7 @@ class Engine:
         self.push()
         trainable, fixed, slots = self._values()
         loss, _, gradients, fixed = self._gradients(trainable, fixed, slots, images, labels)
-        for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True):
+        for variable, value in zip(self._fixed, fixed, strict=True):
             variable.assign(value)
         return loss, gradients
 
@@ -193,7 +205,8 @@ class Engine:
 
     def tap(self, images, training=False):
         seen = Taps()
-        Graph(self.model, partial(_ready, training=training), joined=False)(jnp.asarray(images), seen)
+        with calling(self.model, training):
+            Graph(self.model, _lower, training, joined=False)(jnp.asarray(images), seen)
         return seen.rows
 
     def push(self):
@@ -214,28 +227,23 @@ def _count(labels, logits):
     return jnp.sum(jnp.argmax(logits, axis=-1) == classes)
 
 
-def _ready(layer, pads=None, relu=False, *, training):
-    kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
-    if is_graph(layer):
-        return nested(layer, partial(_ready, training=training))
-    if kind is keras.layers.Conv2D and last and replaceable(layer):
+def _lower(layer, pads=None, relu=False):
+    kind = type(layer)
+    if relu:  # XLA joins it to what is before
+        return None
+    if kind is keras.layers.Conv2D and is_channels_last(layer) and layer.padding in ("same", "valid"):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.DepthwiseConv2D and pads:
         return lambda x, **_: layer(jnp.pad(x, ((0, 0), *pads, (0, 0))))
-    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
-        return lambda x, **_: _max_pool(x, layer.pool_size, layer.strides)
-    call = layer
-    if getattr(layer, "_call_has_training_arg", False):
-        call = lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})  # noqa: E731
-    return (lambda *args, **kwargs: jax.nn.relu(call(*args, **kwargs))) if relu else call
+    if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and is_channels_last(layer):
+        return lambda x, **_: _max_pool(x.astype(layer.compute_dtype), layer.pool_size, layer.strides)
+    return None
 
 
 def _conv(layer, x, pads):
     """What `layer(x)` computes, `pads` zeros around the image."""
     dtype, strides, window = layer.compute_dtype, layer.strides, layer.kernel_size
     if pads is None:
-        if layer.padding not in ("same", "valid"):
-            return layer(x)
         reach = [(size - 1) * rate + 1 for size, rate in zip(window, layer.dilation_rate, strict=True)]
         pads = lax.padtype_to_pads(x.shape[1:3], reach, strides, layer.padding.upper())
     pads, strides = tuple(map(tuple, pads)), tuple(strides)

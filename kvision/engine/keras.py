@@ -10,11 +10,12 @@ from keras import ops
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
         if accumulate != 1:
             raise ValueError("Keras's own step accumulates over steps: give its optimizer gradient_accumulation_steps")
-        if len(model.outputs) != 1:
-            raise ValueError(f"Keras's own step wants one output, and {model.name} has {len(model.outputs)}")
+        count = len(model.outputs or [None])
+        if count != 1:
+            raise ValueError(f"Keras's own step wants one output, and {model.name} has {count}")
         self.model, self.optimizer = model, optimizer
         if optimizer is not None:
             right = keras.metrics.MeanMetricWrapper(_right, name="right")

@@ -4,14 +4,16 @@ In a functional model's graph batch norm is TensorFlow's fused one, both ways (K
 each a pass over the activations), and a convolution puts the zeros around its input itself.
 """
 
+import itertools
 from contextlib import contextmanager
 from functools import partial
 
 import keras
 import tensorflow as tf
 
-from kvision.engine import innermost, main_output
-from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
+from kvision.engine import check_model, check_targets, main_output
+from kvision.engine.graph import Graph, Taps, is_graph, parts, penalties
+from kvision.engine.keras_internals import calling, index_of, takes_training, with_methods
 
 HALVES = ("float16", "bfloat16")
 
@@ -37,54 +39,77 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+        check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.metrics = list(metrics)
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
         self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.show(tensors, draw)))
-        self._gradients = function(lambda images, labels: self._differentiate(images, labels)[::2])
+        self._gradients = function(self._dense_gradients)
         self._forward = function(self._infer)
         self._forward_shown = function(lambda pictures, tensors, draw: self._infer(pictures.show(tensors, draw)[0]))
         self._score = function(self._judge)
         self._graphs = {}
-        if optimizer is not None and not tf.distribute.has_strategy():
-            _fuse(innermost(optimizer))
+        if optimizer is not None:
+            distributed = tf.distribute.has_strategy()
+            self._fast_optimizer = optimizer if distributed else with_methods(optimizer, _fast_methods)
 
     def _call(self, images, training):
         if not is_graph(self.model):
-            return self.model(images, training=training)
+            return self.model(images, **({"training": training} if takes_training(self.model) else {}))
         if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, partial(_ready, training=training))
-        return self._graphs[training](tf.cast(images, self.model.inputs[0].dtype))
+            self._graphs[training] = Graph(self.model, partial(_lower, training=training), training)
+        with calling(self.model, training):
+            return self._graphs[training](images)
 
     def _part(self, images, labels):
         variables = [variable.value for variable in self.model.trainable_variables]
         with tf.GradientTape() as tape:
             outputs = self._call(images, training=True)
-            loss = self.loss(labels, outputs) + sum(self.model.losses)
+            loss = self.loss(labels, outputs) + penalties(self.model)
             scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
+        for metric in self.metrics:
+            metric.update_state(labels, main_output(outputs))
+        # A variable that the loss does not use has no gradient: None.
         return loss, _count(labels, main_output(outputs)), tape.gradient(scaled, variables)
 
     def _differentiate(self, images, labels):
         if self.accumulate == 1:
             return self._part(images, labels)
         pieces = [tf.stack(piece) for piece in zip(*parts(self.accumulate, (images, labels)), strict=True)]
+        loss, correct, gradients = self._part(*(piece[0] for piece in pieces))
+        used = [gradient is not None for gradient in gradients]
+        sums = [
+            _Dense,
+            _Dense,
+            *(_Rows if isinstance(g, tf.IndexedSlices) else _Dense for g in gradients if g is not None),
+        ]
 
-        def add(i, *sums):
+        def add(i, *totals):
             loss, correct, gradients = self._part(*(piece[i] for piece in pieces))
-            return i + 1, *(total + more for total, more in zip(sums, (loss, correct, *gradients), strict=True))
+            more = (loss, correct, *itertools.compress(gradients, used))
+            return i + 1, *(kind.add(i, *pair) for kind, *pair in zip(sums, totals, more, strict=True))
 
-        zeros = [tf.zeros(variable.shape, variable.dtype) for variable in self.model.trainable_variables]
-        start = (0, tf.zeros((), keras.config.floatx()), 0, *zeros)
+        start = [loss, correct, *itertools.compress(gradients, used)]
+        start = [kind.start(value, self.accumulate) for kind, value in zip(sums, start, strict=True)]
         # One part at a time: side by side they would need the memory that accumulation is to save.
-        _, loss, correct, *gradients = tf.while_loop(
-            lambda i, *_: i < self.accumulate, add, start, parallel_iterations=1
+        _, *totals = tf.while_loop(lambda i, *_: i < self.accumulate, add, (1, *start), parallel_iterations=1)
+        variables = itertools.compress(self.model.trainable_variables, used)
+        loss, correct, *totals = totals
+        means = iter(
+            [kind.mean(total, self.accumulate, v) for kind, total, v in zip(sums[2:], totals, variables, strict=True)]
         )
-        return loss / self.accumulate, correct, [total / self.accumulate for total in gradients]
+        return loss / self.accumulate, correct, [next(means) if is_used else None for is_used in used]
+
+    def _dense_gradients(self, images, labels):
+        loss, _, gradients = self._differentiate(images, labels)
+        pairs = zip(gradients, self.model.trainable_variables, strict=True)
+        return loss, [tf.zeros_like(v.value) if grad is None else tf.convert_to_tensor(grad) for grad, v in pairs]
 
     def _train(self, images, labels):
         loss, correct, gradients = self._differentiate(images, labels)
-        self.optimizer.apply(gradients, self.model.trainable_variables)
+        self._fast_optimizer.apply(gradients, self.model.trainable_variables)
         return loss, correct
 
     def _infer(self, images):
@@ -92,9 +117,10 @@ class Engine:
 
     def _judge(self, images, labels):
         outputs = self._call(images, training=False)
-        return self.loss(labels, outputs), _count(labels, main_output(outputs))
+        return self.loss(labels, outputs) + penalties(self.model), _count(labels, main_output(outputs))
 
     def train_step(self, images, labels):
+        check_targets(labels)
         return self._step(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
     def train_steps(self, pictures, draws):
@@ -115,30 +141,66 @@ class Engine:
         return self._score(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
     def tap(self, images, training=False):
-        seen = Taps()
-        Graph(self.model, partial(_ready, training=training), joined=False)(tf.convert_to_tensor(images), seen)
+        seen, lower = Taps(), partial(_lower, training=training)
+        with calling(self.model, training):
+            Graph(self.model, lower, training, joined=False)(tf.convert_to_tensor(images), seen)
         return seen.rows
 
     def push(self):
         pass
 
 
-def _fuse(optimizer):
-    """Let SGD with momentum update by TensorFlow's one operation for it, which computes what Keras's seven do."""
-    if type(optimizer) is not keras.optimizers.SGD or not optimizer.momentum:
-        return
+class _Dense:
+    """A sum over the parts of a batch."""
 
-    def update(gradient, variable, learning_rate):
-        tf.raw_ops.ResourceApplyKerasMomentum(
-            var=variable.handle,
-            accum=optimizer.momentums[optimizer._get_variable_index(variable)].value.handle,
-            lr=tf.cast(learning_rate, variable.dtype),
-            grad=tf.cast(gradient, variable.dtype),
-            momentum=tf.constant(optimizer.momentum, variable.dtype),
-            use_nesterov=optimizer.nesterov,
-        )
+    @staticmethod
+    def start(value, count):
+        return value
 
-    optimizer.update_step = update
+    @staticmethod
+    def add(i, total, value):
+        return total + value
+
+    @staticmethod
+    def mean(total, count, variable):
+        return total / count
+
+
+class _Rows:
+    """The same of an embedding's gradient, which is rows and their numbers: those of all parts, one behind the other,
+    as the whole batch has them. Optimizers treat them otherwise than an array."""
+
+    @staticmethod
+    def start(value, count):
+        arrays = [tf.TensorArray(x.dtype, count, element_shape=x.shape) for x in (value.values, value.indices)]
+        return _Rows.add(0, arrays, value)
+
+    @staticmethod
+    def add(i, total, value):
+        return [array.write(i, x) for array, x in zip(total, (value.values, value.indices), strict=True)]
+
+    @staticmethod
+    def mean(total, count, variable):
+        values, indices = (array.concat() for array in total)
+        return tf.IndexedSlices(values / count, indices, tf.shape(variable.value))
+
+
+def _fast_methods(optimizer):
+    """The methods of SGD with momentum by TensorFlow's one operation for it, which computes what Keras's seven do."""
+    return {"update_step": _momentum_step} if type(optimizer) is keras.optimizers.SGD and optimizer.momentum else {}
+
+
+def _momentum_step(optimizer, gradient, variable, learning_rate):
+    tf.raw_ops.ResourceApplyKerasMomentum(
+        var=variable.handle,
+        accum=optimizer.momentums[index_of(optimizer, variable)].value.handle,
+        lr=tf.cast(learning_rate, variable.dtype),
+        grad=tf.cast(gradient, variable.dtype),
+        momentum=keras.ops.cast(
+            optimizer.momentum, variable.dtype
+        ),  # a Python number by way of float32, as Keras has it
+        use_nesterov=optimizer.nesterov,
+    )
 
 
 def mean_over_replicas(x):
@@ -151,21 +213,15 @@ def _count(labels, logits):
     return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == classes, tf.int32))
 
 
-def _ready(layer, pads=None, relu=False, *, training):
+def _lower(layer, pads=None, relu=False, *, training):
     kind = type(layer)
-    if is_graph(layer):
-        return nested(layer, partial(_ready, training=training))
     if kind is keras.layers.Conv2D and pads and layer.groups == 1:
         return lambda x, **_: _conv(layer, x, pads)
     if pads:
         return lambda x, **_: layer(tf.pad(x, ((0, 0), *pads, (0, 0))))
-    if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm and not layer.synchronized:
-        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu)
-    if kind is keras.layers.Add and relu:
-        return lambda x, **_: tf.nn.relu(layer(x))
-    if getattr(layer, "_call_has_training_arg", False):
-        return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
-    return layer
+    if kind is keras.layers.BatchNormalization and layer.variable_dtype == "float32" and _is_fused(layer):
+        return lambda x, **_: _batch_norm(layer, x, training, relu)
+    return None
 
 
 def _conv(layer, x, pads):
@@ -183,13 +239,14 @@ def _conv(layer, x, pads):
     return layer.activation(y) if layer.activation is not None else y
 
 
-def _batch_norm(layer, x, mask, training, relu):
+def _is_fused(layer):
+    """Whether TensorFlow has a batch norm like it: of images (n, h, w, c), in float32 or less."""
+    return layer.input_spec.ndim == 4 and layer.axis in (-1, 3) and layer.compute_dtype in ("float32", *HALVES)
+
+
+def _batch_norm(layer, x, training, relu):
     """What `layer(x, training=training)` computes, and the same new running statistics."""
-    fused = x.dtype == tf.float32 or (x.dtype.name in HALVES and x.dtype.name == layer.compute_dtype)
-    if mask is not None or x.shape.rank != 4 or not fused or layer.axis not in (-1, 3):
-        y = layer(x, training=training, mask=mask)
-    else:
-        y = _fused_batch_norm(layer, x, training)
+    y = _fused_batch_norm(layer, tf.cast(x, layer.compute_dtype), training)
     return tf.nn.relu(y) if relu else y
 
 

@@ -9,6 +9,7 @@ the device is recorded once as a CUDA graph, and then replayed.
 """
 
 import ctypes
+import itertools
 import os
 import warnings
 from contextlib import contextmanager
@@ -19,10 +20,19 @@ import numpy as np
 import torch
 from keras import ops
 
-from kvision.engine import innermost, main_output
-from kvision.engine.graph import Graph, Taps, is_graph, nested, parts, replaceable
+from kvision.engine import check_model, check_targets, main_output
+from kvision.engine.graph import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.keras_internals import (
+    calling,
+    index_of,
+    storage,
+    takes_training,
+    uses_weight_decay,
+    with_methods,
+)
 
 F = torch.nn.functional
+EXACT = ("float32", "float64")  # of variables
 
 
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
@@ -60,56 +70,71 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1):
+    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+        check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.metrics = list(metrics)
         self._graphs = {}
         self._recording = None
         if optimizer is not None:
             _lay_out([*model.trainable_variables, *optimizer.variables])
-            _decay_at_once(innermost(optimizer))
-            if accelerated():
-                _scale_on_device(innermost(optimizer))
+            self._fast_optimizer = with_methods(optimizer, _fast_methods)
 
     def _call(self, images, training):
         if not is_graph(self.model):
-            return self.model(ops.convert_to_tensor(images), training=training)
+            options = {"training": training} if takes_training(self.model) else {}
+            return self.model(ops.convert_to_tensor(images), **options)
         if training not in self._graphs:
             self._graphs[training] = self._graph(training)
         graph, statistics = self._graphs[training]
         statistics.clear()  # of a pass that was broken off
-        outputs = graph(ops.convert_to_tensor(images, self.model.inputs[0].dtype))
+        with calling(self.model, training):
+            outputs = graph(ops.convert_to_tensor(images))
         statistics.keep()
         return outputs
 
     def _graph(self, training, joined=True):
         statistics = _Statistics()
-        return Graph(self.model, partial(_ready, training=training, statistics=statistics), joined), statistics
+        return Graph(
+            self.model, partial(_lower, training=training, statistics=statistics), training, joined
+        ), statistics
+
+    def _objective(self, images, labels, training):
+        """The loss with its penalties, the labels on the device, and the outputs."""
+        outputs, labels = self._call(images, training), ops.convert_to_tensor(labels)
+        return self.loss(labels, outputs) + penalties(self.model), labels, main_output(outputs)
 
     def _part(self, images, labels):
         variables = [variable.value for variable in self.model.trainable_variables]
-        outputs, labels = self._call(images, training=True), ops.convert_to_tensor(labels)
-        loss = self.loss(labels, outputs) + sum(self.model.losses)
+        loss, labels, logits = self._objective(images, labels, training=True)
         scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
-        gradients = torch.autograd.grad(scaled, variables)
+        # A variable that the loss does not use has no gradient: None.
+        gradients = torch.autograd.grad(scaled, variables, allow_unused=True)
         with torch.no_grad():
-            return loss.detach(), _count(labels, main_output(outputs)), gradients
+            for metric in self.metrics:
+                metric.update_state(labels, logits)
+            return loss.detach(), _count(labels, logits), gradients
 
     def _differentiate(self, images, labels):
         if self.accumulate == 1:
             return self._part(images, labels)
         first, *others = parts(self.accumulate, (images, labels))
-        loss, correct, sums = self._part(*first)
+        loss, correct, gradients = self._part(*first)
+        used = [gradient is not None for gradient in gradients]
+        sums = list(itertools.compress(gradients, used))
         for part in others:
             more_loss, more_correct, more = self._part(*part)
             loss, correct = loss + more_loss, correct + more_correct
-            torch._foreach_add_(sums, more)
+            torch._foreach_add_(sums, list(itertools.compress(more, used)))
         torch._foreach_div_(sums, self.accumulate)
-        return loss / self.accumulate, correct, sums
+        sums = iter(sums)
+        return loss / self.accumulate, correct, [next(sums) if is_used else None for is_used in used]
 
     def train_step(self, images, labels):
+        check_targets(labels)
         loss, correct, gradients = self._differentiate(images, labels)
         with torch.no_grad():
-            self.optimizer.apply(gradients, self.model.trainable_variables)
+            self._fast_optimizer.apply(gradients, self.model.trainable_variables)
         return loss, correct
 
     def train_steps(self, pictures, draws):
@@ -125,7 +150,8 @@ class Engine:
 
     def value_and_grad(self, images, labels):
         loss, _, gradients = self._differentiate(images, labels)
-        return loss, gradients
+        pairs = zip(gradients, self.model.trainable_variables, strict=True)
+        return loss, [torch.zeros_like(variable.value) if grad is None else grad for grad, variable in pairs]
 
     def predict(self, images):
         with torch.inference_mode():
@@ -138,12 +164,12 @@ class Engine:
 
     def evaluate(self, images, labels):
         with torch.inference_mode():
-            outputs, labels = self._call(images, training=False), ops.convert_to_tensor(labels)
-            return self.loss(labels, outputs), _count(labels, main_output(outputs))
+            loss, labels, logits = self._objective(images, labels, training=False)
+            return loss, _count(labels, logits)
 
     def tap(self, images, training=False):
         seen, (graph, statistics) = Taps(), self._graph(training, joined=False)
-        with torch.no_grad():
+        with torch.no_grad(), calling(self.model, training):
             graph(ops.convert_to_tensor(images), seen)
         statistics.keep()
         return seen.rows
@@ -159,48 +185,56 @@ def _lay_out(variables):
     an update passes over both in one order.
     """
     for variable in variables:
-        if len(variable.shape) == 4 and variable._value is not None:
-            variable._value.data = variable._value.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+        if len(variable.shape) == 4 and (tensor := storage(variable)) is not None:
+            tensor.data = tensor.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
 
-def _decay_at_once(optimizer):
-    """Let decoupled weight decay pass over all kernels in one call; Keras asks for the rate and decays one by one."""
-    if optimizer.weight_decay is None:
-        return
-    kernels = []
+def _fast_methods(optimizer):
+    """Keras's own methods of an optimizer in a quicker form; a method that its class has of its own stays."""
+    kind, methods = type(optimizer), {}
+    if (
+        kind._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay
+        and optimizer.weight_decay is not None
+    ):
+        methods["_apply_weight_decay"] = _weight_decay()
+    sgd = keras.optimizers.SGD
+    if accelerated() and isinstance(optimizer, sgd) and kind.__module__.startswith("keras."):
+        methods["_parallel_update_step"] = _sgd_step
+    return methods
 
-    def decay(variables):
-        if not kernels:
-            kernels.extend(variable.value for variable in variables if optimizer._use_weight_decay(variable))
+
+def _weight_decay():
+    """Decoupled weight decay; Keras looks every variable's name up by regular expressions in every step."""
+    decayed = {}
+
+    def decay(optimizer, variables):
+        for variable in variables:
+            if id(variable) not in decayed:
+                decayed[id(variable)] = variable, uses_weight_decay(optimizer, variable)
         rate = ops.convert_to_tensor(optimizer.learning_rate) * optimizer.weight_decay
+        kernels = [variable.value for variable in variables if decayed[id(variable)][1]]
         if kernels:
             torch._foreach_mul_(kernels, 1 - rate)
 
-    optimizer._apply_weight_decay = decay
+    return decay
 
 
-def _scale_on_device(optimizer):
-    """Let SGD multiply by the learning rate where it lies; Keras hands it to PyTorch as a number, for which the host
+def _sgd_step(optimizer, gradients, variables, learning_rate):
+    """SGD that multiplies by the learning rate where it lies; Keras hands it to PyTorch as a number, for which the host
     waits until the device has computed it."""
-    if not isinstance(optimizer, keras.optimizers.SGD):
-        return
-
-    def update(gradients, variables, learning_rate):
-        values = [variable.value for variable in variables]
-        changes = torch._foreach_mul(list(gradients), -ops.convert_to_tensor(learning_rate))
-        if optimizer.momentum:
-            momenta = [optimizer.momentums[optimizer._get_variable_index(variable)].value for variable in variables]
-            torch._foreach_mul_(momenta, optimizer.momentum)
-            torch._foreach_add_(momenta, changes)
-            if optimizer.nesterov:
-                torch._foreach_add_(values, changes)
-                torch._foreach_add_(values, momenta, alpha=optimizer.momentum)
-            else:
-                torch._foreach_add_(values, momenta)
-        else:
+    values = [variable.value for variable in variables]
+    changes = torch._foreach_mul(list(gradients), -ops.convert_to_tensor(learning_rate))
+    if optimizer.momentum:
+        momenta = [optimizer.momentums[index_of(optimizer, variable)].value for variable in variables]
+        torch._foreach_mul_(momenta, optimizer.momentum)
+        torch._foreach_add_(momenta, changes)
+        if optimizer.nesterov:
             torch._foreach_add_(values, changes)
-
-    optimizer._parallel_update_step = update
+            torch._foreach_add_(values, momenta, alpha=optimizer.momentum)
+        else:
+            torch._foreach_add_(values, momenta)
+    else:
+        torch._foreach_add_(values, changes)
 
 
 class _Recording:
@@ -323,25 +357,27 @@ class _Statistics:
         self.clear()
 
 
-def _ready(layer, pads=None, relu=False, *, training, statistics):
-    kind, last = type(layer), getattr(layer, "data_format", "channels_last") == "channels_last"
-    if is_graph(layer):
-        return nested(layer, partial(_ready, training=training, statistics=statistics))
-    if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and replaceable(layer):
+def _lower(layer, pads=None, relu=False, *, training, statistics):
+    kind, exact = type(layer), layer.variable_dtype in EXACT
+    last = is_channels_last(layer) if hasattr(layer, "data_format") else True
+    if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and last and (pads or _is_symmetric(layer)):
         return lambda x, **_: _conv(layer, x, pads)
     if kind is keras.layers.MaxPooling2D and layer.padding == "valid" and last:
         return lambda x, **_: _max_pool(layer, x)
-    if kind is keras.layers.BatchNormalization and replaceable(layer) and not layer.renorm and not layer.synchronized:
-        return lambda x, mask=None, **_: _batch_norm(layer, x, mask, training, relu, statistics)
-    if kind is keras.layers.Dense and replaceable(layer):
+    if kind is keras.layers.BatchNormalization and exact and layer.axis in (-1, layer.input_spec.ndim - 1):
+        return lambda x, **_: _batch_norm(layer, x, training, relu, statistics)
+    if kind is keras.layers.Dense:
         return lambda x, **_: _dense(layer, x)
-    if kind is keras.layers.Activation and replaceable(layer):
+    if kind is keras.layers.Activation:
         return lambda x, **_: layer.activation(_cast(x, layer))
-    if kind is keras.layers.Add and replaceable(layer):
+    if kind is keras.layers.Add:
         return lambda terms, **_: _add(layer, terms, relu)
-    if getattr(layer, "_call_has_training_arg", False):
-        return lambda *args, **kwargs: layer(*args, **{**kwargs, "training": training})
-    return layer
+    return None
+
+
+def _is_symmetric(layer):
+    """Whether a convolution pads both sides alike."""
+    return layer.padding == "valid" or (all(size % 2 for size in layer.kernel_size) and max(layer.strides) == 1)
 
 
 def _cast(x, layer):
@@ -351,9 +387,6 @@ def _cast(x, layer):
 def _conv(layer, x, pads):
     """What `layer(x)` computes, `pads` zeros around the image."""
     depthwise = type(layer) is keras.layers.DepthwiseConv2D
-    even = any(size % 2 == 0 for size in layer.kernel_size)
-    if layer.padding != "valid" and (even or max(layer.strides) > 1):
-        return layer(x)  # "same" where it pads one side more than the other
     x, kernel = _cast(x, layer), _cast(layer.kernel.value, layer)
     if pads and any(above != below for above, below in pads):
         x, pads = F.pad(x, (0, 0, *pads[1], *pads[0])), None
@@ -386,7 +419,7 @@ def _add(layer, terms, relu):
         return F.relu(y) if relu else y
     y = _cast(first, layer) + _cast(second, layer)
     for other in others:
-        y = y + other
+        y = y + _cast(other, layer)
     return F.relu_(y) if relu else y
 
 
@@ -396,13 +429,13 @@ def _max_pool(layer, x):
     return pooled.permute(0, 2, 3, 1)
 
 
-def _batch_norm(layer, x, mask, training, relu, statistics):
-    """What `layer(x, training=training)` computes; what the running statistics become of is added to `statistics`."""
-    if mask is not None or x.ndim not in (2, 4) or layer.axis not in (-1, x.ndim - 1):
-        y = layer(x, training=training, mask=mask)
-        return F.relu(y) if relu else y
-    x = x if x.dtype.is_floating_point else _cast(x, layer)
-    x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+def _batch_norm(layer, x, training, relu, statistics):
+    """What `layer(x, training=training)` computes; what the running statistics become of is added to `statistics`.
+
+    The sums are float32's where x is of less precision, as Keras's are.
+    """
+    x = _cast(x, layer)
+    x = x.movedim(-1, 1) if x.ndim > 2 else x
     gamma = layer.gamma.value if layer.scale else None
     beta = layer.beta.value if layer.center else None
     running = layer.moving_mean.value, layer.moving_variance.value
@@ -414,4 +447,4 @@ def _batch_norm(layer, x, mask, training, relu, statistics):
     else:
         y = F.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
     y = F.relu_(y) if relu else y
-    return _cast(y.permute(0, 2, 3, 1) if y.ndim == 4 else y, layer)
+    return y.movedim(1, -1) if y.ndim > 2 else y

@@ -7,7 +7,8 @@ a batch norm without scale; its features are divided by 9 before the last layer.
 a test image is scored on) is the app's.
 
 `airbench94` has the paper's widths; `airbench_small` has a seventh of its weights and is this project's network for two
-CPU cores. Departure: the whitening convolution has no bias (the paper trains one for the first three epochs).
+CPU cores. Departure: the whitening convolution has no bias unless `whiten_bias` asks for the paper's, which is trained
+for the first three epochs.
 """
 
 from functools import partial
@@ -24,9 +25,18 @@ norm = partial(batch_norm, momentum=0.6, epsilon=1e-12, scale=False)
 
 
 def airbench(
-    input_shape: tuple[int, int, int], classes: int, *, widths: tuple[int, int, int], name: str
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    widths: tuple[int, int, int],
+    whiten_bias: bool = False,
+    name: str,
 ) -> keras.Model:
     """Images (n, h, w, c) to logits (n, classes); to the last width's pooled features where `classes` is 0.
+
+    Args:
+        widths: filters of each stage.
+        whiten_bias: give the whitening convolution a bias, uniform at first as PyTorch's is.
 
     Raises:
         ValueError: the images are smaller than 9 pixels, which three poolings need.
@@ -34,7 +44,9 @@ def airbench(
     if least_side(input_shape) < 9:
         raise ValueError(f"airbench needs images of at least 9x9 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
-    x = conv(8 * input_shape[-1], 2, name="whiten_conv", padding="valid")(inputs)
+    limit = (4 * input_shape[-1]) ** -0.5  # of as many inputs as the 2x2 window has
+    bias = {"use_bias": True, "bias_initializer": keras.initializers.RandomUniform(-limit, limit)}
+    x = conv(8 * input_shape[-1], 2, name="whiten_conv", padding="valid", **(bias if whiten_bias else {}))(inputs)
     x = activation("gelu", name="whiten")(x)
     for i, filters in enumerate(widths, start=1):
         x = conv(filters, 3, name=f"stage{i}_1_conv", initializer=Identity())(x)

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Sequence
 
+from kvision.data.untrusted import printable
 from kvision.weights.archive import WeightsError
 from kvision.weights.convert import LINEAGES, convert
 from kvision.weights.folder import file_size, table, write_table
 from kvision.weights.npz import inspect
 from kvision.weights.verify import diff, verify
 
+LINE = 1 << 20  # characters of a line at most
 TOLERANCE = 1e-4  # of the logits after a conversion, relative to the largest
 
 
@@ -101,7 +103,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             "provenance",
         ):
             if manifest.get(field) not in (None, {}):
-                print(f"  {field:<14} {json.dumps(manifest[field], ensure_ascii=False)}")
+                print(printable(f"  {field:<14} {json.dumps(manifest[field], ensure_ascii=False)}", LINE))
         width = max(map(len, found["arrays"]), default=0)
         for key, array in found["arrays"].items():
             print(f"  {key:<{width}}  {array['dtype']:<8} {' x '.join(map(str, array['shape']))}")
@@ -169,7 +171,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _diff(arguments: argparse.Namespace) -> int:
     found = diff(arguments.a, arguments.b)
     for field, (a, b) in found.manifest.items():
-        print(f"{field}: {json.dumps(a, ensure_ascii=False)} | {json.dumps(b, ensure_ascii=False)}")
+        print(printable(f"{field}: {json.dumps(a, ensure_ascii=False)} | {json.dumps(b, ensure_ascii=False)}", LINE))
     for path, keys in ((arguments.a, found.only_a), (arguments.b, found.only_b)):
         for key in keys:
             print(f"{key}: only in {os.fspath(path)}")

@@ -17,8 +17,10 @@ import numpy as np
 
 from kvision.weights import foreign, frossard, hdf5, keras_applications, own, pth, safetensors, slim, timm, torchvision
 from kvision.weights.archive import Archive, WeightsError, listed, refusal
-from kvision.weights.npz import load, named_variables, read_manifest, save
+from kvision.weights.manifest import read_manifest
+from kvision.weights.npz import load, named_variables, save
 from kvision.weights.peers import difference_from_peer
+from kvision.weights.verify import rebuild
 
 # Whose names a file has. Each module has `find`, `prepare`, `extras` and `preprocessing`.
 LINEAGES: dict[str, ModuleType] = {
@@ -335,9 +337,6 @@ def convert(
 
 def _send(source, out, suffix: str, lineage: str | None, compare: bool) -> Report:
     """Ours to theirs."""
-    from kvision import zoo
-    from kvision.layers import blank
-
     if suffix not in WRITERS:
         raise refusal(out, f"weights go out as {', '.join(WRITERS)}")
     writer, default = WRITERS[suffix]
@@ -345,8 +344,7 @@ def _send(source, out, suffix: str, lineage: str | None, compare: bool) -> Repor
     with Archive(source) as archive:
         manifest = read_manifest(archive)
     name = manifest["architecture"]
-    with blank():
-        network = zoo.create_model(name, **manifest["arguments"])
+    network = rebuild(source, manifest)
     load(network, source)
     stored = manifest["provenance"].get("counters", {})
     extras = {key: np.array(value, np.int64) for key, value in stored.items()} if lineage == "torchvision" else {}

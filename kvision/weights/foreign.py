@@ -3,12 +3,15 @@
 import os
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from kvision.data import zipped
+from kvision.data.untrusted import border, open_regular
 from kvision.weights import hdf5, pth, safetensors, tf_checkpoint
 from kvision.weights.archive import Archive, refusal
-from kvision.weights.npz import MANIFEST
+from kvision.weights.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,34 @@ def read(path: str | os.PathLike) -> Foreign:
     """
     if os.path.isfile(f"{os.fspath(path).removesuffix('.index')}.index"):
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
-    if not os.path.isfile(path):
-        raise refusal(path, "is not a file" if os.path.exists(path) else "no such file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-            file.seek(max(0, os.path.getsize(path) - 8))
-            tail = file.read(8)
-    except OSError as error:
-        raise refusal(path, f"cannot be read: {error.strerror}") from None
+    if not os.path.exists(path):
+        raise refusal(path, "no such file")
+    with border(partial(refusal, path), "weights file", "download it again"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(9)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        names = []
+        if head.startswith(b"PK"):
+            try:
+                names = [entry.name for entry in zipped.directory(file)]
+            except (zipfile.BadZipFile, ValueError) as error:
+                raise refusal(path, f"is a damaged zip file ({error})") from None
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return Foreign("h5", hdf5.read(path))
     if head.startswith(b"PK"):
-        try:
-            names = zipfile.ZipFile(path).namelist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise refusal(path, f"is a damaged zip file ({error})") from None
         if any(name.endswith("/data.pkl") for name in names):
             return Foreign("pth", *pth.read(path))
         if "model.weights.h5" in names:
             raise refusal(path, "is a .keras file, which numbers its variables: load it in Keras and save it as .h5")
         with Archive(path) as archive:
             return Foreign("npz", {key: archive.read(key) for key in archive.members if key != MANIFEST})
+    # Before the pickles, which start with 0x80: so does the length of one header in 256 here, in 32 where it is a
+    # multiple of 8.
+    if safetensors.looks_so(head):
+        return Foreign("safetensors", safetensors.read(path))
     if head[:1] == b"\x80":
         return Foreign("pth", *pth.read(path))
     if int.from_bytes(tail, "little") == tf_checkpoint.MAGIC:
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
-    if head[8:9] == b"{":
-        return Foreign("safetensors", safetensors.read(path))
     raise refusal(path, "is of no kind known here: .pth, .safetensors, .h5, a TensorFlow checkpoint, .npz")

@@ -1,34 +1,27 @@
 """Keras's HDF5 files of weights: `keras.applications`' own, and what `model.save("x.h5")` writes.
 
-A group for each layer, with the names of its variables in an attribute. Keras 3's `.weights.h5` numbers variables
-instead of naming them, so only the model that wrote one can read it: save such a model as `.h5`.
+A group for each layer, with the names of its variables in an attribute. Keras 3's `.weights.h5` numbers the variables;
+its classes of layers say which they are.
 """
 
+import json
+import math
 import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
-import h5py
 import numpy as np
 
+from kvision.data.untrusted import BASE, Budget, border, open_regular, read_exactly
 from kvision.weights.archive import listed, refusal
 
 # The variables' last names in files of Keras 1 and 2, and ours.
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
 LEAVES |= {"running_std": "moving_variance"}  # Keras 1 called the variance so
-MAX_NAMES = 100_000
-
-
-def _names(group, attribute: str) -> list[str]:
-    """An attribute that is a list of names; long ones are cut into `layer_names0`, `layer_names1` ..."""
-    parts = [attribute] if attribute in group.attrs else []
-    while not parts or parts[0] != attribute:
-        part = f"{attribute}{len(parts)}"
-        if part not in group.attrs:
-            break
-        parts.append(part)
-    names = [name for part in parts for name in np.asarray(group.attrs[part]).reshape(-1).tolist()]
-    if not parts or len(names) > MAX_NAMES or not all(isinstance(name, bytes | str) for name in names):
-        raise ValueError(f"a group without a list {attribute!r}")
-    return [name.decode("utf-8") if isinstance(name, bytes) else name for name in names]
+CHILD = Path(__file__).with_name("hdf5_child.py")
+SECONDS = 60  # on the clock; the child takes a quarter of one, and stops itself after ten of its own time
 
 
 def _leaf(name: str) -> str:
@@ -44,41 +37,59 @@ def _leaf(name: str) -> str:
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a file, by "layer/variable": {"block1_conv1/kernel": ...}.
 
+    The HDF5 library runs in a process apart, `kvision/weights/hdf5_child.py`, which says where the arrays lie.
+
     Raises:
-        WeightsError: the file is damaged, of Keras 3's `.weights.h5`, or links to other files.
+        WeightsError: the file is damaged, links to other files, or asks for more time or
+            memory than its size explains.
     """
     arrays: dict[str, np.ndarray] = {}
-    try:
-        size = os.path.getsize(path)
-        with h5py.File(path, "r") as file:
-            root = file.get("model_weights", file)
-            if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
-                raise ValueError(
-                    "it has no layer_names (Keras 3's .weights.h5 numbers its variables): load it into its model and "
-                    "save that as .h5"
-                )
-            for layer in _names(root, "layer_names"):
-                if not isinstance(root.get(layer, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{layer[:80]} is a link to elsewhere")
-                for name in _names(root[layer], "weight_names"):
-                    place = root[layer]
-                    for part in name.split("/"):
-                        if not isinstance(place.get(part, getlink=True), h5py.HardLink):
-                            raise ValueError(f"{layer[:80]}/{name[:80]} is missing or a link to elsewhere")
-                        place = place[part]
-                    if not isinstance(place, h5py.Dataset) or place.dtype.kind not in "biuf" or place.external:
-                        raise ValueError(f"{name[:80]} is no array of numbers in this file")
-                    if place.nbytes > 1000 * size:
-                        raise ValueError(f"{name[:80]} states {place.nbytes} bytes in a file of {size}")
-                    key = f"{layer}/{_leaf(name)}"
-                    if key in arrays:
-                        raise ValueError(f"{layer[:80]} has two variables {_leaf(name)}")
-                    arrays[key] = np.ascontiguousarray(place[()])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
-        raise refusal(path, f"is no readable HDF5 file of Keras: {error}") from None
+    with (
+        border(partial(refusal, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
+        open_regular(path) as file,
+    ):
+        budget = Budget(os.fstat(file.fileno()).st_size)
+        for layer, name, code, shape, offset in _places(path, budget):
+            key = f"{layer}/{_leaf(name)}"
+            if key in arrays:
+                raise ValueError(f"{layer[:80]} has two variables {_leaf(name)[:80]}")
+            dtype = np.dtype(code)
+            if math.prod(max(1, length) for length in shape) >= 2**60:
+                raise ValueError(f"{key[:80]} has shape {shape}")
+            size = math.prod(shape) * dtype.itemsize
+            budget.take(size, key[:80])
+            values = read_exactly(file, offset, size, key[:80])
+            arrays[key] = values.view(dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
     if not arrays:
         raise refusal(path, "holds no weights")
     return arrays
+
+
+def _ask(path: str | os.PathLike) -> subprocess.CompletedProcess:
+    # -P: the folder of the program is none to import from, for its files have the names of packages.
+    command = [sys.executable, "-P", str(CHILD), os.path.abspath(path), str(BASE)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
+    try:
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"HDF5 does not find its way through it within {SECONDS} s") from None
+
+
+def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
+    """What the child process says: [[layer, variable's name, dtype, shape, offset], ...]."""
+    done = _ask(path)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        reason = "; ".join(done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:])
+        end = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
+        raise ValueError(f"HDF5 cannot read it and ends with {end} {reason[:200]}") from None
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    budget.take(len(done.stdout), "the names of its arrays")
+    return answer["arrays"]
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
@@ -96,6 +107,8 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         if not leaf or "/" in leaf:
             raise refusal(path, f"not written: {listed([key])} is no layer/variable")
         layers.setdefault(layer, {})[leaf] = array
+    import h5py  # here: reading needs it in another process alone
+
     temporary = f"{os.fspath(path)}.tmp"
     try:
         try:

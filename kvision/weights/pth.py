@@ -5,19 +5,21 @@ A `.pth` is a pickle that describes the tensors, and the bytes of their storages
 are interpreted (`kvision.data.opcodes`); what it may name is what a `state_dict` of plain tensors needs.
 """
 
-import io
 import math
 import os
 import struct
-import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from kvision.data.opcodes import BROKEN, Refused, expect, interpret, text
+from kvision.data import zipped
+from kvision.data.opcodes import Refused, copied, expect, interpret, text
+from kvision.data.untrusted import Budget, border, open_regular, read_exactly
 from kvision.weights.archive import plain_bytes, refusal, write_zip
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before the zip format
@@ -41,6 +43,7 @@ NAMES = {
     "torch._utils _rebuild_parameter": "parameter",
     **{f"torch {name}": name for name in STORAGES},
 }
+MAX_AXES = 32
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the state_dict
 
 
@@ -58,8 +61,8 @@ class _Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def array(self, values: np.ndarray) -> np.ndarray:
-        """The tensor's own values, in C order, of those of its storage."""
+    def array(self, values: np.ndarray, budget: Budget) -> np.ndarray:
+        """The tensor's values, in C order: a view of those of its storage where they lie there so, else a copy."""
         count = math.prod(self.shape)
         last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         if count and (self.offset + last >= len(values) or count > len(values)):
@@ -67,23 +70,31 @@ class _Tensor:
         if not count:
             return np.zeros(self.shape, values.dtype)
         strides = [stride * values.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides).copy(order="C")
+        array = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
+        if not array.flags.c_contiguous:
+            budget.take(array.nbytes, "tensors that are no plain part of their storage")
+            array = array.copy(order="C")
+        return array
 
 
-def _call(kind: str, arguments: tuple) -> object:
+def _call(budget: Budget, kind: str, arguments: tuple) -> object:
     if kind == "dict":
-        return dict(arguments[0]) if arguments else {}
+        return copied(arguments[0], budget) if arguments else {}
     if kind == "size":
-        return tuple(expect(arguments[0], (tuple, list)))
+        if len(expect(arguments[0], (tuple, list))) > MAX_AXES:
+            raise ValueError(f"a shape of {len(arguments[0])} axes")
+        return tuple(arguments[0])
     if kind == "parameter":
         return expect(arguments[0], _Tensor)
     if kind != "tensor":
         raise Refused(f"a call of torch.{kind}")
     storage, offset, shape, strides = arguments[:4]
+    if len(expect(shape, tuple)) > MAX_AXES:
+        raise ValueError(f"a shape of {len(shape)} axes")
     numbers = [offset, *expect(shape, tuple), *expect(strides, tuple)]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers) or len(shape) != len(strides):
         raise ValueError("a tensor whose shape or strides are no natural numbers")
-    if len(shape) > 32 or math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy indexes
+    if len(shape) > MAX_AXES or math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy indexes
         raise ValueError("a tensor of too many axes or values")
     return _Tensor(expect(storage, _Storage), offset, shape, strides)
 
@@ -101,14 +112,15 @@ def _storage(identity: object) -> _Storage:
     return _Storage(np.dtype(STORAGES[name]), text(key), count)
 
 
-def _unpickle(source) -> object:
-    return interpret(source, NAMES, _call, _set_state, _storage, floats=True)
+def _unpickle(source, budget: Budget) -> object:
+    return interpret(source, NAMES, partial(_call, budget), _set_state, budget, _storage, floats=True)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors of a `state_dict`, and the names of what is there besides.
 
-    The dictionary may lie in another one, under "state_dict" or "model", as training scripts leave it.
+    The dictionary may lie in another one, under "state_dict" or "model", as training scripts leave it. Tensors that
+    share a storage share their memory here too.
 
     Args:
         path: a file of `torch.save`, of either format.
@@ -117,69 +129,82 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
         (arrays by name in C order, the keys of entries that are no tensors).
 
     Raises:
-        WeightsError: the file is damaged, or holds more than plain tensors, strings and numbers. Nothing was executed.
+        WeightsError: the file is damaged, holds more than plain tensors, strings and numbers, or asks for more memory
+            than its size explains. Nothing was executed.
     """
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise refusal(path, f"cannot be read: {error.strerror}") from None
-    try:
-        tensors, bytes_of = _read_zip(blob) if blob[:2] == b"PK" else _read_legacy(blob)
-        if not isinstance(tensors, dict):
-            raise ValueError(f"expected a state_dict, got a {type(tensors).__name__}")
-        ignored = []
-        for name in NESTED:
-            if isinstance(tensors.get(name), dict):
-                ignored = [text(key) for key in tensors if key != name]
-                tensors = tensors[name]
-                break
-        arrays = {}
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, _Tensor):
-                ignored.append(text(key))
-                continue
-            storage = tensor.storage
+    with (
+        border(partial(refusal, path), "file of PyTorch", "download it again, or save a plain state_dict"),
+        open_regular(path) as file,
+    ):
+        budget = Budget(os.fstat(file.fileno()).st_size)
+        try:
+            tensors, storages = (_read_zip if file.read(2) == b"PK" else _read_legacy)(file, budget)
+        except Refused as error:
+            raise refusal(path, f"holds {error}; it was not executed") from None
+        arrays, ignored = _arrays(expect(tensors, dict), storages, budget)
+    if not arrays:
+        raise refusal(path, "holds no tensors")
+    return arrays, ignored
+
+
+def _arrays(tensors: dict, bytes_of: Callable[[_Storage], np.ndarray], budget: Budget):
+    """The arrays of a state_dict by name, and the keys of what is none."""
+    ignored, arrays, storages = [], {}, {}
+    for name in NESTED:
+        if isinstance(tensors.get(name), dict):
+            ignored = [text(key) for key in tensors if key != name]
+            tensors = tensors[name]
+            break
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, _Tensor):
+            ignored.append(text(key))
+            continue
+        storage = tensor.storage
+        if storage.key not in storages:
             values = bytes_of(storage)
             if len(values) != storage.count * storage.dtype.itemsize:
                 raise ValueError(f"the storage of {text(key)} has {len(values)} bytes, expected {storage.count} values")
-            if storage.dtype == np.bool_ and max(values, default=0) > 1:
+            if storage.dtype == np.bool_ and values.max(initial=0) > 1:
                 raise ValueError(f"{text(key)} is of dtype bool but holds other bytes than 0 and 1")
-            arrays[text(key)] = tensor.array(np.frombuffer(values, storage.dtype.newbyteorder("<")))
-    except Refused as error:
-        raise refusal(path, f"holds {error}; it was not executed") from None
-    except (*BROKEN, zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, MemoryError) as error:
-        raise refusal(path, f"is no readable file of PyTorch: {type(error).__name__}: {error}") from None
-    if not arrays:
-        raise refusal(path, "holds no tensors")
-    return {key: array.astype(array.dtype.newbyteorder("=")) for key, array in arrays.items()}, ignored
+            values = values.view(storage.dtype.newbyteorder("<")).astype(storage.dtype, copy=False)
+            storages[storage.key] = (storage, values)
+        known, values = storages[storage.key]
+        if known != storage:
+            raise ValueError(f"the storage of {text(key)} is described in two ways")
+        if text(key) in arrays:
+            raise ValueError(f"{text(key)} stands there twice")
+        arrays[text(key)] = tensor.array(values, budget)
+    return arrays, ignored
 
 
-def _read_zip(blob: bytes):
-    zipped = zipfile.ZipFile(io.BytesIO(blob))
-    infos = {info.filename: info for info in zipped.infolist()}
+def _read_zip(file: BinaryIO, budget: Budget):
+    entries = {entry.name: entry for entry in zipped.directory(file)}
 
-    def content(name: str) -> bytes:
-        info = infos[name]
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(blob):
-            raise ValueError(f"{name} is packed, which PyTorch never does")
-        return zipped.read(info)
+    def content(name: str) -> np.ndarray:
+        if name not in entries or entries[name].deflated:
+            raise ValueError(f"{name[:80]} is missing, or is packed, which PyTorch never does")
+        values = zipped.content(file, entries[name], budget)
+        if zlib.crc32(values) != entries[name].crc:
+            raise ValueError(f"{name[:80]} does not match its checksum")
+        return values
 
-    (pickle,) = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
+    (pickle,) = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     folder = pickle.removesuffix("data.pkl")
-    if f"{folder}byteorder" in infos and content(f"{folder}byteorder") != b"little":
+    if f"{folder}byteorder" in entries and content(f"{folder}byteorder").tobytes() != b"little":
         raise ValueError("written on a big-endian machine")
-    return _unpickle(content(pickle)), lambda storage: content(f"{folder}data/{storage.key}")
+    tensors = _unpickle(content(pickle).tobytes(), budget)
+    return tensors, lambda storage: content(f"{folder}data/{storage.key}")
 
 
-def _read_legacy(blob: bytes):
-    stream = io.BytesIO(blob)
-    if _unpickle(stream) != MAGIC or _unpickle(stream) != PROTOCOL:
+def _read_legacy(file: BinaryIO, budget: Budget):
+    file.seek(0)
+    if _unpickle(file, budget) != MAGIC or _unpickle(file, budget) != PROTOCOL:
         raise ValueError("it starts with neither of PyTorch's marks")
-    system = _unpickle(stream)
+    system = _unpickle(file, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("written on a big-endian machine")
-    tensors = _unpickle(stream)
-    storages = {}
+    tensors = _unpickle(file, budget)
+    places = {}
     sizes = {
         value.storage.key: value.storage
         for group in (tensors, *(tensors.values() if isinstance(tensors, dict) else ()))
@@ -187,13 +212,20 @@ def _read_legacy(blob: bytes):
         for value in group.values()
         if isinstance(value, _Tensor)
     }
-    for key in expect(_unpickle(stream), list):
-        (count,) = struct.unpack("<q", stream.read(8))
+    for key in expect(_unpickle(file, budget), list):
+        (count,) = struct.unpack("<q", file.read(8))
         storage = sizes[text(key)]  # a storage that no tensor uses has no known size
         if count != storage.count:
             raise ValueError(f"storage {text(key)} has {count} values, its tensors expect {storage.count}")
-        storages[text(key)] = stream.read(count * storage.dtype.itemsize)
-    return tensors, lambda storage: storages[storage.key]
+        places[text(key)] = file.tell()
+        file.seek(count * storage.dtype.itemsize, os.SEEK_CUR)
+
+    def content(storage: _Storage) -> np.ndarray:
+        size = storage.count * storage.dtype.itemsize
+        budget.take(size, f"the storage {storage.key[:80]}")
+        return read_exactly(file, places[storage.key], size, f"the storage {storage.key[:80]}")
+
+    return tensors, content
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray], version: int | None = None) -> None:

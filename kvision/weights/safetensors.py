@@ -4,11 +4,12 @@ import json
 import math
 import os
 import struct
-from pathlib import Path
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
+from kvision.data.untrusted import Budget, border, open_regular, read_exactly, unique
 from kvision.weights.archive import plain_bytes, refusal, whole
 
 DTYPES = {
@@ -29,40 +30,49 @@ DTYPES = {
 MAX_HEADER = 100 << 20  # bytes, as in the format's own reader
 
 
+def looks_so(head: bytes) -> bool:
+    """Whether a file that starts with these nine bytes is of this format: the length of a header, then its "{"."""
+    return head[5:9] == b"\0\0\0{"
+
+
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name.
+    """The arrays of a file, by name; they share one memory.
 
     Raises:
         WeightsError: the file is damaged, or no safetensors file.
     """
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise refusal(path, f"cannot be read: {error.strerror}") from None
-    size = int.from_bytes(blob[:8], "little")
-    if len(blob) < 8 or size > min(MAX_HEADER, len(blob) - 8):
-        raise refusal(path, "is no safetensors file, or is cut short")
-    arrays, taken, start = {}, [], 8 + size
-    try:
-        header = json.loads(blob[8:start].decode("utf-8"))
+    with border(partial(refusal, path), "safetensors file", "download it again"), open_regular(path) as file:
+        whole_size = os.fstat(file.fileno()).st_size
+        budget = Budget(whole_size)
+        size = int.from_bytes(file.read(8), "little")
+        if whole_size < 8 or size > min(MAX_HEADER, whole_size - 8):
+            raise refusal(path, "is no safetensors file, or is cut short")
+        budget.take(30 * size, "its header")  # as Python's objects: lists within lists take so much
+        header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        for key, entry in header.items():
-            dtype, shape, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)) or len(shape) > 32:
-                raise ValueError(f"{key[:80]} has a shape or offsets that are no natural numbers")
-            if end - begin != math.prod(shape) * dtype.itemsize or end > len(blob) - start:
-                raise ValueError(f"{key[:80]} of shape {shape} does not lie in its bytes {begin} to {end}")
-            taken.append((begin, end))
-            values = blob[start + begin : start + end]
-            if dtype == np.bool_ and max(values, default=0) > 1:
-                raise ValueError(f"{key[:80]} is of dtype BOOL but holds other bytes than 0 and 1")
-            array = np.frombuffer(values, dtype.newbyteorder("<")).reshape(shape)
-            arrays[key] = array.astype(dtype)  # writable, and in this machine's byte order
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise refusal(path, f"is no sound safetensors file: {type(error).__name__}: {error}") from None
-    places = [0, *(place for pair in sorted(taken) for place in pair), len(blob) - start]
+        return _arrays(header, read_exactly(file, 8 + size, whole_size - 8 - size, "its values"))
+
+
+def _arrays(header: dict, values: np.ndarray) -> dict[str, np.ndarray]:
+    arrays, taken = {}, []
+    for key, entry in header.items():
+        dtype, shape, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+        if type(shape) is not list or len(shape) > 32:
+            raise ValueError(f"{key[:80]} has no shape, or one of more than 32 axes")
+        if any(type(number) is not int or not 0 <= number < 2**60 for number in (*shape, begin, end)):
+            raise ValueError(f"{key[:80]} has a shape or offsets that are no natural numbers")
+        if end - begin != math.prod(shape) * dtype.itemsize or end > len(values):
+            raise ValueError(f"{key[:80]} of shape {shape} does not lie in its bytes {begin} to {end}")
+        taken.append((begin, end))
+        part = values[begin:end]
+        if dtype == np.bool_ and part.max(initial=0) > 1:
+            raise ValueError(f"{key[:80]} is of dtype BOOL but holds other bytes than 0 and 1")
+        if begin % dtype.alignment:
+            part = part.copy()  # once: the tensors do not overlap
+        arrays[key] = part.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+    places = [0, *(place for pair in sorted(taken) for place in pair), len(values)]
     if any(end != begin for end, begin in zip(places[::2], places[1::2], strict=True)):
-        raise refusal(path, "is no sound safetensors file: its tensors overlap or leave bytes between them")
+        raise ValueError("its tensors overlap or leave bytes between them")
     return arrays
 
 

@@ -10,11 +10,14 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from kvision.data.untrusted import Budget, border, open_regular, read_exactly
 from kvision.weights.archive import refusal
 
 MAGIC = 0xDB4775248B80FB57
@@ -31,7 +34,10 @@ DTYPES = {  # of tensorflow/core/framework/types.proto
     14: ml_dtypes.bfloat16,
     19: np.float16,
 }
-STRING = 7
+MAX_AXES = 32
+MAX_NAME = 1_000  # bytes
+MAX_SHARDS = 1_000
+_OBJECT = 200  # bytes that Python takes for an entry, and at most for a number
 VALUES = {np.float32: 5, np.float64: 6, np.int64: 10, np.bool_: 11}  # TensorProto's fields; 7 for other integers
 
 
@@ -72,28 +78,34 @@ def _shape(data: memoryview) -> tuple[int, ...]:
     """Of a TensorShapeProto."""
     shape = []
     for number, value in _fields(data):
-        if number == 2:
+        if number == 2 and len(shape) <= MAX_AXES:
             shape.append(dict(_fields(value)).get(1, 0))
-    if len(shape) > 32 or math.prod(max(1, length) for length in shape) >= 2**60:
+    if len(shape) > MAX_AXES or math.prod(max(1, length) for length in shape) >= 2**60:
         raise ValueError(f"a tensor of shape {shape[:8]}")
     return tuple(shape)
 
 
-def _table(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+def _table(data: memoryview, budget: Budget) -> Iterator[tuple[bytes, memoryview]]:
     """The entries of a table, key and value."""
     if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
         raise ValueError("it does not end as a checkpoint does")
     footer = data[-FOOTER:]
     _, place = _varint(footer, 0)  # the block of metadata: offset and size
     _, place = _varint(footer, place)
-    for _, handle in _block(data, footer[place:]):
-        yield from _block(data, handle)
+    free = 0
+    for _, handle in _block(data, footer[place:], budget):
+        start, place = _varint(handle, 0)
+        size, _ = _varint(handle, place)
+        if start < free:
+            raise ValueError("blocks that overlap, or one that is listed twice")
+        free = start + size
+        yield from _block(data, handle, budget)
 
 
-def _block(data: memoryview, handle: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+def _block(data: memoryview, handle: memoryview, budget: Budget) -> Iterator[tuple[bytes, memoryview]]:
     offset, place = _varint(handle, 0)
     size, _ = _varint(handle, place)
-    if offset + size + 5 > len(data):
+    if size < 4 or offset + size + 5 > len(data):
         raise ValueError("a block beyond the end of the file")
     if data[offset + size] != 0:
         raise ValueError("a compressed block; TensorFlow's own checkpoints have none")
@@ -108,12 +120,14 @@ def _block(data: memoryview, handle: memoryview) -> Iterator[tuple[bytes, memory
         length, place = _varint(block, place)
         if shared > len(key) or place + fresh + length > end:
             raise ValueError("an entry beyond the end of its block")
+        # Keys share their beginnings: a few bytes of the file may stand for a long one.
+        budget.take(_OBJECT + 3 * (shared + fresh), "the names of its tensors")
         key = key[:shared] + bytes(block[place : place + fresh])
         yield key, block[place + fresh : place + fresh + length]
         place += fresh + length
 
 
-def _values(tensor: memoryview, dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _values(tensor: memoryview, dtype, shape: tuple[int, ...], budget: Budget) -> np.ndarray:
     """Of a TensorProto, whose values lie in the field of their kind."""
     plain, wanted = np.dtype(dtype), VALUES.get(dtype, 7)
     if dtype in (np.float16, ml_dtypes.bfloat16):
@@ -124,6 +138,7 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...]) -> np.ndarray:
             return np.frombuffer(value, plain.newbyteorder("<")).reshape(shape)
         if number != wanted:
             continue
+        budget.take(_OBJECT, "its tensors' values")
         if wanted in (5, 6):
             floats.append(np.frombuffer(value, plain.newbyteorder("<")))
         elif isinstance(value, int):
@@ -132,6 +147,7 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...]) -> np.ndarray:
             place = 0
             while place < len(value):
                 item, place = _varint(value, place)
+                budget.take(_OBJECT // 4, "its tensors' values")
                 numbers.append(item)
     if wanted in (5, 6):
         values = np.concatenate(floats) if floats else np.zeros(0, plain)
@@ -142,59 +158,80 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...]) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _read_first(data: memoryview) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], list[str]]:
     """Version 1: the first entry describes the tensors, the others hold them."""
     described, arrays, ignored = {}, {}, []
-    for key, value in _table(data):
+    data = memoryview(read_exactly(file, 0, budget.size, "its table"))
+    for key, value in _table(data, budget):
         for number, content in _fields(value):
             if number == 1 and not key:
                 for field, meta in _fields(content):
                     if field == 1:
+                        budget.take(2 * _OBJECT, "the names of its tensors")
                         entry = dict(_fields(meta))
-                        name = bytes(entry[1]).decode("utf-8")
+                        name = _name(entry[1])
                         described[name] = (entry[3], _shape(entry.get(2, memoryview(b""))))
             elif number == 2:
                 entry = dict(_fields(content))
-                name = bytes(entry[1]).decode("utf-8")
+                name = _name(entry[1])
                 kind, shape = described[name]
                 if any(field == 1 and len(part) for field, part in _fields(entry.get(2, memoryview(b"")))):
                     raise ValueError(f"{name[:80]} lies in several slices, which is not read")
                 if kind not in DTYPES:
                     ignored.append(name)
                     continue
-                arrays[name] = _values(entry[3], DTYPES[kind], shape)
+                array = _values(entry[3], DTYPES[kind], shape, budget)
+                budget.take(array.nbytes, f"the values of {name[:80]}")
+                # A copy: writable, in this machine's byte order, and free of the file's bytes.
+                arrays[name] = array.astype(array.dtype.newbyteorder("="))
     if missing := described.keys() - arrays.keys() - set(ignored):
         raise ValueError(f"{sorted(missing)[0][:80]} is described but not there")
     return arrays, ignored
 
 
-def _read_second(prefix: str, index: memoryview) -> tuple[dict[str, np.ndarray], list[str]]:
+def _name(value: object) -> str:
+    if not isinstance(value, memoryview) or len(value) > MAX_NAME:
+        raise ValueError(f"a tensor's name that is no text of at most {MAX_NAME} bytes")
+    return bytes(value).decode("utf-8")
+
+
+def _read_second(prefix: str, file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], list[str]]:
     """Version 2: an index of names, and where in which file of bytes each lies."""
     arrays, ignored, shards = {}, [], {}
     count = 0
-    for key, value in _table(index):
-        entry = dict(_fields(value))
-        if not key:
-            count = entry.get(1, 0)
-            if entry.get(2, 0) != 0:
-                raise ValueError("written on a big-endian machine")
-            continue
-        name, kind = key.decode("utf-8"), entry.get(1, 0)
-        if kind not in DTYPES:
-            ignored.append(name)
-            continue
-        if 7 in entry:
-            raise ValueError(f"{name[:80]} lies in several slices, which is not read")
-        shard, offset, size = (entry.get(field, 0) for field in (3, 4, 5))
-        if not 0 <= shard < count:
-            raise ValueError(f"{name[:80]} lies in file {shard} of {count}")
-        if shard not in shards:
-            shards[shard] = memoryview(Path(f"{prefix}.data-{shard:05d}-of-{count:05d}").read_bytes())
-        shape, dtype = _shape(entry.get(2, memoryview(b""))), np.dtype(DTYPES[kind])
-        values = shards[shard][offset : offset + size]
-        if len(values) != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name[:80]} of shape {shape} does not lie in its {size} bytes")
-        arrays[name] = np.frombuffer(values, dtype.newbyteorder("<")).reshape(shape)
+    index = memoryview(read_exactly(file, 0, budget.size, "its index"))
+    with ExitStack() as stack:
+        for key, value in _table(index, budget):
+            entry = dict(_fields(value))
+            if not key:
+                count = entry.get(1, 0)
+                if entry.get(2, 0) != 0:
+                    raise ValueError("written on a big-endian machine")
+                continue
+            name, kind = _name(memoryview(key)), entry.get(1, 0)
+            if kind not in DTYPES:
+                ignored.append(name)
+                continue
+            if 7 in entry:
+                raise ValueError(f"{name[:80]} lies in several slices, which is not read")
+            shard, offset, size = (entry.get(field, 0) for field in (3, 4, 5))
+            if not 0 <= shard < count <= MAX_SHARDS:
+                raise ValueError(f"{name[:80]} lies in file {shard} of {count}")
+            if shard not in shards:
+                try:
+                    part = open_regular(f"{prefix}.data-{shard:05d}-of-{count:05d}")
+                except OSError as error:
+                    raise ValueError(f"its file of values {shard} of {count}: {error.strerror}") from None
+                shards[shard] = stack.enter_context(part)
+                budget.add(os.fstat(part.fileno()).st_size)
+            shape, dtype = _shape(entry.get(2, memoryview(b""))), np.dtype(DTYPES[kind])
+            if size != math.prod(shape) * dtype.itemsize or offset >= 2**60:
+                raise ValueError(f"{name[:80]} of shape {shape} does not lie in its {size} bytes")
+            budget.take(size, f"the values of {name[:80]}")
+            values = read_exactly(shards[shard], offset, size, f"the values of {name[:80]}")
+            if dtype == np.bool_ and values.max(initial=0) > 1:
+                raise ValueError(f"{name[:80]} is of dtype bool but holds other bytes than 0 and 1")
+            arrays[name] = values.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
     return arrays, ignored
 
 
@@ -205,19 +242,16 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
         path: a version 1 file (`vgg_16.ckpt`), or a version 2 checkpoint's prefix or `.index`.
 
     Raises:
-        WeightsError: there is none, or it is damaged.
+        WeightsError: there is none, it is damaged, or asks for more memory than its size explains.
     """
     prefix = os.fspath(path).removesuffix(".index")
-    try:
-        if os.path.isfile(f"{prefix}.index"):
-            arrays, ignored = _read_second(prefix, memoryview(Path(f"{prefix}.index").read_bytes()))
-        else:
-            arrays, ignored = _read_first(memoryview(Path(path).read_bytes()))
-    except OSError as error:
-        raise refusal(path, f"cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, OverflowError, MemoryError) as error:
-        raise refusal(path, f"is no readable checkpoint of TensorFlow: {type(error).__name__}: {error}") from None
+    second = os.path.isfile(f"{prefix}.index")
+    with (
+        border(partial(refusal, path), "checkpoint of TensorFlow", "download it again"),
+        open_regular(f"{prefix}.index" if second else path) as file,
+    ):
+        budget = Budget(os.fstat(file.fileno()).st_size)
+        arrays, ignored = _read_second(prefix, file, budget) if second else _read_first(file, budget)
     if not arrays:
         raise refusal(path, "holds no tensors")
-    # Copies: writable, in this machine's byte order, and free of the file's bytes.
-    return {key: array.astype(array.dtype.newbyteorder("=")) for key, array in sorted(arrays.items())}, ignored
+    return dict(sorted(arrays.items())), ignored

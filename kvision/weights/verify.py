@@ -1,12 +1,15 @@
 """Does a weights file still hold what it says, and how do two of them differ?"""
 
+import math
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvision.data.untrusted import MALFORMED
 from kvision.weights.archive import Archive, refusal
-from kvision.weights.npz import MANIFEST, load, probe_logits, read_manifest
+from kvision.weights.manifest import MANIFEST, read_manifest, room_for
+from kvision.weights.npz import load, probe_logits
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,35 @@ def verify(path: str | os.PathLike, tolerance: float = 1e-4) -> Verification:
         WeightsError: the file is damaged or its network cannot be rebuilt. Logits that differ raise nothing:
             see `.ok`.
     """
-    from kvision.zoo import create_model  # here, because the zoo loads weights
-
     with Archive(path) as archive:
         manifest = read_manifest(archive)
         for key in archive.members:  # the zip's own checksums, which other readers go by
             archive.read(key)
         parameters = sum(int(np.prod(m.shape)) for key, m in archive.members.items() if key != MANIFEST)
     architecture, probe = manifest["architecture"], manifest.get("probe")
-    try:
-        model = create_model(architecture, **manifest["arguments"])
-    except (ValueError, TypeError) as error:
-        raise refusal(path, f"{architecture} cannot be rebuilt from the manifest's arguments: {error}") from None
+    model = rebuild(path, manifest)
     load(model, path)
     return Verification(os.fspath(path), architecture, parameters, _difference(path, model, manifest, probe), tolerance)
+
+
+def rebuild(path: str | os.PathLike, manifest: dict):
+    """The network of a manifest of `path`, by its arguments, with zeros for kernels: `load` fills them.
+
+    Raises:
+        WeightsError: there is no such network, it takes no such arguments, or they make it larger than the file's
+            arrays are together.
+    """
+    from kvision.layers import blank
+    from kvision.zoo import create_model  # here, because the zoo loads weights
+
+    parameters = sum(math.prod(entry["shape"]) for entry in manifest["arrays"].values())
+    try:
+        with blank(room_for(parameters)):
+            return create_model(manifest["architecture"], **manifest["arguments"])
+    except MALFORMED as error:
+        reason = str(error) or type(error).__name__
+        message = f"{manifest['architecture']} cannot be rebuilt from the manifest's arguments: {reason}"
+        raise refusal(path, message) from None
 
 
 def _difference(path, model, manifest: dict, probe: dict | None) -> float | None:
@@ -82,7 +100,7 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
         logits = probe_logits(model, tuple(shape[1:]), manifest["preprocessing"])
         if expected.shape != logits.shape or not expected.size:
             raise ValueError(f"logits of shape {expected.shape}, the model gives {logits.shape}")
-    except (KeyError, ValueError, TypeError) as error:
+    except MALFORMED as error:
         raise refusal(path, f"the manifest's probe cannot be repeated: {error}") from None
     scale = float(np.abs(expected).max()) or 1.0
     return float(np.abs(logits - expected).max()) / scale

@@ -1,0 +1,156 @@
+"""Keras's private names, a function each: what the engine needs and Keras's public API does not give.
+
+`tests/test_keras_internals.py` holds that each still means what is said here, on every version of Keras that is
+supported. Nothing else in kvision names them.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import keras
+from keras import tree
+
+_functional = importlib.import_module("keras.src.models.functional")
+_dtypes = importlib.import_module("keras.src.backend.common.dtypes")
+
+# What `train_on_batch` calls of a model, which a subclass may write anew.
+STEP_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
+
+def narrow_float64(to: str) -> None:
+    """Set what Keras makes of float64 in its rules of promotion; all of them end in this table."""
+    _dtypes.BIT64_TO_BIT32_DTYPE["float64"] = to
+
+
+def graph_of(model: keras.Model):
+    """The functional model whose graph `model.call` runs: the model itself or a `Sequential`'s; None where a subclass
+    has a `call` or `__call__` that is not Keras's, or where nothing is built."""
+    kind = type(model)
+    if not isinstance(model, keras.Model) or kind.__call__ is not keras.Model.__call__ or "call" in vars(model):
+        return None
+    if isinstance(model, keras.Sequential):
+        return model._functional if kind.call is keras.Sequential.call else None
+    if isinstance(model, _functional.Functional) and kind.call is _functional.Functional.call:
+        return model
+    return None
+
+
+def own_step(model: keras.Model) -> list[str]:
+    """The parts of Keras's step that a model's class writes anew."""
+    return [name for name in STEP_METHODS if getattr(type(model), name) is not getattr(keras.Model, name)]
+
+
+def nodes_of(functional) -> list:
+    """The nodes of a functional model's graph in the order of execution, its inputs left out.
+
+    A node has `operation`, `outputs` (symbolic tensors), `parent_nodes`, and `arguments` with `keras_tensors` and
+    `fill_in(values)`, which gives the call's arguments from values by `id` of the symbolic tensors.
+    """
+    depths = functional._nodes_by_depth
+    nodes = [node for depth in sorted(depths, reverse=True) for node in depths[depth]]
+    return [node for node in nodes if node.operation and not node.is_input]
+
+
+def only_tensor(arguments):
+    """The symbolic tensor that is a call's only argument, or None."""
+    return arguments._single_positional_tensor
+
+
+def is_masked(node) -> bool:
+    """Whether a call has a mask, or reads a tensor that carries one, as an `Embedding(mask_zero=True)` gives it."""
+    carried = any(getattr(tensor, "_keras_mask", None) is not None for tensor in node.arguments.keras_tensors)
+    return carried or node.arguments.kwargs.get("mask") is not None
+
+
+def has_options(node) -> bool:
+    """Whether a call has arguments by name beside `training` and `mask`."""
+    return bool(set(node.arguments.kwargs) - {"training", "mask"})
+
+
+def reads_variables(node) -> bool:
+    """Whether the call has a variable among its arguments, which Keras casts by the policy of the model around it."""
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    return any(isinstance(value, keras.Variable) for value in tree.flatten([args, kwargs]))
+
+
+def output_structure(functional):
+    """How a functional model's outputs are nested."""
+    return functional._outputs_struct
+
+
+def standardize_inputs(functional, inputs) -> list:
+    """A functional model's inputs as `call` takes them: a list of tensors of the dtypes and ranks of its `Input`s."""
+    return functional._standardize_inputs(inputs)
+
+
+def takes_training(layer) -> bool:
+    """Whether an operation's call has an argument `training`."""
+    return isinstance(layer, keras.layers.Layer) and layer._call_has_training_arg
+
+
+def storage(variable):
+    """The backend's tensor that holds a variable's value, whatever the policy in force; None before it is made."""
+    return variable._value
+
+
+@contextmanager
+def calling(model: keras.Model, training: bool) -> Iterator[None]:
+    """What `model(x, training=training)` sets up around the calls of its layers.
+
+    They belong to one call: the penalties of the last one are dropped here, and those of this one add up, each call of
+    a shared layer's too.
+    """
+    context = model._get_call_context()
+    context.training = training
+    try:
+        yield
+    finally:
+        model._maybe_reset_call_context()
+
+
+def is_rematerialized(layer) -> bool:
+    """Whether a layer was made in a `RematScope`: it computes its outputs once more in the backward pass."""
+    return bool(layer._remat_mode)
+
+
+def uses_weight_decay(optimizer, variable) -> bool:
+    """Whether an optimizer's decoupled weight decay acts on a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def index_of(optimizer, variable) -> int:
+    """The place of a variable's slots in an optimizer's lists."""
+    return optimizer._get_variable_index(variable)
+
+
+def inner_name(optimizer) -> str | None:
+    """The attribute under which an optimizer keeps the one that it wraps."""
+    return next((name for name in ("inner", "inner_optimizer") if getattr(optimizer, name, None) is not None), None)
+
+
+def with_methods(optimizer, methods_for: Callable[[keras.optimizers.Optimizer], dict]):
+    """An optimizer of the same state with other methods; the optimizer that is given stays as it is.
+
+    Args:
+        methods_for: the methods by name, for the innermost of wrapped optimizers.
+    """
+    kind, inner = type(optimizer), inner_name(optimizer)
+    if inner is None:
+        methods = methods_for(optimizer)
+    else:
+        wrapped = with_methods(getattr(optimizer, inner), methods_for)
+        unchanged = wrapped is getattr(optimizer, inner)
+        methods = {} if unchanged else {inner: property(lambda self: wrapped)}
+    if not methods:
+        return optimizer
+    other = object.__new__(type(kind.__name__, (kind,), methods))
+    object.__setattr__(other, "__dict__", vars(optimizer))  # one dictionary: what is set on either is set on both
+    return other
+
+
+def options_of(kind: type) -> list[str]:
+    """The names of the arguments of a layer's constructor, those of `keras.layers.Layer` left out."""
+    _, *parameters = inspect.signature(kind.__init__).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
