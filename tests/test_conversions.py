@@ -1,5 +1,7 @@
 """Files that come in or go out in ways of their own: prefixes, no head, another size, a sister network."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -107,6 +109,47 @@ def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
         model = zoo.create_model("inception_v3_tf", (75, 75, 3), 3)
     ours = list(dict.fromkeys(key.rpartition("/")[0] for key in export_arrays(model, "keras")))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+@pytest.mark.parametrize("name", ["resnet20", "airbench_small", "mnist_cnn"])
+def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
+    model = filled(name)
+    model.compile("adam", "mse")  # whose state is left out
+    path = tmp_path / f"model{suffix}"
+    model.save(path) if suffix == ".keras" else model.save_weights(path)
+    report = convert(path, tmp_path / "ours.npz", name, compare=False)
+    assert report.lineage == "kvision" and not report.skipped
+    same(zoo.create_model(name, weights=tmp_path / "ours.npz"), model)
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
+    zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
+    theirs = keras.applications.MobileNetV2((32, 32, 3), weights=None, classes=3, include_top=top)
+    for variable in theirs.weights:
+        variable.assign(np.abs(stream(0, variable.path).standard_normal(variable.shape, np.float32)))
+    theirs.save_weights(tmp_path / "keras.weights.h5")
+    name = "mobilenet_v2_tf"
+    report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)
+    assert report.lineage == "keras" and not report.skipped
+    again = export_arrays(zoo.create_model(name, weights=tmp_path / "ours.npz"), "keras")
+    for layer in theirs.layers:
+        for variable in layer.weights:
+            value = ops.convert_to_numpy(variable.value)
+            np.testing.assert_array_equal(again[f"{layer.name}/{variable.name}"], value)
+
+
+def test_a_damaged_keras_file_ends_in_one_line(tmp_path):
+    filled("mnist_cnn").save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as source, zipfile.ZipFile(tmp_path / "bad.keras", "w") as file:
+        for entry in source.namelist():
+            content = source.read(entry)
+            file.writestr(entry, content[: len(content) // 2] if entry.endswith(".h5") else content)
+    with pytest.raises(WeightsError, match=r"^/.*/bad\.keras: ") as error:
+        convert(tmp_path / "bad.keras", tmp_path / "ours.npz", "mnist_cnn", compare=False)
+    assert "model.weights.h5:" not in str(error.value) and "\n" not in str(error.value)
 
 
 @torch_alone

@@ -96,8 +96,10 @@ def _lineage(name: str | None, arrays: Mapping[str, np.ndarray], form: str) -> s
         if name not in LINEAGES:
             raise WeightsError(f"unknown lineage {name!r}; those are {', '.join(LINEAGES)}")
         return name
-    if form in ("h5", "tf_checkpoint"):
-        return "keras" if form == "h5" else "slim"
+    if form == "tf_checkpoint":
+        return "slim"
+    if form == "h5":  # Keras itself wrote one of ours, or of its applications
+        return "kvision" if any(re.match(r"stage\d|stem_|logits/", key) for key in arrays) else "keras"
     if any(re.fullmatch(r"(.*\.)?(blocks\.\d|pre_logits|conv_stem)\..*", key) for key in arrays):
         return "timm"
     if any(re.fullmatch(r".*\.(weight|bias)", key) for key in arrays):
