@@ -21,6 +21,7 @@ STOREYS = (
     {"engine"},
     {"zoo", "weights", "tasks"},
     {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
+    {"evaluation"},
     {"training"},
     {"run", "compare", "parity"},
     {"__main__"},
