@@ -61,12 +61,12 @@ def test_the_smallest_images_are_kerass(name):
 def test_a_tensor_is_where_the_model_begins():
     image = keras.Input((40, 36, 3), name="photo")
     tensor = keras.layers.Rescaling(1 / 255, name="scale")(image)
-    model = applications.MobileNetV2(input_tensor=tensor, include_top=False, pooling="avg", alpha=0.35, name="features")
+    model = applications.ResNet20(input_tensor=tensor, include_top=False, pooling="avg", name="features")
     assert model.name == "features" and model.input_shape == (None, 40, 36, 3)
     names = [layer.name for layer in model.layers]
     assert names[:2] == ["photo", "scale"] and "stem_conv" in names and "image" not in names
     pixels = np.random.default_rng(0).uniform(0, 255, (1, 40, 36, 3)).astype(np.float32)
-    alone = applications.MobileNetV2((40, 36, 3), 0.35, include_top=False, pooling="avg")
+    alone = applications.ResNet20(input_shape=(40, 36, 3), include_top=False, pooling="avg")
     for ours, theirs in zip(alone.weights, model.weights, strict=True):
         value = np.random.default_rng(0).uniform(0.1, 0.5, ours.shape).astype(np.float32)
         ours.assign(value), theirs.assign(value)
