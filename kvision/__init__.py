@@ -1,20 +1,82 @@
 """Computer vision on Keras 3: one model source, the same run on JAX, TensorFlow and PyTorch, weights that move."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+from kvision import keras_import
+
+if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
+    from kvision import (
+        applications,
+        callbacks,
+        checkpoints,
+        data,
+        engine,
+        layers,
+        models,
+        optimizers,
+        parity,
+        random,
+        regularizers,
+        tasks,
+        tracking,
+        training,
+        transfer,
+        weights,
+        zoo,
+    )
+    from kvision.weights import preprocess
+    from kvision.zoo import create_model, list_models, model_info
 
 __version__ = "0.1.0"
-# Where each name of the library's door lives.
-_ROOMS = {
+__all__ = [
+    "__version__",
+    "applications",
+    "callbacks",
+    "checkpoints",
+    "create_model",
+    "data",
+    "engine",
+    "layers",
+    "list_models",
+    "model_info",
+    "models",
+    "optimizers",
+    "parity",
+    "preprocess",
+    "random",
+    "regularizers",
+    "tasks",
+    "tracking",
+    "training",
+    "transfer",
+    "weights",
+    "zoo",
+]
+# The modules of the functions; every other name is a module itself.
+_FUNCTIONS = {
     "create_model": "kvision.zoo",
     "list_models": "kvision.zoo",
     "model_info": "kvision.zoo",
     "preprocess": "kvision.weights",
 }
-__all__ = ["create_model", "list_models", "model_info", "preprocess"]
+
+keras_import.prepare()
 
 
-def __getattr__(name: str):
-    # Loaded when asked for, so that `import kvision` stays light.
-    if name in _ROOMS:
-        return getattr(importlib.import_module(_ROOMS[name]), name)
-    raise AttributeError(f"module 'kvision' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+if not TYPE_CHECKING:  # with it a type checker would take every name
+
+    def __getattr__(name: str):
+        # Loaded at the first use, so that `import kvision` stays light.
+        if name in _FUNCTIONS:
+            value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
+        elif name in __all__:
+            value = importlib.import_module(f"kvision.{name}")
+        else:
+            raise AttributeError(f"module 'kvision' has no attribute {name!r}; it has {', '.join(__all__)}")
+        globals()[name] = value
+        return value

@@ -36,7 +36,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on stderr and code 2."""
-    from kvision import compare, parity
+    from kvision import compare, keras_import, parity
     from kvision.flags import UsageError
     from kvision.weights import WeightsError, cli
     from kvision.zoo import UnknownModelError
@@ -61,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others and not passes_flags:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        return arguments.handler(arguments, others) if passes_flags else arguments.handler(arguments)
+        code = arguments.handler(arguments, others) if passes_flags else arguments.handler(arguments)
+        keras_import.announce("kvision")  # now it is known whether the command needed Keras
+        return code
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
-    except (UsageError, WeightsError, UnknownModelError) as error:
+    except (UsageError, WeightsError, UnknownModelError, keras_import.BackendError) as error:
         print(f"kvision: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -5,6 +5,7 @@ process with its own `KERAS_BACKEND`, and what is compared are the run folders t
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,7 +37,9 @@ def run_backend(backend: str, app: str, arguments: Sequence[str], folder: Path, 
     if not installed(backend):
         return row | {"reason": f"install it with: pip install kvision-keras[{backend}]"}
     log(f"{backend}: python -m apps.{app} {' '.join(arguments)}")
-    words = [sys.executable, "-m", f"apps.{app}", *arguments, "--out", str(folder)]
+    # A part of the package where that is installed, else a folder of the clone.
+    package = "kvision.apps" if importlib.util.find_spec("kvision.apps") else "apps"
+    words = [sys.executable, "-m", f"{package}.{app}", *arguments, "--out", str(folder)]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     log_path = folder.with_name(f"{folder.name}.log")
     with open(log_path, "w") as stream:

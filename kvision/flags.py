@@ -7,6 +7,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
+from kvision import keras_import
+
 
 class UsageError(ValueError):
     """A flag's value, or a combination of flags, that cannot work; the message says what was expected."""
@@ -142,6 +144,7 @@ def guard(
     Args:
         saved: the exception of a run that was told to stop and has saved: its line, and code 0.
     """
+    keras_import.announce(prog)
     try:
         return run() or 0
     except (UsageError, *errors) as error:

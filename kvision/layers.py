@@ -144,6 +144,11 @@ class Border(keras.layers.Layer):
         return {**super().get_config(), "pads": self.pads, "value": self.value}
 
 
+def least_side(input_shape: tuple[int | None, int | None, int]) -> float:
+    """The shorter side of images in pixels, as far as it is known; None is any size, and infinite here."""
+    return min((side for side in input_shape[:2] if side is not None), default=math.inf)
+
+
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -299,7 +304,7 @@ class AdaptivePool(keras.layers.Layer):
 
     def call(self, x):
         for axis, cells in enumerate(self.size, start=1):
-            length = x.shape[axis]
+            length = int(x.shape[axis])  # PyTorch's tracer, which ONNX is made with, makes a tensor of it
             ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
             parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
             x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)

@@ -12,8 +12,12 @@ import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvision.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import keras
 
 # The files of `kvision.models`; each has its variants. Importing them imports Keras, so it waits until somebody asks.
 PAPERS = (
@@ -91,6 +95,12 @@ def default_shape(name: str) -> tuple[int, int, int]:
     return paper(name).shapes.get(name, paper(name).input_shape)
 
 
+def head_maps(name: str, made_for, input_shape) -> tuple[int, int] | None:
+    """The maps that the head of weights made for images of one shape needs at another; None where those are its own."""
+    own = importlib.import_module(_row(name).func.__module__).head_maps
+    return None if input_shape is None or own(made_for) == own(input_shape) else own(made_for)
+
+
 def create_model(
     name: str,
     input_shape: tuple[int, int, int] | None = None,
@@ -98,14 +108,15 @@ def create_model(
     weights: str | os.PathLike | None = None,
     *,
     adapt_input: bool = False,
-    **own,
-):
+    **own: object,
+) -> "keras.Model":
     """Build a network of the zoo.
 
     Args:
         name: one of `list_models()`.
         input_shape: (height, width, channels) of the images; the network reads float (n, height, width, channels). The
-            default is what the weights were made for, or else the size it was published for.
+            default is what the weights were made for, or else the size it was published for. Of most networks without
+            a head height and width may be None: images of any size.
         classes: how many logits; 0 leaves the head off, and the network ends in its pooled features. The default is
             that of the weights, or else the published number.
         weights: a weights file of this network: its path, or the name of one that ships, such as "resnet20.cifar10"
@@ -136,30 +147,47 @@ def create_model(
         manifest = held["manifest"] or {}
         stated = manifest.get("arguments", {}) if manifest.get("architecture") == name else {}
         own = {key: stated[key] for key in arguments(name) if key in stated} | own
+        if "maps" in arguments(name) and own.get("maps") is None and "input_shape" in stated:
+            own["maps"] = head_maps(name, stated["input_shape"], input_shape)
     if input_shape is None:
         input_shape = stated.get("input_shape", default_shape(name))
     if classes is None:
         classes = stated.get("classes", paper(name).classes)
-    if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in input_shape):
+    input_shape = tuple(input_shape)
+    sizes = [size for size in input_shape[:2] if size is not None] + list(input_shape[2:])
+    if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape!r}")
     if not isinstance(classes, int) or classes < 0:
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
     # JSON knows lists alone; a manifest's arguments come back as such.
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     if weights is None:
-        return row(tuple(input_shape), classes, **own)
+        return _built(row, input_shape, classes, own)
 
     from kvision.layers import blank
     from kvision.weights import load, named_variables
     from kvision.weights.manifest import room_for
 
     with blank(room_for(held["parameters"])):
-        model = row(tuple(input_shape), classes, **own)
+        model = _built(row, input_shape, classes, own)
     # A network without head takes what it has of the file.
     named = named_variables(model)
     skip = [re.escape(key) for key in manifest["arrays"] if key not in named] if classes == 0 and manifest else ()
     load(model, weights, skip, adapt_input=adapt_input)
     return model
+
+
+def _built(row: partial, input_shape, classes: int, own: dict) -> "keras.Model":
+    """The network; images of any size, where it cannot be built for those, are refused."""
+    try:
+        return row(input_shape, classes, **own)
+    except TypeError:
+        if None in input_shape:
+            head = " with a head" if classes else ""
+            raise ValueError(
+                f"{row.keywords['name']}{head} must know the size of its images, got input_shape={input_shape}"
+            ) from None
+        raise
 
 
 @dataclass(frozen=True)

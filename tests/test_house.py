@@ -13,6 +13,7 @@ BACKENDS = {"jax", "tensorflow", "torch"}
 
 # From the cellar to the roof. A room reads rooms of lower storeys and itself; `kvision` is the package's own __init__.
 STOREYS = (
+    {"keras_import"},
     {"kvision", "random"},
     {"regularizers", "data"},
     {"layers"},
@@ -33,7 +34,7 @@ STOREY = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms
 BACK_STAIRS = {("zoo", "weights"), ("weights", "zoo")}
 # Each file of these rooms stands for itself.
 CELLS = {"models", "apps"}
-WITHOUT_KERAS = {"data", "tracking", "random", "flags"}
+WITHOUT_KERAS = {"data", "tracking", "random", "flags", "keras_import"}
 
 
 def room_of(module: str) -> str:
@@ -48,7 +49,11 @@ def module_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST):
-    """(dotted name, whether inside a function) of every import; `from a import b` is both `a.b` and, in doubt, `a`."""
+    """(dotted name, whether inside a function) of every import but those for type checkers alone; `from a import b` is
+    both `a.b` and, in doubt, `a`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
     inside = {
         child
         for node in ast.walk(tree)
@@ -141,6 +146,7 @@ def test_the_environment_is_left_alone(path):
         ("kvision.data.batches", "from keras import ops"),
         ("kvision.tracking.page", "def f():\n    import keras"),
         ("kvision.tracking.page", "from kvision.training import History"),
+        ("kvision", "if TYPE_CHECKING:\n    pass\nelse:\n    from kvision.zoo import create_model"),
     ],
 )
 def test_bad_imports_are_seen(module, source):
@@ -156,6 +162,7 @@ def test_bad_imports_are_seen(module, source):
         ("kvision.engine.jax", "import jax\nfrom jax import lax"),
         ("kvision.tracking.page", "from kvision import __version__"),
         ("apps.mnist", "from kvision.run import classify"),
+        ("kvision", "if TYPE_CHECKING:\n    from kvision.zoo import create_model"),
     ],
 )
 def test_good_imports_pass(module, source):

@@ -130,6 +130,6 @@ def test_the_familiar_door():
     ):
         with pytest.raises(ValueError, match=message):
             applications.VGG16(**arguments)
-    with pytest.raises(AttributeError, match="has no attribute 'VGG99'; it has AlexNet"):
+    with pytest.raises(AttributeError, match="has no attribute 'VGG99'"):
         applications.VGG99  # noqa: B018
     assert all(name in zoo.list_models() for name in applications.NAMES.values())

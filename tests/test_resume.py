@@ -315,7 +315,7 @@ def test_nothing_goes_on_from_broken_checkpoints_alone(pictures, checkpoint, kin
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        ({"kind": "adam"}, {}, "not a checkpoint of net with this optimizer: only this one has optimizer/adam/"),
+        ({"kind": "adam"}, {}, "not a checkpoint of net with this optimizer: only .* has optimizer/"),
         ({"width": 5}, {}, r"model/conv/kernel is float32 \(3, 3, 3, 4\), not float32 \(3, 3, 3, 5\)"),
         ({}, {"size": 5}, r"with \(steps an epoch, images a step\) \(3, 4\); this run has \(2, 5\)"),
         ({}, {"callbacks": []}, r"of a run with the callbacks \['Shy'\]; this run has \[\]"),

@@ -15,7 +15,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Identity, Variance, activation, batch_norm, conv, logits, max_pool
+from kvision.layers import Identity, Variance, activation, batch_norm, conv, least_side, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper("94% on CIFAR-10 in 3.29 seconds on a single GPU", "Jordan", 2024, "https://arxiv.org/abs/2404.00498")
@@ -41,7 +41,7 @@ def airbench(
     Raises:
         ValueError: the images are smaller than 9 pixels, which three poolings need.
     """
-    if min(input_shape[:2]) < 9:
+    if least_side(input_shape) < 9:
         raise ValueError(f"airbench needs images of at least 9x9 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
     limit = (4 * input_shape[-1]) ** -0.5  # of as many inputs as the 2x2 window has

@@ -28,6 +28,7 @@ from kvision.layers import (
     dense,
     dropout,
     global_pool,
+    least_side,
     logits,
     max_pool,
 )
@@ -71,7 +72,7 @@ def alexnet(
     if towers not in (1, 2):
         raise ValueError(f"{name} has 1 or 2 towers, got {towers}")
     least = 63 if towers == 1 else 67
-    if min(input_shape[:2]) < least:
+    if least_side(input_shape) < least:
         raise ValueError(
             f"{name} needs images of at least {least}x{least} pixels, got {input_shape[0]}x{input_shape[1]}"
         )

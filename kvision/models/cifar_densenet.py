@@ -12,7 +12,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, dropout, global_pool, logits
+from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, dropout, global_pool, least_side, logits
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -54,7 +54,7 @@ def cifar_densenet(
     step = 6 if compressed else 3
     if depth < step + 4 or (depth - 4) % step:
         raise ValueError(f"{name} has depth {step} n + 4 ({step + 4}, {2 * step + 4} ...), got {depth}")
-    if min(input_shape[:2]) < 4:
+    if least_side(input_shape) < 4:
         raise ValueError(f"{name} needs images of at least 4x4 pixels, got {input_shape[0]}x{input_shape[1]}")
     count = (depth - 4) // step
     inputs = keras.Input(input_shape, name="image")

@@ -10,7 +10,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, global_pool, logits, max_pool
+from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, global_pool, least_side, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -57,7 +57,7 @@ def densenet(
         ValueError: the images are too small for the transitions: 29 pixels for four dense blocks.
     """
     least = 2 ** (len(layers) + 1) - 3
-    if min(input_shape[:2]) < least:
+    if least_side(input_shape) < least:
         raise ValueError(
             f"{name} needs images of at least {least}x{least} pixels, got {input_shape[0]}x{input_shape[1]}"
         )

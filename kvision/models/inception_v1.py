@@ -30,6 +30,7 @@ from kvision.layers import (
     dense,
     dropout,
     global_pool,
+    least_side,
     logits,
     max_pool,
 )
@@ -97,7 +98,7 @@ def inception_v1(
         raise ValueError(f"wiring must be one of {', '.join(NORMS)}, got {wiring!r}")
     auxiliary = auxiliary and classes > 0
     least = {"paper": 79 if auxiliary else 31, "torchvision": 15, "slim": 65 if auxiliary else 1}[wiring]
-    if min(input_shape[:2]) < least:
+    if least_side(input_shape) < least:
         raise ValueError(
             f"{name}{' with auxiliary heads' * auxiliary} needs images of at least {least}x{least} pixels, "
             f"got {input_shape[0]}x{input_shape[1]}"

@@ -29,6 +29,7 @@ from kvision.layers import (
     depthwise_conv,
     dropout,
     global_pool,
+    least_side,
     logits,
     max_pool,
 )
@@ -91,7 +92,7 @@ def inception_v2(
     if wiring not in NORMS:
         raise ValueError(f"wiring must be one of {', '.join(NORMS)}, got {wiring!r}")
     least = 7 if wiring == "caffe" else 1
-    if min(input_shape[:2]) < least:
+    if least_side(input_shape) < least:
         raise ValueError(
             f"{name} needs images of at least {least}x{least} pixels, got {input_shape[0]}x{input_shape[1]}"
         )

@@ -17,7 +17,18 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, dropout, global_pool, logits, max_pool
+from kvision.layers import (
+    Variance,
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    dropout,
+    global_pool,
+    least_side,
+    logits,
+    max_pool,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -108,7 +119,7 @@ def inception_v3(
         raise ValueError(f"wiring must be one of {', '.join(NORMS)}, got {wiring!r}")
     auxiliary = auxiliary and classes > 0
     least = 107 if auxiliary else 75
-    if min(input_shape[:2]) < least:
+    if least_side(input_shape) < least:
         raise ValueError(
             f"{name}{' with its auxiliary head' * auxiliary} needs images of at least {least}x{least} pixels, "
             f"got {input_shape[0]}x{input_shape[1]}"

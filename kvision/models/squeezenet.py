@@ -15,7 +15,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, conv, dropout, global_pool, max_pool
+from kvision.layers import Variance, activation, conv, dropout, global_pool, least_side, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -61,7 +61,7 @@ def squeezenet(
         ValueError: the images are smaller than 14 pixels and the first window, which three poolings need.
     """
     filters, size = stem
-    if min(input_shape[:2]) < size + 14:
+    if least_side(input_shape) < size + 14:
         raise ValueError(
             f"{name} needs images of at least {size + 14}x{size + 14} pixels, got {input_shape[0]}x{input_shape[1]}"
         )

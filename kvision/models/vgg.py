@@ -6,15 +6,26 @@ connected layers. The rows are the paper's table 1, configurations A, B, D and E
 each convolution, as torchvision does. The convolutions keep their biases in both.
 
 The paper's 4,096 hidden units belong to images of 224 pixels, whose last maps have 7x7 pixels. Larger maps are averaged
-down to these, as in torchvision; smaller ones stay as they are (torchvision repeats their pixels). `hidden` makes the
-units fewer for small images: 512 is usual on CIFAR-10.
+down to these, as in torchvision; smaller ones stay as they are, unless `maps` asks for 7x7 (torchvision repeats their
+pixels). `hidden` makes the units fewer for small images: 512 is usual on CIFAR-10.
 """
 
 from functools import partial
 
 import keras
 
-from kvision.layers import AdaptivePool, Variance, activation, batch_norm, conv, dense, dropout, logits, max_pool
+from kvision.layers import (
+    AdaptivePool,
+    Variance,
+    activation,
+    batch_norm,
+    conv,
+    dense,
+    dropout,
+    least_side,
+    logits,
+    max_pool,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -27,6 +38,11 @@ PAPER = Paper(
 )
 
 
+def head_maps(input_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(height, width) of the maps that the fully connected layers see where nothing else is asked for."""
+    return tuple(min(7, size // 32) for size in input_shape[:2])
+
+
 def vgg(
     input_shape: tuple[int, int, int],
     classes: int,
@@ -35,6 +51,7 @@ def vgg(
     normalised: bool = False,
     width: int = 64,
     hidden: int = 4096,
+    maps: tuple[int, int] | None = None,
     dropout_rate: float = 0.5,
     name: str,
 ) -> keras.Model:
@@ -44,12 +61,14 @@ def vgg(
         convolutions: how many in each of the five stages.
         width: filters of the first stage; the others have 2, 4, 8 and 8 times as many.
         hidden: units of each of the two fully connected layers.
+        maps: (height, width) of the maps that these see; others are averaged, or their pixels repeated. None is 7x7, or
+            less where the images make less; (7, 7) is what weights made for 224 pixels need at any other size.
         dropout_rate: after each of them.
 
     Raises:
         ValueError: the images are smaller than 32 pixels, which five poolings need.
     """
-    if min(input_shape[:2]) < 32:
+    if least_side(input_shape) < 32:
         raise ValueError(f"VGG needs images of at least 32x32 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
     x = inputs
@@ -62,8 +81,8 @@ def vgg(
         x = max_pool(2, name=f"stage{i}")(x)
     if not classes:
         return keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name=name)
-    maps = tuple(min(7, size) for size in x.shape[1:3])
-    if x.shape[1:3] != maps:
+    maps = maps or head_maps(input_shape)
+    if tuple(x.shape[1:3]) != tuple(maps):
         x = AdaptivePool(maps, name="head_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i in (1, 2):

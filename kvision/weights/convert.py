@@ -3,9 +3,11 @@
 Strict both ways: a tensor that finds no place, or a variable that gets none, is an error unless it is skipped by name.
 """
 
+import gc
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,15 +96,38 @@ def _lineage(name: str | None, arrays: Mapping[str, np.ndarray], form: str) -> s
         if name not in LINEAGES:
             raise WeightsError(f"unknown lineage {name!r}; those are {', '.join(LINEAGES)}")
         return name
-    if form in ("h5", "tf_checkpoint"):
-        return "keras" if form == "h5" else "slim"
-    if any(re.fullmatch(r"(module\.)?(blocks\.\d|pre_logits|conv_stem).*", key) for key in arrays):
+    if form == "tf_checkpoint":
+        return "slim"
+    if form == "h5":  # Keras itself wrote one of ours, or of its applications
+        return "kvision" if any(re.match(r"stage\d|stem_|logits/", key) for key in arrays) else "keras"
+    if any(re.fullmatch(r"(.*\.)?(blocks\.\d|pre_logits|conv_stem)\..*", key) for key in arrays):
         return "timm"
     if any(re.fullmatch(r".*\.(weight|bias)", key) for key in arrays):
         return "torchvision"
     if any(re.fullmatch(r"conv1_1_[Wb]", key) for key in arrays):
         return "frossard"
     return "kvision"
+
+
+def unwrapped(arrays: Mapping[str, np.ndarray], known: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays of a network without the names of the modules around it when it was saved.
+
+    `DataParallel` puts `module.` before every name, Lightning the attribute's, such as `model.`.
+
+    Args:
+        known: the names that the network has by itself. Where one of them is there, nothing is around it.
+    """
+    known = set(known)
+    if not known.isdisjoint(arrays):
+        return dict(arrays)
+    around = Counter()
+    for key in arrays:
+        dots = (match.end() for match in re.finditer(r"\.", key))
+        around.update(key[:end] for end in dots if key[end:] in known)
+    if not around:
+        return dict(arrays)
+    prefix = around.most_common(1)[0][0]
+    return {key.removeprefix(prefix): array for key, array in arrays.items()}
 
 
 def import_arrays(
@@ -126,8 +151,8 @@ def import_arrays(
     """
     table, patterns = LINEAGES[lineage], _patterns(skip)
     places, variables = table.find(model), named_variables(model)
-    given = table.prepare(model.name, dict(arrays))
     known = {place.key for place in places.values()}
+    given = unwrapped(table.prepare(model.name, dict(arrays)), known)
     extras = {key: given[key] for key in table.extras(model.name, places) if key in given and key not in known}
     missing = [key for key, place in places.items() if place.key not in given]
     homeless = [key for key in given if key not in known and key not in extras]
@@ -175,28 +200,67 @@ def export_arrays(model, lineage: str, extras: Mapping[str, np.ndarray] | None =
     return arrays | table.extras(model.name, places) | dict(extras or {})
 
 
-def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shape, classes, arguments: dict):
-    """The network that arrays are of: its classes and auxiliary heads are read off them."""
+def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shape, classes, arguments: dict, skip):
+    """The network that arrays are of, and its arguments: its classes and auxiliary heads are read off them."""
     from kvision import zoo
     from kvision.layers import blank
 
+    table = LINEAGES[lineage]
+
+    def placed(*shape, **options) -> tuple[dict, dict[str, np.ndarray]]:
+        """Where the variables of such a network lie, and the arrays by those names."""
+        with blank():
+            places = table.find(zoo.create_model(name, *shape, **options))
+        return places, unwrapped(table.prepare(name, dict(arrays)), [place.key for place in places.values()])
+
     if "auxiliary" in zoo.arguments(name) and "auxiliary" not in arguments:
-        given = LINEAGES[lineage].prepare(name, dict(arrays))
-        with blank():
-            model = zoo.create_model(name, auxiliary=True, **arguments)
         try:
-            heads = [place.key for key, place in LINEAGES[lineage].find(model).items() if key.startswith("aux")]
+            places, given = placed(**{**arguments, "auxiliary": True})
+            heads = [place.key for key, place in places.items() if key.startswith("aux")]
         except WeightsError:  # a lineage without these heads
-            heads = []
+            heads, given = [], {}
         arguments = {**arguments, "auxiliary": bool(heads) and any(key in given for key in heads)}
+    if "maps" in zoo.arguments(name) and "maps" not in arguments and input_shape is not None:
+        places, given = placed(input_shape, classes, **arguments)
+        head = places.get("head_1_dense/kernel")
+        if head and head.key in given and given[head.key].shape != head.shape:
+            arguments = {**arguments, "maps": zoo.head_maps(name, zoo.default_shape(name), input_shape)}
     if classes is None:
-        with blank():
-            places = LINEAGES[lineage].find(zoo.create_model(name, input_shape, **arguments))
+        places, given = placed(input_shape, **arguments)
         place = places.get("logits/bias") or places["logits/kernel"]
-        given = LINEAGES[lineage].prepare(name, dict(arrays))
-        classes = given[place.key].size if place.key in given and "logits/bias" in places else None
+        if place.key in given and "logits/bias" in places:
+            classes = given[place.key].size
+        elif not any(_matches(key, skip) for key in places if key.startswith("logits/")):
+            body = {item.key for item in placed(input_shape, 0, **arguments)[0].values()}
+            head = {item.key for item in places.values()} - body
+            classes = 0 if head.isdisjoint(given) and not body.isdisjoint(given) else None
     with blank():
-        return zoo.create_model(name, input_shape, classes, **arguments), arguments
+        model = zoo.create_model(name, input_shape, classes, **arguments)
+    return model, arguments if classes != 0 else {**arguments, "classes": 0}
+
+
+def _sister(name: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """A hint at the network of the same paper that arrays fit, or nothing."""
+    from kvision import zoo
+    from kvision.layers import blank
+
+    for other in zoo.list_models():
+        if other == name or zoo.paper(other) != zoo.paper(name):
+            continue
+        gc.collect()  # some take half a gigabyte
+        with blank():
+            model = zoo.create_model(other, **({"auxiliary": False} if "auxiliary" in zoo.arguments(other) else {}))
+        for lineage, table in LINEAGES.items():
+            try:
+                places = table.find(model)
+                given = unwrapped(table.prepare(other, dict(arrays)), [place.key for place in places.values()])
+            except WeightsError:
+                continue
+            head = ("logits/kernel", "logits/bias")  # of however many classes
+            body = [place for key, place in places.items() if key not in head]
+            if all(place.key in given and given[place.key].shape == place.shape for place in body):
+                return f"; they fit {other} ({lineage}): --model {other}"
+    return ""
 
 
 def convert(
@@ -243,11 +307,13 @@ def convert(
     found = foreign.read(source)
     lineage = _lineage(lineage, found.arrays, found.format)
     table = LINEAGES[lineage]
-    network, own_arguments = _build(model, found.arrays, lineage, input_shape, classes, dict(arguments or {}))
     try:
+        network, own_arguments = _build(
+            model, found.arrays, lineage, input_shape, classes, dict(arguments or {}), _patterns(skip)
+        )
         count, skipped, extras = import_arrays(network, found.arrays, lineage, skip)
     except WeightsError as error:
-        raise refusal(source, str(error)) from None
+        raise refusal(source, f"{error}{_sister(model, found.arrays)}") from None
     provenance = {
         "source": os.path.basename(os.fspath(source)),
         "format": found.format,
@@ -265,7 +331,8 @@ def convert(
     if compare and not skipped:  # what was written, in a network built from it
         with blank():
             again = zoo.create_model(model, weights=out)
-        difference = difference_from_peer(again, lineage, found.arrays)
+        arrays = unwrapped(found.arrays, [place.key for place in table.find(again).values()])
+        difference = difference_from_peer(again, lineage, arrays)
     ignored = [*found.ignored, *sorted(left)]
     return Report(os.fspath(source), os.fspath(out), model, lineage, count, skipped, ignored, difference)
 
@@ -287,6 +354,7 @@ def _send(source, out, suffix: str, lineage: str | None, compare: bool) -> Repor
         arrays = export_arrays(network, lineage, extras)
     except WeightsError as error:
         raise refusal(source, str(error)) from None
-    writer(out, arrays)
+    versions = {"version": torchvision.version(name)} if writer is pth.write and lineage == "torchvision" else {}
+    writer(out, arrays, **versions)
     difference = difference_from_peer(network, lineage, arrays) if compare else None
     return Report(os.fspath(source), os.fspath(out), name, lineage, len(arrays), difference=difference)

@@ -1,6 +1,7 @@
 """Weights files of other frameworks, recognised by their content."""
 
 import os
+import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,10 +9,12 @@ from functools import partial
 import numpy as np
 
 from kvision.data import zipped
-from kvision.data.untrusted import border, open_regular
+from kvision.data.untrusted import Budget, border, open_regular
 from kvision.weights import hdf5, pth, safetensors, tf_checkpoint
-from kvision.weights.archive import Archive, refusal
+from kvision.weights.archive import Archive, WeightsError, refusal
 from kvision.weights.manifest import MANIFEST
+
+KERAS_WEIGHTS = "model.weights.h5"  # the member of a .keras file
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,25 @@ class Foreign:
     ignored: list[str] = field(default_factory=list)
 
 
+def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a `.keras` file, a zip that holds a `.weights.h5`; its description of the network is not read."""
+    with (
+        border(partial(refusal, path), ".keras file", "save it in Keras again"),
+        open_regular(path) as file,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        entry = next(entry for entry in zipped.directory(file) if entry.name == KERAS_WEIGHTS)
+        inner = os.path.join(folder, KERAS_WEIGHTS)
+        with open(inner, "wb") as out:
+            out.write(zipped.content(file, entry, Budget(os.fstat(file.fileno()).st_size)))
+        try:
+            return hdf5.read(inner)
+        except WeightsError as error:
+            raise refusal(path, str(error).removeprefix(f"{inner}: ")) from None
+
+
 def read(path: str | os.PathLike) -> Foreign:
-    """Read a file of PyTorch (`.pth`), safetensors, Keras (`.h5`), TensorFlow (a checkpoint) or NumPy (`.npz`).
+    """Read a file of PyTorch (`.pth`), safetensors, Keras (`.h5`, `.keras`), TensorFlow (a checkpoint) or NumPy.
 
     No framework is needed for it, and nothing in the file is executed.
 
@@ -57,8 +77,8 @@ def read(path: str | os.PathLike) -> Foreign:
     if head.startswith(b"PK"):
         if any(name.endswith("/data.pkl") for name in names):
             return Foreign("pth", *pth.read(path))
-        if "model.weights.h5" in names:
-            raise refusal(path, "is a .keras file, which numbers its variables: load it in Keras and save it as .h5")
+        if KERAS_WEIGHTS in names:
+            return Foreign("h5", _of_keras(path))
         with Archive(path) as archive:
             return Foreign("npz", {key: archive.read(key) for key in archive.members if key != MANIFEST})
     # Before the pickles, which start with 0x80: so does the length of one header in 256 here, in 32 where it is a
@@ -69,4 +89,4 @@ def read(path: str | os.PathLike) -> Foreign:
         return Foreign("pth", *pth.read(path))
     if int.from_bytes(tail, "little") == tf_checkpoint.MAGIC:
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
-    raise refusal(path, "is of no kind known here: .pth, .safetensors, .h5, a TensorFlow checkpoint, .npz")
+    raise refusal(path, "is of no kind known here: .pth, .safetensors, .h5, .keras, a TensorFlow checkpoint, .npz")

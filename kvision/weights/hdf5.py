@@ -1,7 +1,7 @@
 """Keras's HDF5 files of weights: `keras.applications`' own, and what `model.save("x.h5")` writes.
 
-A group for each layer, with the names of its variables in an attribute. Keras 3's `.weights.h5` numbers variables
-instead of naming them, so only the model that wrote one can read it: save such a model as `.h5`.
+A group for each layer, with the names of its variables in an attribute. Keras 3's `.weights.h5` numbers the variables;
+its classes of layers say which they are.
 """
 
 import json
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     The HDF5 library runs in a process apart, `kvision/weights/hdf5_child.py`, which says where the arrays lie.
 
     Raises:
-        WeightsError: the file is damaged, of Keras 3's `.weights.h5`, links to other files, or asks for more time or
+        WeightsError: the file is damaged, links to other files, or asks for more time or
             memory than its size explains.
     """
     arrays: dict[str, np.ndarray] = {}

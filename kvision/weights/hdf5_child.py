@@ -20,6 +20,8 @@ import numpy as np
 SECONDS = 5  # of this process's time; the largest of Keras's files take one
 MAX_NAMES = 100_000
 MAX_AXES = 32
+MAX_DEPTH = 16  # of layers within layers
+KERNELS = ("conv2d", "conv2d_transpose", "depthwise_conv2d", "dense")  # classes with a kernel and perhaps a bias
 
 
 class Refused(Exception):  # noqa: N818  (the message is for the caller)
@@ -109,15 +111,56 @@ def contents(file) -> list[list]:
     if file.id.links.exists(b"model_weights"):
         root = inside(file, "model_weights")
     if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
-        raise Refused(
-            "it has no layer_names (Keras 3's .weights.h5 numbers its variables): load it into its model and save that "
-            "as .h5"
-        )
+        if root.get("layers", getlink=True) is not None:
+            return numbered(inside(root, "layers"))
+        raise Refused("it has neither layer_names, as Keras 2's files, nor layers, as Keras 3's")
     found = []
     for layer in names(root, "layer_names"):
         group = inside(root, layer)
         for name in names(group, "weight_names"):
             found.append([layer, name, *place(inside(group, name), f"{layer}/{name}")])
+            if len(found) > MAX_NAMES:
+                raise Refused(f"more than {MAX_NAMES:,} arrays")
+    return found
+
+
+def variables(kind: str, count: int) -> list[str]:
+    """The names of a layer's variables, which Keras 3 numbers, by its class; of a class unknown here the numbers."""
+    if kind in KERNELS and count <= 2:
+        return ["kernel", "bias"][:count]
+    if kind == "batch_normalization" and 2 <= count <= 4:  # of three the scale is what is missing, as in Inception
+        return ["gamma", "beta", "moving_mean", "moving_variance"][0 if count == 4 else 4 - count :]
+    return [str(i) for i in range(count)]
+
+
+def numbered(layers) -> list[list]:
+    """The arrays of Keras 3's `.weights.h5`: a group for each layer, named by its class and a number, with its name in
+    an attribute and its variables numbered in a group `vars`. The state of random numbers is left out."""
+    found, left = [], [(layers, 0)]
+    while left:
+        group, depth = left.pop()
+        for part in group:
+            if not isinstance(inside(group, part), h5py.Group) or part == "seed_generator":
+                continue
+            inner = inside(group, part)
+            if part != "vars":
+                if depth >= MAX_DEPTH:
+                    raise Refused(f"layers within layers, more than {MAX_DEPTH} deep")
+                left.append((inner, depth + 1))
+                continue
+            count = len(inner)
+            if not count:
+                continue
+            if "name" not in inner.attrs:
+                raise Refused(
+                    "its layers have no names, which Keras writes from 3.12 on: load it in Keras and save it again"
+                )
+            kind = group.name.rsplit("/", 1)[-1]
+            kind = kind.rsplit("_", 1)[0] if kind.rsplit("_", 1)[-1].isdigit() else kind
+            layer = inner.attrs["name"]
+            layer = layer.decode("utf-8") if isinstance(layer, bytes) else str(layer)
+            for i, variable in enumerate(variables(kind, count)):
+                found.append([layer, variable, *place(inside(inner, str(i)), f"{layer}/{i}")])
             if len(found) > MAX_NAMES:
                 raise Refused(f"more than {MAX_NAMES:,} arrays")
     return found

@@ -69,7 +69,7 @@ def find(model) -> dict[str, Place]:
         WeightsError: `keras.applications` has no such network.
     """
     if model.name == "inception_v3_tf":
-        return places(model, _inception_v3(model), LEAVES, same_place, "/")
+        return _in_order(places(model, _inception_v3(model), LEAVES, same_place, "/"))
     for pattern, rows in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
             return places(model, rows, LEAVES, same_place, "/")
@@ -83,6 +83,24 @@ def _inception_v3(model) -> list[tuple[str, str]]:
         ours = sorted(layer.name for layer in model.layers if layer.name.endswith(suffix))
         rows += [(name, numbered(theirs, i)) for i, name in enumerate(ours)]
     return rows
+
+
+def _in_order(found: dict[str, Place]) -> dict[str, Place]:
+    """The places in the order of Keras's layers, which a file without `by_name` is read in.
+
+    In its last two modules Keras joins the split branches before it joins all, which puts their layers first.
+    """
+    split = ["branch2_2a", "branch2_2b", "branch3_3a", "branch3_3b"]
+    tail = [f"{branch}_conv" for branch in (*split, "branch1_1")] + [f"{branch}_bn" for branch in split]
+    tail += ["branch4_1_conv", "branch1_1_bn", "branch4_1_bn"]
+    layers = list(dict.fromkeys(key.rpartition("/")[0] for key in found))
+    for module in ("stage5_b", "stage5_c"):
+        moved = [f"{module}_{name}" for name in tail]
+        spots = sorted(layers.index(layer) for layer in moved)
+        for spot, layer in zip(spots, moved, strict=True):
+            layers[spot] = layer
+    rank = {layer: i for i, layer in enumerate(layers)}
+    return dict(sorted(found.items(), key=lambda item: rank[item[0].rpartition("/")[0]]))
 
 
 def numbered(name: str, i: int) -> str:

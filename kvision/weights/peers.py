@@ -37,7 +37,7 @@ def _torchvision(model, arrays, images) -> np.ndarray | None:
         torch, networks = (importlib.import_module(name) for name in ("torch", "torchvision.models"))
     except (ImportError, RuntimeError):  # a build of torchvision for another PyTorch
         return None
-    if not hasattr(networks, model.name):
+    if not hasattr(networks, model.name) or all(layer.name != "logits" for layer in model.layers):
         return None
     from kvision.weights import torchvision
 
@@ -61,10 +61,13 @@ def _torchvision(model, arrays, images) -> np.ndarray | None:
 def _keras(model, arrays, images) -> np.ndarray | None:
     import keras
 
-    options = {"input_shape": model.input_shape[1:], "classes": model.outputs[0].shape[-1]}
+    if any(layer.name == "logits" for layer in model.layers):
+        options = {"classes": model.outputs[0].shape[-1], "classifier_activation": None}
+    else:
+        options = {"include_top": False, "pooling": "avg"}
     make = getattr(keras.applications, CONSTRUCTORS[model.name])
     try:
-        peer = make(weights=None, classifier_activation=None, **options)
+        peer = make(weights=None, input_shape=model.input_shape[1:], **options)
     except ValueError:  # a size that Keras's network does not take
         return None
     names = renumbered(layer.name for layer in peer.layers) if model.name == "inception_v3_tf" else {}

@@ -228,8 +228,11 @@ def _read_legacy(file: BinaryIO, budget: Budget):
     return tensors, content
 
 
-def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+def write(path: str | os.PathLike, arrays: dict[str, np.ndarray], version: int | None = None) -> None:
     """Write arrays as a `state_dict` that `torch.load(path, weights_only=True)` reads; the same arrays, the same bytes.
+
+    Args:
+        version: of the module that the arrays are of, as PyTorch states it in `_metadata`; None states nothing.
 
     Raises:
         WeightsError: a dtype that PyTorch does not have, or the disk refuses.
@@ -249,7 +252,10 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         pickle += [b"tQ", number(0), b"(", *map(number, array.shape), b"t(", *map(number, strides), b"t\x89", ordered]
         pickle += [b"tR"]
         members[f"archive/data/{i}"] = partial(lambda array: [plain_bytes(array)], array)
-    pickle += [b"u."]
+    pickle.append(b"u")
+    if version is not None:  # the attribute `_metadata` of the dictionary: {name of a module: {"version": ...}}
+        pickle += [b"}", string("_metadata"), ordered, string(""), b"}", string("version"), number(version), b"sssb"]
+    pickle.append(b".")
     write_zip(
         path,
         {

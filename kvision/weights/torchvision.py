@@ -206,6 +206,14 @@ def find(model) -> dict[str, Place]:
     return places(model, rows_of(model.name), LEAVES, torch_place, ".")
 
 
+def version(name: str) -> int | None:
+    """What torchvision's module asks its `state_dict` for, besides the arrays: the version of its wiring; None mostly.
+
+    MNASNet's first version had other filters at its start; a file that states none is refused.
+    """
+    return 2 if name.startswith("mnasnet") else None
+
+
 def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
     """What the `state_dict` has besides: the steps that each batch norm has counted, which start from 0."""
     means = (place.key for place in found.values() if place.key.endswith(".running_mean"))

@@ -1,0 +1,202 @@
+"""One network with the arguments of `keras.applications`."""
+
+import os
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+
+from kvision import zoo
+from kvision.weights import WeightsError, find, inspect, keras_applications, preprocess, published_preprocessing
+
+
+class Application:
+    """A constructor of one network of the zoo, called as Keras's are, with its `preprocess_input`.
+
+    Args:
+        name: its name here.
+        architecture: its name in the zoo.
+        least: the fewest pixels that Keras's own takes on a side; None where Keras has no such network.
+    """
+
+    def __init__(self, name: str, architecture: str, least: int | None = None):
+        self.name, self.architecture, self.least = name, architecture, least
+
+    def __repr__(self) -> str:
+        return f"kvision.applications.{self.name}"
+
+    def __call__(
+        self,
+        include_top: bool = True,
+        weights: str | os.PathLike | None = None,
+        input_tensor: keras.KerasTensor | None = None,
+        input_shape: tuple[int | None, int | None, int] | None = None,
+        pooling: str | None = None,
+        classes: int | None = None,
+        classifier_activation: str | None = "softmax",
+        name: str | None = None,
+        **own: object,
+    ) -> keras.Model:
+        """Build the network.
+
+        Args:
+            include_top: end in class probabilities; False ends in the last maps (n, h, w, c), or as `pooling` says.
+            weights: a weights file or the name of one that ships, as for `kvision.create_model`. None draws initial
+                values; ImageNet's are not part of the library and come in by `kvision weights convert`.
+            input_tensor: a Keras tensor of images (n, h, w, c), such as `keras.Input` or what other layers make of one;
+                the model begins where that tensor does.
+            input_shape: (height, width, channels); the default is that of the tensor, the weights, or the published
+                one. Without top, height and width may be None: any size.
+            pooling: without top, "avg" or "max" of the last maps over the pixels, or None.
+            classes: how many; the default is that of the weights or the published number.
+            classifier_activation: of the top; None ends in logits.
+            name: of the model; the default is the zoo's.
+            own: arguments of the network's own, see `kvision.zoo.arguments`.
+
+        Raises:
+            ValueError: an argument or a size that the network does not take.
+            kvision.weights.WeightsError: the weights are missing or of another network.
+        """
+        if pooling not in (None, "avg", "max"):
+            raise ValueError(f"pooling must be None, 'avg' or 'max', got {pooling!r}")
+        if input_tensor is not None:
+            input_shape = self._shape_of(input_tensor, input_shape)
+        if input_shape is not None:
+            self._check(input_shape, include_top)
+        architecture = self.architecture if weights is None else self._of(weights)
+        model = zoo.create_model(architecture, input_shape, classes if include_top else 0, weights, **own)
+        outputs = model.outputs[0]  # auxiliary heads have no place behind this door
+        if include_top and classifier_activation is not None:
+            outputs = keras.layers.Activation(classifier_activation, name="predictions")(outputs)
+        elif not include_top and pooling != "avg":
+            outputs = model.layers[-1].input
+            if pooling == "max":
+                outputs = keras.layers.GlobalMaxPooling2D(name="max_pool")(outputs)
+        model = keras.Model(model.inputs[0], outputs, name=name or architecture)
+        return model if input_tensor is None else _on(model, input_tensor)
+
+    def _shape_of(self, tensor, shape) -> tuple[int | None, int | None, int]:
+        """(height, width, channels) of the images of a tensor."""
+        if not keras.backend.is_keras_tensor(tensor) or len(tensor.shape) != 4:
+            raise ValueError(
+                f"input_tensor must be a Keras tensor of images (n, height, width, channels), such as "
+                f"keras.Input((224, 224, 3)), got {tensor!r}"
+            )
+        found = tuple(tensor.shape[1:])
+        if shape is not None and any(None not in (a, b) and a != b for a, b in zip(found, shape, strict=True)):
+            raise ValueError(f"input_tensor has images of shape {found}, and input_shape is {tuple(shape)}")
+        return tuple(a if b is None else b for a, b in zip(found, shape or found, strict=True))
+
+    def _check(self, shape, include_top: bool) -> None:
+        if len(shape) != 3:
+            raise ValueError(f"input_shape must be (height, width, channels), got {shape!r}")
+        if include_top and None in shape:
+            raise ValueError(f"with include_top the size must be known: input_shape is {tuple(shape)}")
+        if self.least and any(size is not None and size < self.least for size in shape[:2]):
+            raise ValueError(f"{self.name} takes images of at least {self.least}x{self.least} pixels, got {shape}")
+
+    def _of(self, weights) -> str:
+        if weights == "imagenet":
+            raise WeightsError(
+                "imagenet: no ImageNet weights ship; convert a file of Keras's, torchvision's or TF-Slim's with "
+                f"`python -m kvision weights convert FILE --model {self.architecture} -o OUT.npz` and give its path"
+            )
+        stated = (inspect(find(weights))["manifest"] or {}).get("architecture", self.architecture)
+        sisters = zoo.list_models()
+        if stated not in sisters or zoo.paper(stated) != zoo.paper(self.architecture):
+            raise WeightsError(
+                f"{os.fspath(weights)}: a file of {stated}, which is none of the networks of {self.name}"
+            )
+        return stated
+
+    def preprocess_input(self, images: np.ndarray, weights: str | os.PathLike | None = None) -> np.ndarray:
+        """Network input, float32, of an image (h, w, c) or of several, values 0 to 255, at the network's size.
+
+        Args:
+            weights: those that the images are for; the default is what the published weights expect.
+        """
+        if weights is not None:
+            prepare = preprocess(weights)
+        elif self.architecture in keras_applications.CONSTRUCTORS:  # Keras's own, where there are several
+            prepare = keras_applications.preprocessing(self.architecture)
+        else:
+            prepare = published_preprocessing(self.architecture)
+        if prepare is None:
+            raise ValueError(
+                f"nobody published weights of {self.architecture}; give the weights that the images are for"
+            )
+        images = np.asarray(images)
+        return prepare(images[None])[0] if images.ndim == 3 else prepare(images)
+
+    def decode_predictions(
+        self, predictions: np.ndarray, top: int = 5, classes: Iterable[str] | None = None
+    ) -> list[list[tuple]]:
+        """For each row of probabilities the `top` best as (class, name, probability).
+
+        Args:
+            predictions: (n, classes).
+            classes: their names, as a weights file's manifest lists them; without, ImageNet's thousand, whose names
+                Keras downloads.
+
+        Raises:
+            ValueError: another number of classes than of names.
+        """
+        return decode_predictions(predictions, top, classes)
+
+
+class MobileNetV2Application(Application):
+    """MobileNetV2, whose arguments Keras has in another order, `alpha` among them."""
+
+    def __call__(
+        self,
+        input_shape: tuple[int | None, int | None, int] | None = None,
+        alpha: float | None = None,
+        include_top: bool = True,
+        weights: str | os.PathLike | None = None,
+        input_tensor: keras.KerasTensor | None = None,
+        pooling: str | None = None,
+        classes: int | None = None,
+        classifier_activation: str | None = "softmax",
+        name: str | None = None,
+        **own: object,
+    ) -> keras.Model:
+        """Build the network, see `Application`.
+
+        Args:
+            alpha: what all filters are multiplied by, the zoo's `width`; the default is that of the weights, or 1.
+        """
+        if alpha is not None:
+            if not alpha > 0:
+                raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+            own["width"] = alpha
+        return super().__call__(
+            include_top, weights, input_tensor, input_shape, pooling, classes, classifier_activation, name, **own
+        )
+
+
+def decode_predictions(
+    predictions: np.ndarray, top: int = 5, classes: Iterable[str] | None = None
+) -> list[list[tuple]]:
+    """As `Application.decode_predictions`."""
+    predictions = np.asarray(predictions)
+    if classes is None:
+        return keras.applications.imagenet_utils.decode_predictions(predictions, top=top)
+    names = list(classes)
+    if predictions.ndim != 2 or predictions.shape[1] != len(names):
+        raise ValueError(f"expected predictions of shape (n, {len(names)}), got {predictions.shape}")
+    order = np.argsort(-predictions, axis=1, kind="stable")[:, :top]
+    return [[(int(i), names[i], float(row[i])) for i in best] for row, best in zip(predictions, order, strict=True)]
+
+
+def _on(model: keras.Model, tensor) -> keras.Model:
+    """The same layers in one graph behind `tensor`."""
+    results = {}
+
+    def call(layer, *arguments, **options):
+        results[layer.name] = layer(*arguments, **options)
+        return results[layer.name]
+
+    # What Keras returns begins at `tensor`, as an input of its own; the results begin where that comes from.
+    keras.models.clone_model(model, input_tensors=tensor, clone_function=lambda layer: layer, call_function=call)
+    inputs = keras.utils.get_source_inputs(tensor)
+    return keras.Model(inputs[0] if len(inputs) == 1 else inputs, results[model.layers[-1].name], name=model.name)

@@ -1,0 +1,149 @@
+"""Prepares Keras at the moment it is imported, so that `import kvision` need not import it.
+
+Two things happen then. Where the backend that Keras is about to take is not installed and `KERAS_BACKEND` does not name
+it, an installed one is taken in its place. And Keras is told the names of the library's layers, initializers and
+optimizers, so that a `.keras` file that holds them loads without a further import.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+BACKENDS = ("jax", "tensorflow", "torch")
+
+# The classes that a `.keras` file may name, by their modules: what `register_keras_serializable("kvision")` decorates.
+SERIALIZABLE = {
+    "kvision.layers": ("AdaptivePool", "Border", "Filled", "Identity", "LocalResponseNorm", "Variance"),
+    "kvision.models.cifar_resnet": ("PaddedShortcut",),
+    "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
+    "kvision.optimizers": ("ExponentialAverage", "LearningRateFactors", "Lookahead", "StochasticAverage", "WarmUp"),
+    "kvision.regularizers.activations": (
+        "DropBlock",
+        "Dropout",
+        "GaussianNoise",
+        "ShakeShake",
+        "SpatialDropout",
+        "StochasticDepth",
+    ),
+    "kvision.regularizers.batch_norm": ("Moments", "SynchronisedBatchNorm"),
+    "kvision.regularizers.weights": ("MaxNorm", "Orthogonal", "Sum"),
+}
+
+
+class BackendError(ImportError):
+    """No backend is installed, or not the one that `KERAS_BACKEND` names."""
+
+
+def installed(backend: str) -> bool:
+    """Whether a backend is installed; nothing is imported to find out. A bare folder of that name does not count."""
+    spec = importlib.util.find_spec(backend)
+    return spec is not None and spec.origin is not None
+
+
+def choose(default: str) -> str:
+    """The backend to run on, where Keras would take `default` (from `KERAS_BACKEND`, `keras.json` or its own default).
+
+    That one, unless it is one of `BACKENDS` and missing, and `KERAS_BACKEND` is unset; then the first of `BACKENDS`
+    that is installed.
+
+    Raises:
+        BackendError: none is installed, or not the one that `KERAS_BACKEND` names.
+    """
+    if default not in BACKENDS or installed(default):
+        return default
+    present = [backend for backend in BACKENDS if installed(backend)]
+    if not present:
+        raise BackendError(
+            "no backend is installed: expected one of jax, tensorflow, torch; install one with "
+            "pip install 'kvision-keras[torch]' (or [jax], [tensorflow])"
+        )
+    if os.environ.get("KERAS_BACKEND"):
+        raise BackendError(
+            f"KERAS_BACKEND is {default!r}, which is not installed: set it to {' or '.join(present)}, or install it "
+            f"with pip install 'kvision-keras[{default}]'"
+        )
+    return present[0]
+
+
+def announce(prog: str) -> None:
+    """Say in a line on stderr which backend a command runs on, where `KERAS_BACKEND` does not and Keras is loaded."""
+    if os.environ.get("KERAS_BACKEND") or "keras" not in sys.modules:
+        return
+    name = sys.modules["keras"].config.backend()
+    others = [backend for backend in BACKENDS if backend != name and installed(backend)]
+    hint = f"set it to {' or '.join(others)} to choose another" if others else "the only backend that is installed"
+    print(f"{prog}: KERAS_BACKEND is not set; running on {name} ({hint})", file=sys.stderr)
+
+
+def _set_backend(config: ModuleType) -> None:
+    """Correct Keras's choice; Keras has no public name for it that works before the backend has been imported."""
+    config._BACKEND = choose(config._BACKEND)
+
+
+def _placeholder(module: str, name: str) -> type:
+    """What stands in Keras's table for a class until its module is imported, which replaces it there."""
+
+    def real():
+        return getattr(importlib.import_module(module), name)
+
+    def make(cls, *arguments, **options):
+        return real()(*arguments, **options)
+
+    def from_config(cls, config, **options):
+        return real().from_config(config, **options)
+
+    def get_config(self):  # Keras takes no class without it
+        raise NotImplementedError
+
+    body = {"__new__": make, "from_config": classmethod(from_config), "get_config": get_config, "__module__": module}
+    return type(name, (), body)
+
+
+def _register(keras: ModuleType) -> None:
+    known = keras.saving.get_custom_objects()
+    for module, names in SERIALIZABLE.items():
+        for name in names:
+            known.setdefault(f"kvision>{name}", _placeholder(module, name))
+
+
+class _Watch:
+    """A finder of modules that follows the import of Keras and finds none itself."""
+
+    def __init__(self):
+        self.chosen = False
+
+    def find_spec(self, name, path, target=None):
+        config = sys.modules.get("keras.src.backend.config")
+        # Its function `backend` is there as soon as the choice is made; the next import acts on it.
+        if not self.chosen and hasattr(config, "backend"):
+            self.chosen = True  # at once: choosing looks for modules too
+            try:
+                _set_backend(config)
+            except BackendError:
+                self.chosen = False
+                raise
+        if name != "keras":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader.exec_module = partial(self._run, spec.loader.exec_module)
+        return spec
+
+    def _run(self, run: Callable[[ModuleType], None], module: ModuleType) -> None:
+        run(module)
+        _register(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+def prepare() -> None:
+    """Do the above when Keras is imported, or what is left of it now where it has been."""
+    if "keras" in sys.modules:
+        _register(importlib.import_module("keras"))  # which waits for another thread that is importing it
+    else:
+        sys.meta_path.insert(0, _Watch())

@@ -1,0 +1,101 @@
+"""A `.keras` file of every kind of network of the zoo loads in a fresh process, after `import kvision` alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from kvision import zoo
+from kvision.layers import blank
+from kvision.optimizers import WarmUp
+from kvision.regularizers import MaxNorm, Orthogonal, attach, constrain
+
+ROOT = Path(__file__).parent.parent
+# One row a wiring at a size that keeps it small: every file of the zoo, and every option that adds a class.
+NETWORKS = {
+    "softmax": {},
+    "mnist_cnn": {},
+    "airbench_small": {},
+    "resnet20": {},
+    "wide_resnet_16_4": {"depth": 10, "dropout_rate": 0.3},
+    "densenet_40_12": {"depth": 10},
+    "alexnet": {"input_shape": (64, 64, 3), "classes": 3},
+    "alexnet_2012": {"input_shape": (67, 67, 3), "classes": 3},
+    "vgg11_bn": {"input_shape": (32, 32, 3), "classes": 3, "hidden": 8},
+    "googlenet": {"input_shape": (64, 64, 3), "classes": 3},
+    "inception_v2_tf": {"input_shape": (64, 64, 3), "classes": 3},
+    "inception_v3": {"input_shape": (96, 96, 3), "classes": 3},
+    "resnet18": {"input_shape": (32, 32, 3), "classes": 3},
+    "squeezenet1_1": {"input_shape": (64, 64, 3), "classes": 3},
+    "densenet121": {"input_shape": (32, 32, 3), "classes": 3},
+    "mobilenet_v2": {"input_shape": (32, 32, 3), "classes": 3},
+    "mnasnet0_5": {"input_shape": (32, 32, 3), "classes": 3},
+    "stn_affine": {},
+    "stn_thin_plate": {},
+}
+# What is compared: the weights' sums and, of networks of few layers (JAX compiles a program for each), the logits.
+FOUND = """
+import numpy as np, keras
+def found(model):
+    sums = [float(np.abs(keras.ops.convert_to_numpy(v.value)).sum()) for v in model.weights]
+    if len(model.layers) > 60:
+        return sums
+    images = np.random.default_rng(0).random((1, *model.input_shape[1:]), np.float32)
+    return sums + keras.ops.convert_to_numpy(model(images, training=False)).ravel().tolist()
+"""
+LOAD = f"""
+import json, sys
+import kvision
+import keras
+{FOUND}
+result = []
+for path in sys.argv[1:]:
+    try:
+        result.append(found(keras.saving.load_model(path)))
+    except Exception as error:
+        result.append(f"{{type(error).__name__}}: {{error}}"[:2000])
+print(json.dumps(result))
+"""
+exec(FOUND)  # the same here
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """{name: (sums of the weights and the logits here, in a fresh process that read the file)}."""
+    folder, here = tmp_path_factory.mktemp("keras_files"), []
+    for name, options in NETWORKS.items():
+        with blank():
+            model = zoo.create_model(name, **options)
+        generator = np.random.default_rng(0)
+        for variable in model.trainable_variables:
+            variable.assign(0.05 * generator.standard_normal(variable.shape, np.float32))
+        if name == "mnist_cnn":  # what a user adds comes along
+            attach(model, Orthogonal(1e-3))
+            constrain(model, MaxNorm(3.0))
+            model.compile(keras.optimizers.SGD(WarmUp(0.1, 10, 2)), "mse")
+        here.append(found(model))  # noqa: F821
+        model.save(folder / f"{name}.keras")
+    words = [sys.executable, "-c", LOAD, *(f"{name}.keras" for name in NETWORKS)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(NETWORKS, zip(here, there, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_keras_file_loads_in_a_fresh_process(loaded, name):
+    expected, found = loaded[name]
+    assert not isinstance(found, str), found
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_file_of_the_zoo_is_tried():
+    assert {zoo.paper(name).title for name in NETWORKS} >= {
+        zoo.paper(name).title for name in zoo.list_models() if not name.startswith(("mlp", "softmax"))
+    }
