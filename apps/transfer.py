@@ -10,10 +10,12 @@ margin of 16.7 points. On one core of a Xeon with AVX-512 it takes about 25 minu
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvision import flags, transfer
 from kvision.data import Dataset
-from kvision.run import Config, command, flag, read_data, run_folder, store_config, train, write_json
+from kvision.files import write_json
+from kvision.run import Config, command, flag, read_data, run_folder, store_config, train
 
 DATASETS = ("cifar10", "shapes10")
 HEAD = "logits"
@@ -65,7 +67,12 @@ def split(config: TransferConfig, dataset: Dataset) -> tuple[Dataset, Dataset]:
 
 def main(config: TransferConfig = RECIPE) -> dict:
     """Run the whole comparison; the content of metrics.json, and the run's folder."""
-    folder = run_folder(config)
+    with run_folder(config) as folder:
+        return train_all(config, folder)
+
+
+def train_all(config: TransferConfig, folder: Path) -> dict:
+    """Train what is compared, each in a folder below `folder`; as `main`."""
     dataset, note = read_data(config, DATASETS)
     source, target = split(config, dataset)
     store_config(config, folder)

@@ -13,14 +13,17 @@ BACKENDS = {"jax", "tensorflow", "torch"}
 
 # From the cellar to the roof. A room reads rooms of lower storeys and itself; `kvision` is the package's own __init__.
 STOREYS = (
-    {"kvision", "random"},
+    {"kvision", "random", "files"},
     {"regularizers", "data"},
     {"layers"},
     {"models"},
     {"engine"},
     {"zoo", "weights", "tasks"},
-    {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
-    {"training"},
+    {
+        *("tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks"),
+        *("interruption", "children"),
+    },
+    {"training", "run_folder"},
     {"run", "compare", "parity"},
     {"__main__"},
     {"apps"},
@@ -30,7 +33,7 @@ STOREY = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms
 BACK_STAIRS = {("zoo", "weights"), ("weights", "zoo")}
 # Each file of these rooms stands for itself.
 CELLS = {"models", "apps"}
-WITHOUT_KERAS = {"data", "tracking", "random", "flags"}
+WITHOUT_KERAS = {"data", "tracking", "random", "flags", "files"}
 
 
 def room_of(module: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from kvision.tracking import page
 from kvision.tracking.charts import MOST_COUNTED, check_confusion, line_chart, matrix_chart
+from kvision.files import write_text
 from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
 
 # What the other parts of the page show already; every other entry of a result is listed at its end.
@@ -273,4 +274,4 @@ def write_report(
     if others:
         sections.append(page.section("Further results", page.facts(others)))
     title = f"{model} on {dataset}, {backend}: {percent(result.get('test_accuracy'))}"
-    return page.write(Path(folder) / "report.html", page.document(title, "".join(header), *sections))
+    return write_text(Path(folder) / "report.html", page.document(title, "".join(header), *sections))

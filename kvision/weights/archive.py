@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import re
-import secrets
 import stat
 import struct
 import threading
@@ -25,6 +24,8 @@ from functools import partial
 from typing import BinaryIO
 
 import numpy as np
+
+from kvision.files import atomic_write
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000  # bytes of an array's header; NumPy's own bound
@@ -359,24 +360,14 @@ def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` only once everything is written.
+    """A file to write, which is at `path` only once everything is written and on the disk.
 
     Raises:
         WeightsError: the disk refuses.
     """
-    folder, name = os.path.split(os.fspath(path))
-    # Beside the target, because a rename is whole or not at all only within one file system.
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.remove(temporary)
+        with atomic_write(path) as file:
+            yield file
     except OSError as error:
         raise refusal(path, f"cannot be written: {error.strerror or error}") from None
 

@@ -4,12 +4,13 @@ A group for each layer, with the names of its variables in an attribute. Keras 3
 instead of naming them, so only the model that wrote one can read it: save such a model as `.h5`.
 """
 
+import io
 import os
 
 import h5py
 import numpy as np
 
-from kvision.weights.archive import listed, refusal
+from kvision.weights.archive import listed, refusal, whole
 
 # The variables' last names in files of Keras 1 and 2, and ours.
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
@@ -96,20 +97,14 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         if not leaf or "/" in leaf:
             raise refusal(path, f"not written: {listed([key])} is no layer/variable")
         layers.setdefault(layer, {})[leaf] = array
-    temporary = f"{os.fspath(path)}.tmp"
-    try:
-        try:
-            with h5py.File(temporary, "w", track_order=True) as file:
-                file.attrs["layer_names"] = [layer.encode() for layer in layers]
-                file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
-                for layer, variables in layers.items():
-                    group = file.create_group(layer)
-                    group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
-                    for leaf, array in variables.items():
-                        group[f"{layer}/{leaf}:0"] = array
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.remove(temporary)
-    except OSError as error:
-        raise refusal(path, f"cannot be written: {error}") from None
+    image = io.BytesIO()  # HDF5 writes here and there in a file, and what it makes of a disk's error is its own
+    with h5py.File(image, "w", track_order=True) as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
+        for layer, variables in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
+            for leaf, array in variables.items():
+                group[f"{layer}/{leaf}:0"] = array
+    with whole(path) as file:
+        file.write(image.getbuffer())
