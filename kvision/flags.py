@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 
+SAVED = 75  # exit code of a run that was told to stop and has saved: "temporary failure, try again" (sysexits.h)
+
+
 class UsageError(ValueError):
     """A flag's value, or a combination of flags, that cannot work; the message says what was expected."""
 
@@ -115,7 +118,7 @@ def guard(
     with code 130.
 
     Args:
-        saved: the exception of a run that was told to stop and has saved: its line, and code 0.
+        saved: the exception of a run that was told to stop and has saved: its line, and the code `SAVED`.
     """
     try:
         return run() or 0
@@ -128,7 +131,7 @@ def guard(
         return 2
     except saved as stop:
         print(f"\n{prog}: {stop}", file=sys.stderr)
-        return 0
+        return SAVED
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
