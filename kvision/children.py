@@ -1,4 +1,4 @@
-"""The child processes of a command: each is told to stop when the command is, has a time limit, and leaves nothing running.
+"""The child processes of a command: they stop when it is told to, have a time limit, and leave nothing running.
 
 A child is the leader of a process group, and what it starts is in the group with it. When the child ends, for whatever
 reason, the rest of its group is ended too.

@@ -7,7 +7,6 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-
 SAVED = 75  # exit code of a run that was told to stop and has saved: "temporary failure, try again" (sysexits.h)
 
 
@@ -108,6 +107,14 @@ def expect(config, names: str, holds: Callable[[object], bool], expected: str) -
             raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
 
 
+def print_anything() -> None:
+    """For a command: what the terminal's or the pipe's encoding lacks is printed as an escape sequence, `\\xfc`, and
+    does not end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def guard(
     prog: str,
     run: Callable[[], int | None],
@@ -120,6 +127,7 @@ def guard(
     Args:
         saved: the exception of a run that was told to stop and has saved: its line, and the code `SAVED`.
     """
+    print_anything()
     try:
         return run() or 0
     except (UsageError, *errors) as error:

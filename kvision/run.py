@@ -23,6 +23,7 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
 from kvision.data.views import VIEWS
+from kvision.engine.threads import choose as choose_threads
 from kvision.files import FolderInUseError, sha256, write_json, write_text
 from kvision.layers import blank, whitening_kernel
 from kvision.random import stream
@@ -317,6 +318,7 @@ def train(
     full = dataset
     dataset = full.subset(train=config.limit, test=config.limit_test, seed=config.seed)
     model, preprocessing, own = build(config, full, skip)
+    threads, load = choose_threads(zoo.multiply_adds(model) * config.batch_size), environment.load_average()
     prepare(model)
     regularize_weights(config, model)
     validation = None
@@ -329,7 +331,7 @@ def train(
     log(
         f"{config.model} on {dataset.name} ({dataset.source}): {len(dataset.x_train):,} training and "
         f"{len(dataset.x_test):,} test images, {len(dataset.classes)} classes; {backend}, "
-        f"{count_parameters(model):,} trainable parameters; run folder {folder}"
+        f"{count_parameters(model):,} trainable parameters, {threads} thread{'s' * (threads > 1)}; run folder {folder}"
     )
     # Before training goes on from a checkpoint the model has its initial weights, in a resumed run too.
     compared = dataset.x_test[:COMPARED_IMAGES]
@@ -407,6 +409,8 @@ def train(
         "seconds_to_first_step": history.seconds_to_first_step,
         "compile_seconds": history.compile_seconds,
         "peak_memory_bytes": environment.peak_memory_bytes(),
+        "threads": threads,
+        "load_average": load,
         "parameters": count_parameters(model),
         "seed": config.seed,
         "weights_sha256": sha256(folder / "weights.npz"),

@@ -1,4 +1,4 @@
-"""The folder of a run: made and held before anything is read, so that no two runs share one; what a run resumes from."""
+"""The folder of a run: made and held before data are read, so that no two runs share one; what a run resumes from."""
 
 import contextlib
 import dataclasses

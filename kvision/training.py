@@ -453,9 +453,9 @@ def fit(
             training (of a `WeightAverage`, not the average), and at the end the final ones.
         metrics: Keras metrics of integer labels (n,) and logits (n, classes), such as
             `keras.metrics.SparseTopKCategoricalAccuracy(5)`; scored on all images that are.
-        checkpoint: folder of the run's checkpoints, or the `Checkpoints` themselves, see `kvision.checkpoints`. Where it has one, the run goes on from
-            the newest and ends with the weights of an uninterrupted run: to the bit on the same backend, within
-            rounding on another. With it SIGTERM and Ctrl-C are heard between two steps.
+        checkpoint: folder of the run's checkpoints, or the `kvision.checkpoints.Checkpoints` themselves. Where it has
+            one, the run goes on from the newest and ends with the weights of an uninterrupted run: to the bit on the
+            same backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C are heard between two steps.
         checkpoint_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes
             one in any case.
         keep: how many checkpoints are kept, the newest, where `checkpoint` is a folder.

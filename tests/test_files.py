@@ -235,7 +235,7 @@ def test_the_model_of_a_power_cut_finds_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("kind", ["npz", "pth", "h5", "safetensors", "json"])
 def test_nobody_elses_file_is_touched(tmp_path, kind):
-    """Neither a file beside the target with a likely temporary name, nor what a link there or at the target leads to."""
+    """Neither a file with a likely temporary name, nor what a link there or at the target leads to."""
     write, _ = WRITERS[kind]
     write(tmp_path)
     (name,) = content(tmp_path)
@@ -298,9 +298,8 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path):
     finally:
         holder.kill()
         holder.communicate()
-    with files.locked(tmp_path):
-        with pytest.raises(FolderInUseError, match=f"process {os.getpid()}"):
-            files.locked(tmp_path).__enter__()
+    with files.locked(tmp_path), pytest.raises(FolderInUseError, match=f"process {os.getpid()}"):
+        files.locked(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
 
 

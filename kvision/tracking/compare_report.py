@@ -108,12 +108,13 @@ def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
     first, *others = ranked
     count = first.get("runs") or 1
     text = f"{'Fastest here' if others else 'Timed alone'}: {first['backend']}, "
-    text += f"{fixed(first['images_per_second'], ',.0f')} images/s ({f'median of {count} runs' if count > 1 else 'one run'})"
+    text += f"{fixed(first['images_per_second'], ',.0f')} images/s "
+    text += f"(median of {count} runs)" if count > 1 else "(one run)"
     ratios = [f"{first['images_per_second'] / row['images_per_second']:.2g} times {row['backend']}" for row in others]
     text += f", {' and '.join(ratios)}" if ratios else ""
-    if others and (near := others[0].get("images_per_second_range")) and first.get("images_per_second_range"):
-        if near[1] >= first["images_per_second_range"][0]:
-            text += f", though its runs and those of {others[0]['backend']} overlap"
+    ranges = [row.get("images_per_second_range") for row in ranked[:2]]
+    if others and all(ranges) and ranges[1][1] >= ranges[0][0]:
+        text += f", though its runs and those of {others[0]['backend']} overlap"
     for key, what, write in (
         ("peak_memory_bytes", "the least memory", size),
         ("seconds_to_first_step", "the shortest start", _seconds),
@@ -124,7 +125,7 @@ def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
             text += f"; {what}: {least['backend']}, {write(least[key])}"
     loads = [row["load_average"] for row in ran if finite(row.get("load_average")) is not None]
     if cores and loads and max(loads) > cores / 2:
-        text += f"; the machine was busy (load {max(loads):.1f} on {cores} cores): measure again with --runs 3 when it is not"
+        text += f"; the machine was busy (load {max(loads):.1f} on {cores} cores), so measure again when it is not"
     return f"{text}."
 
 
@@ -249,9 +250,9 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
     Args:
         folder: created where missing. The page is written whole or not at all.
         comparison: what `compare.json` holds: command, app, arguments (a list), hardware (a dictionary),
-            checks (each with name, value, limit, passed), advice (a sentence) and rows, one a backend. A row has backend, status
-            ("ok", "not installed" or "failed"), reason, and where it ran the figures named in `COLUMNS`,
-            weights_sha256, versions, history (see `write_report`) and step_losses, the losses of the first
+            checks (each with name, value, limit, passed), advice (a sentence) and rows, one a backend. A row has
+            backend, status ("ok", "not installed" or "failed"), reason, and where it ran the figures named in
+            `COLUMNS`, weights_sha256, versions, history (see `write_report`) and step_losses, the losses of the first
             steps. Any figure may be missing or None.
 
     Returns:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kvision.files import write_text
 from kvision.tracking import page
 from kvision.tracking.charts import MOST_COUNTED, check_confusion, line_chart, matrix_chart
-from kvision.files import write_text
 from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
 
 # What the other parts of the page show already; every other entry of a result is listed at its end.
