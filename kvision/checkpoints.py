@@ -220,6 +220,11 @@ class Checkpoints:
         return State(batches=batches)
 
 
+def _other_run(path: Path, what: str) -> OtherRunError:
+    text = "no run can go on from it but one that is the same: make this one so, or start a new one in another folder"
+    return OtherRunError(str(refusal(path, f"{what}; {text}")))
+
+
 def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tuple[dict, dict[str, np.ndarray], State]:
     """The variables by the keys of a checkpoint, its arrays, and its state, all checked."""
     with Archive(path) as archive:
@@ -243,29 +248,27 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
     if differing:
         theirs, ours = (listed([f"{name} {of[name]}" for name in differing], 5) for of in (other, configuration))
         text = f"is of a run with {theirs}; this run has {ours}"
-        raise OtherRunError(str(refusal(path, f"{text}: give it the same, or start a new run in another folder")))
+        raise _other_run(path, text)
     variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
     best = {key: arrays[key] for key in _named("best", model.variables) if key in arrays}
     stored = {key for key in arrays if not key.startswith(("best/", "callbacks/"))}
     if different := sorted(stored ^ set(variables)):
         whose = "that network" if different[0] in stored else "this one"
-        raise refusal(
-            path, f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
-        )
+        text = f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
+        raise _other_run(path, text)
     for key, variable in variables.items():
         shape, kind = tuple(variable.shape), {"f": "f", "b": "b"}.get(variable.dtype[0], "iu")
         if arrays[key].shape != shape or arrays[key].dtype.kind not in kind:
-            raise refusal(path, f"{key} is {arrays[key].dtype} {arrays[key].shape}, not {variable.dtype} {shape}")
+            text = f"{key} is {arrays[key].dtype} {arrays[key].shape}, not {variable.dtype} {shape}"
+            raise _other_run(path, text)
         if kind == "iu":
             # The states of generators are uint32, int64 or int32, by backend; each holds numbers below 2**31.
             arrays[key] = arrays[key].astype(variable.dtype)
     if batches is not None and state.batches != tuple(batches):
-        raise refusal(
-            path,
-            f"is of a run with (steps an epoch, images a step) {state.batches}; this run has {tuple(batches)}",
-        )
+        text = f"is of a run with (steps an epoch, images a step) {state.batches}; this run has {tuple(batches)}"
+        raise _other_run(path, text)
     if (names := [name for name, _ in state.callbacks]) != list(callbacks):
-        raise refusal(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
+        raise _other_run(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
     if best:
         state.best = list(best.values())
     return variables, arrays, state

@@ -39,8 +39,8 @@ class Children:
     """Runs child processes while it is entered. `run` may be called from several threads.
 
     SIGINT, SIGTERM and SIGHUP to this process become SIGTERM to the children; those that have not ended after `GRACE`
-    seconds, or at a second signal, are killed. Then `run`, and the context's end at the latest, raises `StoppedError`.
-    Only the main thread can listen: entered in another, the children have their time limit alone.
+    seconds, or at a Ctrl-C after the first signal, are killed. Then `run`, and the context's end at the latest, raises
+    `StoppedError`. Only the main thread can listen: entered in another, the children have their time limit alone.
     """
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Children:
 
     def _heard(self, number: int, _) -> None:
         # Nothing is raised here: between a process's start and its first line below it would be nobody's.
-        self._hurry = self._stop is not None
+        self._hurry = self._hurry or (self._stop is not None and number == signal.SIGINT)
         self._stop = self._stop or number
 
     def run(self, words: Sequence[str], environment: Mapping[str, str], log: Path, limit: float | None = None) -> int:

@@ -159,6 +159,8 @@ def compare(
         raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(sorted(unknown))}")
     if runs < 1:
         raise UsageError(f"--runs must be at least 1, got {runs}")
+    if limit is not None and not limit > 0:
+        raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: expected a new or an empty folder")
     make_folder(out)

@@ -109,12 +109,14 @@ def identity(config, dataset: Dataset) -> dict[str, object]:
     Args:
         dataset: what is trained on, after the choice of images.
     """
-    flags_of = {f"--{name.replace('_', '-')}": value for name, value in vars(config).items() if name not in FREE}
+    flags_of: dict[str, object] = {
+        f"--{name.replace('_', '-')}": value for name, value in vars(config).items() if name not in FREE
+    }
     if config.weights is not None and Path(config.weights).is_file():
-        flags_of["--weights"] = f"sha256 {sha256(config.weights)}"  # wherever it lies now
+        flags_of["--weights"] = f"sha256 {sha256(config.weights)[:16]}"  # wherever it lies now
     labels = np.ascontiguousarray(dataset.y_train, np.int64)
     return flags_of | {
         "data set": dataset.name,
         "training images": len(labels),
-        "their labels": f"sha256 {hashlib.sha256(labels).hexdigest()}",
+        "their labels": f"sha256 {hashlib.sha256(labels).hexdigest()[:16]}",
     }

@@ -39,6 +39,8 @@ def compare(
         kvision.children.StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The children have ended.
     """
     check(question)
+    if limit is not None and not limit > 0:
+        raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
     if unknown := [backend for backend in backends if backend not in FLOORS]:
         raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(unknown)}")
     present = [backend for backend in dict.fromkeys(backends) if installed(backend)]

@@ -35,7 +35,7 @@ COLUMNS = (
     ("peak", "memory", "peak_memory_bytes", size),
     ("training", "time", "train_seconds", _seconds),
     ("range of", "images/s", "images_per_second_range", _range),
-    ("", "threads", "threads", lambda value: fixed(value, "d")),
+    ("", "threads", "threads", lambda value: fixed(value, ".0f")),
     ("load at", "its start", "load_average", lambda value: fixed(value, ".1f")),
 )
 
