@@ -14,6 +14,8 @@ import numpy as np
 from kvision import flags
 from kvision.data import Dataset
 from kvision.files import LOCK, locked, make_folder, new_folder, remove_temp_files, sha256, write_json
+from kvision.weights.archive import Archive, WeightsError, digest
+from kvision.weights.npz import MANIFEST
 
 FILES = ("config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "report.html")
 # Flags that a run may change where it is resumed: they name a place, or say how fast, how far and how often, and the
@@ -103,6 +105,19 @@ def stored_config(default, given: Mapping[str, object]):
     return config
 
 
+def _digest_of(path: str) -> str:
+    """The sha256 of a weights file's arrays; of its bytes, where it is no `.npz`.
+
+    Its manifest is left out: it states the score on a backend, and a run may go on under another.
+    """
+    try:
+        with Archive(path) as archive:
+            rows = [f"{key} {digest(archive.read(key))}" for key in sorted(archive.members) if key != MANIFEST]
+    except WeightsError:
+        return sha256(path)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
 def identity(config, dataset: Dataset) -> dict[str, object]:
     """What decides the numbers of a run, for its checkpoints: the flags by name, the training images, the weights file.
 
@@ -113,7 +128,7 @@ def identity(config, dataset: Dataset) -> dict[str, object]:
         f"--{name.replace('_', '-')}": value for name, value in vars(config).items() if name not in FREE
     }
     if config.weights is not None and Path(config.weights).is_file():
-        flags_of["--weights"] = f"sha256 {sha256(config.weights)[:16]}"  # wherever it lies now
+        flags_of["--weights"] = f"sha256 {_digest_of(config.weights)[:16]}"  # wherever it lies now
     labels = np.ascontiguousarray(dataset.y_train, np.int64)
     return flags_of | {
         "data set": dataset.name,

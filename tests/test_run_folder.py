@@ -20,6 +20,7 @@ from kvision.engine import threads
 from kvision.files import FolderInUseError, locked
 from kvision.flags import UsageError
 from kvision.run import Config, command
+from kvision.weights import save
 from tests.drawn import write_shapes
 from tests.test_files import HOLDER, tiny_model
 from tests.test_resume import act_in_app
@@ -180,6 +181,23 @@ def test_every_flag_is_in_the_digest_or_free(images):
     assert free <= known
     found = {name.replace("_", "-") for name in run_folder.identity(config, dataset) if name.startswith("--")}
     assert found == known - free
+
+
+def test_a_weights_file_counts_by_its_arrays(images, tmp_path):
+    """Neither its place nor its manifest, which a resumed stage of another backend writes anew, makes another run."""
+    dataset, _ = run.read_data(Config(data=images), ("shapes10",))
+    model, _ = tiny_model()
+
+    def of(name, **stated):
+        save(model, tmp_path / name, **stated)
+        return run_folder.identity(Config(weights=str(tmp_path / name)), dataset)
+
+    first = of("a.npz", accuracy={"jax": 0.5})
+    assert of("b.npz", accuracy={"torch": 0.6}) == first
+    model.layers[-1].bias.assign([1.0, 2.0])
+    assert of("a.npz") != first
+    (tmp_path / "c.pth").write_bytes(b"x")
+    assert run_folder.identity(Config(weights=str(tmp_path / "c.pth")), dataset)["--weights"].startswith("sha256 2d71")
 
 
 def test_a_checkpoint_without_a_configuration_is_taken(tmp_path):
