@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import itertools
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from kvision.files import FolderInUseError
 from kvision.tracking.page import document
 from kvision.weights import WeightsError, archive, hdf5, pth, safetensors
 
+ROOT = Path(__file__).parent.parent
 ARRAYS = {"a/kernel": np.arange(60_000, dtype=np.float32).reshape(300, 200), "a/bias": np.zeros(4, np.float32)}
 
 
@@ -269,14 +269,23 @@ def test_names_as_long_as_they_may_be(tmp_path):
 # Folders and their locks
 
 
-def make_one(_, parent):
-    return str(files.new_folder(parent / f"run-{number}" for number in range(100)))
+FOLDERS = """
+import multiprocessing, pathlib, sys
+from kvision.files import new_folder
+
+def make(_):
+    return str(new_folder(pathlib.Path(sys.argv[1]) / f"run-{number}" for number in range(100)))
+
+with multiprocessing.get_context("fork").Pool(8) as pool:
+    print(*pool.map(make, range(40), chunksize=1))
+"""
 
 
 def test_a_name_is_given_once(tmp_path):
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        folders = pool.starmap(make_one, [(i, tmp_path / "runs") for i in range(40)], chunksize=1)
-    assert sorted(folders) == sorted(str(tmp_path / "runs" / f"run-{number}") for number in range(40))
+    """In a process of its own, as a backend's threads are not to be forked."""
+    words = [sys.executable, "-c", FOLDERS, str(tmp_path / "runs")]
+    found = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert sorted(found) == sorted(str(tmp_path / "runs" / f"run-{number}") for number in range(40))
 
 
 HOLDER = """
@@ -290,7 +299,9 @@ with locked(pathlib.Path(sys.argv[1])):
 
 def test_a_folder_is_held_until_its_process_ends(tmp_path):
     """The message names the process; SIGKILL frees the folder, and what it left of the lock is no obstacle."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(FolderInUseError, match=f"{tmp_path} is in use by process {holder.pid},"):
