@@ -30,11 +30,15 @@ class FolderInUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write, seekable, which is at `path` only once everything is written and on the disk.
 
     It is made beside the target under a name that is nobody's, and moved there at the end; after any error the target
     is what it was, and nothing else is left. A link at `path` is replaced, not followed.
+
+    Args:
+        sync: false does not wait for the disk (some milliseconds, twice): for what is written again and again, and made
+            anew from something else. A killed process leaves it whole all the same, a power cut may leave it empty.
 
     Raises:
         OSError: the system refuses, or `path` is a device, a pipe or a folder; its `filename` is `path`.
@@ -54,13 +58,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             with os.fdopen(handle, "w+b") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to report
                 os.unlink(temporary)
             raise
-        sync_folder(folder)
+        if sync:
+            sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -94,28 +100,34 @@ def sync_folder(folder: str | os.PathLike) -> None:
                 raise
 
 
-def write_text(path: str | os.PathLike, text: str) -> Path:
+def write_text(path: str | os.PathLike, text: str, sync: bool = True) -> Path:
     """Write text as UTF-8, whole or not at all, into a folder that is made where it is missing; the path.
+
+    Args:
+        sync: as for `atomic_write`.
 
     Raises:
         OSError: the system refuses; its `filename` is `path`.
     """
     path = Path(path)
     make_folder(path.parent)
-    with atomic_write(path) as file:
+    with atomic_write(path, sync) as file:
         # A folder name that is not UTF-8 reaches Python as lone surrogates, which no encoder takes.
         file.write(text.encode("utf-8", "backslashreplace"))
     return path
 
 
-def write_json(path: str | os.PathLike, content) -> Path:
+def write_json(path: str | os.PathLike, content, sync: bool = True) -> Path:
     """Write plain data as JSON, whole or not at all; the path.
+
+    Args:
+        sync: as for `atomic_write`.
 
     Raises:
         ValueError: a number that JSON does not have (infinity, not a number).
         OSError: the system refuses; its `filename` is `path`.
     """
-    return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", sync)
 
 
 def make_folder(folder: str | os.PathLike, exist_ok: bool = True) -> None:

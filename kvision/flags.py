@@ -1,6 +1,7 @@
 """A dataclass is the configuration language: every field is a flag, every bad value one clear line."""
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -115,6 +116,17 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _tell(line: str) -> None:
+    """Print to stderr, unless the terminal has gone, which must not change the exit code."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # what is still to be written there would fail at the process's end
+            os.dup2(nowhere, stream)
+
+
 def guard(
     prog: str,
     run: Callable[[], int | None],
@@ -138,8 +150,8 @@ def guard(
         print(f"{prog}: {file}{error.strerror or error}", file=sys.stderr)
         return 2
     except saved as stop:
-        print(f"\n{prog}: {stop}", file=sys.stderr)
+        _tell(f"\n{prog}: {stop}")
         return SAVED
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        _tell(f"\n{prog}: stopped; --resume goes on from the last checkpoint")
         return 130

@@ -343,10 +343,12 @@ def train(
             log(f"{checkpoints.folder} has no checkpoint: the run starts from its beginning")
     store_config(config, folder)
 
-    def on_epoch(history: training.History) -> None:
+    def on_epoch(history: training.History, sync: bool = False) -> None:
+        # Not synced within the run: a resumed one writes both anew from its checkpoint.
         try:
-            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
-            write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs), sync)
+            trace = {"initial_logits": initial_logits, "step_losses": history.step_losses}
+            write_json(folder / "trace.json", trace, sync)
         except OSError as error:
             text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume goes on from them"
             raise OSError(error.errno, text, error.filename) from None
@@ -370,7 +372,7 @@ def train(
         checkpoint_every=config.checkpoint_every,
         on_epoch=on_epoch,
     )
-    on_epoch(history)
+    on_epoch(history, sync=True)
     # Epochs, checkpoints, manifest and confusions are of each image alone, so that they say what one answer is worth.
     engine = floors.create(model)
     logits = training.predict(engine, dataset.x_test, preprocessing)

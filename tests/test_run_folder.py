@@ -249,3 +249,36 @@ def test_the_terminal_may_go(start, monkeypatch, capsys):
     assert start("--out", "here") == 75
     assert "stopped by SIGHUP after step 2 and saved as here/checkpoints/step-00000002.npz" in capsys.readouterr().err
     assert start("--out", "here", "--resume", words=()) == 0
+
+
+GONE = """
+import sys, time
+from kvision.flags import guard
+from kvision.interruption import Interrupted, Interruption
+
+def run():
+    with Interruption() as interruption:
+        print("ready", flush=True)
+        while not interruption.heard:
+            time.sleep(0.01)
+        raise Interrupted(f"stopped by {interruption.heard} and saved")
+
+sys.exit(guard("app", run, (), Interrupted))
+"""
+
+
+def test_the_exit_code_does_not_need_the_terminal():
+    """What a run says last has nowhere to go; the kernel sends SIGHUP as the terminal's window closes."""
+    pty = pytest.importorskip("pty")
+    controller, terminal = pty.openpty()
+    words = [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{GONE}"]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **streams)
+    try:
+        os.close(terminal)
+        assert b"ready" in os.read(controller, 100)
+        os.close(controller)
+        assert process.wait(30) == flags.SAVED
+    finally:
+        process.kill()
+        process.wait()
