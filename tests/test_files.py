@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -228,6 +229,16 @@ def test_the_model_of_a_power_cut_finds_what_is_missing(tmp_path):
     assert {new: b""} not in every_cut(calls, {old: b"o"}) and {} in every_cut(calls, {old: b"o"})
     calls.insert(4, ("fsync", str(tmp_path)))
     assert {} not in every_cut(calls, {old: b"o"})
+
+
+def test_the_bytes_of_an_h5_do_not_depend_on_the_time(tmp_path):
+    """HDF5 keeps the time of a group that keeps its order, to the second."""
+    hdf5.write(tmp_path / "a.h5", ARRAYS)
+    first = int(time.time())
+    while int(time.time()) == first:
+        time.sleep(0.01)
+    hdf5.write(tmp_path / "b.h5", ARRAYS)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
 # Neighbours

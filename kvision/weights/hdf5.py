@@ -82,6 +82,16 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _new_file(image: io.BytesIO) -> h5py.File:
+    """A file that keeps the order of its groups and not the time of its making: same arrays, same bytes."""
+    creation, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_obj_track_times(False)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
+    return h5py.File(h5py.h5f.create(b"image", h5py.h5f.ACC_TRUNC, creation, access))
+
+
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays by "layer/variable" for `model.load_weights(path, by_name=True)`, whole or not at all.
 
@@ -98,7 +108,7 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
             raise refusal(path, f"not written: {listed([key])} is no layer/variable")
         layers.setdefault(layer, {})[leaf] = array
     image = io.BytesIO()  # HDF5 writes here and there in a file, and what it makes of a disk's error is its own
-    with h5py.File(image, "w", track_order=True) as file:
+    with _new_file(image) as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
         for layer, variables in layers.items():
