@@ -138,14 +138,19 @@ def make_folder(folder: str | os.PathLike, exist_ok: bool = True) -> None:
         OSError: the system refuses.
     """
     folder = Path(folder)
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing[1:]):
-        place.mkdir(exist_ok=True)
-        sync_folder(place.parent)
-    if exist_ok and folder.is_dir():
-        return
-    folder.mkdir(exist_ok=exist_ok)
-    sync_folder(folder.parent)
+    while True:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            for place in reversed(missing[1:]):
+                place.mkdir(exist_ok=True)
+                sync_folder(place.parent)
+            if not (exist_ok and folder.is_dir()):
+                folder.mkdir(exist_ok=exist_ok)
+                sync_folder(folder.parent)
+            return
+        except FileNotFoundError:  # another process has removed one that it had made, empty
+            if folder.parent.exists():
+                raise
 
 
 def new_folder(names: Iterable[str | os.PathLike]) -> Path:

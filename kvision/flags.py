@@ -143,11 +143,11 @@ def guard(
     try:
         return run() or 0
     except (UsageError, *errors) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"{prog}: {' '.join(str(error).split())}")
         return 2
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: {file}{error.strerror or error}", file=sys.stderr)
+        _tell(f"{prog}: {file}{error.strerror or error}")
         return 2
     except saved as stop:
         _tell(f"\n{prog}: {stop}")

@@ -30,28 +30,24 @@ FREE = {
 def run_folder(config) -> Iterator[Path]:
     """The folder of a run, which is this process's alone until the context ends.
 
-    It is `--out`, new or empty unless the run is resumed, or one that is made below runs/ under the next free name. A
-    folder that was made here and is empty at the end is removed.
+    It is `--out`, new or empty unless the run is resumed, or one made below runs/ under the next free name. What
+    was made here and is empty at the end is removed.
 
     Raises:
         flags.UsageError: `--out` is a file, or a folder that holds something and the run is not resumed.
         kvision.files.FolderInUseError: another process runs in it.
         OSError: it cannot be made.
     """
-    made = False
+    folder = Path("runs" if config.out is None else config.out)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     if config.out is None:
         stem = f"{config.app}-{config.model}-{keras.backend.backend()}"
-        folder, made = (
-            new_folder(Path("runs") / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000)))),
-            True,
-        )
-    else:
-        folder = Path(config.out)
-        if folder.exists() and not folder.is_dir():
-            raise flags.UsageError(f"--out {folder} is a file; expected a new or an empty folder")
-        if not config.resume:
-            made = not folder.exists()
-            make_folder(folder)
+        folder = new_folder(folder / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))))
+        made.insert(0, folder)
+    elif folder.exists() and not folder.is_dir():
+        raise flags.UsageError(f"--out {folder} is a file; expected a new or an empty folder")
+    elif not config.resume:
+        make_folder(folder)
     try:
         with locked(folder):
             if not config.resume and any(path.name != LOCK for path in folder.iterdir()):
@@ -60,9 +56,9 @@ def run_folder(config) -> Iterator[Path]:
                 )
             yield folder
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # it holds the run
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # the first that holds something ends it
+            for place in made:
+                place.rmdir()
 
 
 def sweep(folder: Path) -> None:

@@ -109,14 +109,14 @@ def test_a_folder_that_a_killed_run_left_empty_is_free(start):
     assert start("--out", "here") == 0
 
 
-@pytest.mark.parametrize("out", [None, "here"])
+@pytest.mark.parametrize("out", [None, "here", "above/here"])
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     config = Config(out=out)
     with pytest.raises(UsageError, match="no data"), run_folder.run_folder(config) as folder:
         assert folder.is_dir()
         raise UsageError("no data")
-    assert not list(tmp_path.rglob("softmax*")) and not (tmp_path / "here").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
@@ -258,7 +258,7 @@ from kvision.interruption import Interrupted, Interruption
 
 def run():
     with Interruption() as interruption:
-        print("ready", flush=True)
+        print("ready", flush=True)  # in one piece, which has gone when its end has come
         while not interruption.heard:
             time.sleep(0.01)
         raise Interrupted(f"stopped by {interruption.heard} and saved")
@@ -276,7 +276,9 @@ def test_the_exit_code_does_not_need_the_terminal():
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **streams)
     try:
         os.close(terminal)
-        assert b"ready" in os.read(controller, 100)
+        said = b""
+        while not said.endswith(b"\n"):
+            said += os.read(controller, 100)
         os.close(controller)
         assert process.wait(30) == flags.SAVED
     finally:
