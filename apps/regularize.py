@@ -36,7 +36,7 @@ from pathlib import Path
 import keras
 
 from kvision import engine as floors
-from kvision import files, flags, optimizers, run, training
+from kvision import evaluation, files, flags, optimizers, run, training
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
 from kvision.random import key
@@ -200,7 +200,7 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     scored = {
         f"{which}_{figure}": value
         for which, (images, labels) in (("train", train), ("test", test))
-        for figure, value in classification.score(training.predict(engine, images, preprocessing), labels).items()
+        for figure, value in classification.score(evaluation.predict(engine, images, preprocessing), labels).items()
     }
     gap = scored["train_accuracy"] - scored["test_accuracy"]
     log(f"{name}: train {scored['train_accuracy']:.2%}, test {scored['test_accuracy']:.2%}, gap {100 * gap:.2f} points")

@@ -28,7 +28,7 @@ import numpy as np
 
 from apps.cifar10 import DATASETS, RECIPES
 from docs.update import put
-from kvision import engine, flags, training, zoo
+from kvision import engine, evaluation, flags, training, zoo
 from kvision.data.batches import FIELDS, Augmentation, Batches
 from kvision.data.views import VIEWS
 from kvision.engine.pictures import Pictures
@@ -202,8 +202,8 @@ class Course:
         """Logits of the test images: of all alone, and of the least sure ones the mean over their views."""
         views = VIEWS[self.recipe.views]
         if self.unsure == 1:
-            return training.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.views)
-        logits = training.predict_pictures(self.engine, self.test, TEST_BATCH)
+            return evaluation.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.views)
+        logits = evaluation.predict_pictures(self.engine, self.test, TEST_BATCH)
         count = max(1, round(self.unsure * len(logits)))
         unsure = np.argpartition(log_probabilities(logits).max(axis=-1), count - 1)[:count].astype(np.int32)
         moved = [view for view in views if view[1:] != (0, False)]  # the image alone is known
@@ -225,7 +225,7 @@ class Course:
         trained = time.perf_counter()
         logits = self.test_logits()
         ended = time.perf_counter()
-        alone = training.predict_pictures(self.engine, self.test, TEST_BATCH)
+        alone = evaluation.predict_pictures(self.engine, self.test, TEST_BATCH)
         return {
             "seed": seed,
             "seconds": ended - started,

@@ -4,7 +4,7 @@ Keras calls the hooks from `Model.fit`; here they hear the same, in the same ord
 calls `on_train_begin`, puts each callback's state back, and does not begin an epoch a second time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -60,21 +60,53 @@ def _overrides(callback, hook: str) -> bool:
     return own or getattr(type(callback), hook) is not getattr(keras.callbacks.Callback, hook)
 
 
+class TrainingMetrics(keras.callbacks.Callback):
+    """Begins metrics anew with each epoch; their state is part of a checkpoint."""
+
+    def __init__(self, metrics: Sequence):
+        super().__init__()
+        self.variables = [variable for metric in metrics for variable in metric.variables]
+        self.metrics = metrics
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for metric in self.metrics:
+            metric.reset_state()
+
+    def get_state(self) -> dict:
+        return {"values": [np.array(keras.ops.convert_to_numpy(variable.value)) for variable in self.variables]}
+
+    def set_state(self, state: dict) -> None:
+        for variable, value in zip(self.variables, state["values"], strict=True):
+            variable.assign(value)
+
+
 class Callbacks:
     """A run's callbacks, called together.
 
     Args:
         callbacks: Keras callbacks.
-        metrics: Keras metrics `update_state(labels, logits)`, of integer labels (n,) and logits (n, classes), NumPy
-            arrays both; updated once an epoch on the images that are scored.
-        model: `model.optimizer` is set where there are callbacks, and `model.stop_training` is false.
+        metrics: Keras metrics `update_state(labels, logits)`, of integer labels (n,) and logits (n, classes). The
+            engine updates them in every step; `measure` does on images that are scored.
+        model: where there are callbacks it is compiled with the optimizer and the loss, as what Keras's callbacks save
+            shall have both, and `model.stop_training` is false.
+        loss: None leaves the model as it is compiled.
+
+    Attributes:
+        given: whether the caller has callbacks.
 
     Raises:
-        ValueError: two metrics of one name, or one with a name that a run gives itself.
+        ValueError: two metrics of one name, or one with a name that a run gives itself; `BackupAndRestore`.
     """
 
-    def __init__(self, callbacks: Sequence, metrics: Sequence, model: keras.Model, optimizer):
+    def __init__(
+        self, callbacks: Sequence, metrics: Sequence, model: keras.Model, optimizer, loss: Callable | None = None
+    ):
         self.callbacks, self.metrics, self.model = list(callbacks), list(metrics), model
+        if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
+            raise ValueError(
+                "BackupAndRestore keeps no optimizer and no place in an epoch: give fit(checkpoint=FOLDER) instead, "
+                "which goes on to the bit"
+            )
         names = [metric.name for metric in self.metrics]
         if len({*names, "loss", "accuracy"}) != len(names) + 2:
             raise ValueError(f"metrics want names of their own, other than loss and accuracy; got {', '.join(names)}")
@@ -82,8 +114,11 @@ class Callbacks:
         waiting = [callback for callback in self.callbacks if getattr(callback, "save_freq", None) != "epoch"]
         self.batches = any(_overrides(callback, hook) for callback in waiting for hook in BATCH_HOOKS)
         self._first: list[dict] = []
-        if self.callbacks:
-            model.optimizer = optimizer
+        self.given = bool(self.callbacks)
+        if self.given and loss is not None:
+            model.compile(optimizer, loss, metrics=self.metrics, auto_scale_loss=False)
+        if self.metrics:
+            self.callbacks.insert(0, TrainingMetrics(self.metrics))
         self.stop = False
 
     @property
@@ -117,6 +152,10 @@ class Callbacks:
         for callback, state in zip(self.callbacks, states, strict=False):
             _restore(callback, state)
 
+    def overrides(self, hook: str) -> bool:
+        """Whether a callback has this hook."""
+        return any(_overrides(callback, hook) for callback in self.callbacks)
+
     def call(self, hook: str, *arguments, logs: dict | None = None) -> None:
         """Call a hook of every callback; they share `logs`, and may add to it."""
         logs = {} if logs is None else logs
@@ -135,14 +174,16 @@ class Callbacks:
             found.append({name: value for name, value in now.items() if not _equal(value, first.get(name, MISSING))})
         return found
 
-    def measure(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def results(self) -> dict[str, float]:
         """The metrics by name."""
-        found = {}
+        return {metric.name: float(keras.ops.convert_to_numpy(metric.result())) for metric in self.metrics}
+
+    def measure(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics of other images by name; what they saw before is lost."""
         for metric in self.metrics:
             metric.reset_state()
             metric.update_state(labels, logits)
-            found[metric.name] = float(keras.ops.convert_to_numpy(metric.result()))
-        return found
+        return self.results()
 
 
 def _restore(callback, state: dict) -> None:
@@ -155,8 +196,13 @@ def _restore(callback, state: dict) -> None:
     vars(callback).update(state)
 
 
-def logs_of(row: dict, validation: str) -> dict[str, float]:
-    """A row of the history under Keras's names: val_loss, val_accuracy and so on are of the images `validation`."""
+def logs_of(row: dict, monitored: str, loss: float | None = None) -> dict[str, float]:
+    """A row of the history under Keras's names: val_loss, val_accuracy and so on are of the images `monitored`.
+
+    Args:
+        loss: val_loss, where it is not the row's cross-entropy.
+    """
     figures = {key: value for key, value in row.items() if key not in KERAS_HAS_NONE}
-    prefix = f"{validation}_"
-    return {f"val_{key.removeprefix(prefix)}" if key.startswith(prefix) else key: figures[key] for key in figures}
+    prefix = f"{monitored}_"
+    logs = {f"val_{key.removeprefix(prefix)}" if key.startswith(prefix) else key: figures[key] for key in figures}
+    return logs if loss is None else logs | {"val_loss": loss}

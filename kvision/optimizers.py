@@ -135,6 +135,10 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     def iterations(self):
         return self.inner.iterations
 
+    def finalize_variable_values(self, var_list):
+        """What the inner optimizer does after the last step, as with `use_ema`."""
+        self.inner.finalize_variable_values(var_list)
+
     def get_config(self):
         return {"inner": keras.saving.serialize_keras_object(self.inner)}
 
@@ -233,8 +237,8 @@ class Lookahead(OptimizerWrapper):
     first, and most of the slow weights at the end (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.4).
 
     The slow weights start as the variables are when the optimizer is built. Batch norm's running statistics are no
-    part of it: they stay those of the fast weights. After its last step `fit` leaves the slow weights in the model, as
-    Keras's own `fit` does; a run that ends before it leaves the fast ones.
+    part of it: they stay those of the fast weights. At its end `fit` leaves the slow weights in the model, as Keras's
+    own `fit` does.
 
     Args:
         total: the steps of the run.

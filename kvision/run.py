@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import flags, optimizers, regularizers, training, zoo
+from kvision import evaluation, flags, optimizers, regularizers, training, zoo
 from kvision.checkpoints import Checkpoints
 from kvision.data import DataError, Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
@@ -335,7 +335,7 @@ def train(
     )
     # Before training goes on from a checkpoint the model has its initial weights, in a resumed run too.
     compared = dataset.x_test[:COMPARED_IMAGES]
-    initial_logits = training.predict(floors.create(model), compared, preprocessing).tolist()
+    initial_logits = evaluation.predict(floors.create(model), compared, preprocessing).tolist()
     checkpoints = Checkpoints(folder / "checkpoints", configuration=identity(config, dataset))
     if config.resume:
         sweep(folder)
@@ -375,10 +375,10 @@ def train(
     on_epoch(history, sync=True)
     # Epochs, checkpoints, manifest and confusions are of each image alone, so that they say what one answer is worth.
     engine = floors.create(model)
-    logits = training.predict(engine, dataset.x_test, preprocessing)
+    logits = evaluation.predict(engine, dataset.x_test, preprocessing)
     scored, viewed = classification.score(logits, dataset.y_test), {}
     if config.views != "plain":
-        mean = training.predict(engine, dataset.x_test, preprocessing, views=config.views)
+        mean = evaluation.predict(engine, dataset.x_test, preprocessing, views=config.views)
         viewed = {f"views_{name}": value for name, value in classification.score(mean, dataset.y_test).items()}
     save(
         model,

@@ -15,11 +15,9 @@ from keras import ops
 from kvision import engine as floors
 from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
-from kvision.data.batches import FIELDS, Batches
-from kvision.data.preprocessing import Preprocessing
-from kvision.data.views import VIEWS
-from kvision.data.views import views as views_of
+from kvision.data.batches import Batches
 from kvision.engine.pictures import Pictures
+from kvision.evaluation import Scorer, evaluate
 from kvision.interruption import Interrupted, Interruption
 from kvision.optimizers import Lookahead, WeightAverage
 from kvision.regularizers.batch_norm import moments, recalibrate
@@ -76,63 +74,6 @@ class EarlyStopping:
     def over(self, epochs: list[dict]) -> bool:
         """Whether a run with this history ends here."""
         return bool(epochs) and len(epochs) - 1 - self.best(epochs) >= self.patience
-
-
-def predict(
-    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int = 500, views: str = "plain"
-) -> np.ndarray:
-    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
-
-    Args:
-        views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
-    """
-    batch_size = min(batch_size, len(images))
-    logits = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        missing = batch_size - len(batch)
-        if missing:
-            batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
-        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in views_of(batch, views))
-        logits.append(mean[: batch_size - missing])
-    return np.concatenate(logits).astype(np.float32)
-
-
-def predict_pictures(engine, pictures: Pictures, batch_size: int = 2000, views: str = "plain") -> np.ndarray:
-    """Logits (n, classes) of pictures on the device, in their order.
-
-    Args:
-        views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
-    """
-    batch_size, border = min(batch_size, pictures.count), pictures.border
-    count = math.ceil(pictures.count / batch_size)
-    numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
-    total = 0
-    for weight, move, mirrored in VIEWS[views]:
-        if abs(move) > border:
-            raise ValueError(f"views {views!r} move images by {abs(move)} pixels, their border has {border}")
-        draws = np.zeros((count, len(FIELDS), batch_size), np.int32)
-        draws[:, 0] = numbers.reshape(count, batch_size)
-        draws[:, 1:3] = border - move
-        draws[:, 3] = mirrored
-        logits = engine.predict_shown(pictures, draws)
-        total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
-    return total.astype(np.float32)
-
-
-class _Scorer:
-    """Logits of named sets of images, which lie on the device from their first scoring on where the others do."""
-
-    def __init__(self, engine, preprocessing: Preprocessing, on_device: bool):
-        self.engine, self.preprocessing = engine, preprocessing
-        self.held = {} if on_device else None
-
-    def __call__(self, name: str, images: np.ndarray) -> np.ndarray:
-        if self.held is None:
-            return predict(self.engine, images, self.preprocessing)
-        if name not in self.held:
-            self.held[name] = Pictures(Batches(images, np.zeros(len(images)), 1, 0, self.preprocessing))
-        return predict_pictures(self.engine, self.held[name])
 
 
 @dataclass
@@ -241,6 +182,7 @@ class _Run:
         # Of each step of the unfinished epoch; the newest losses and counts may still be on the device.
         self.losses, self.correct, self.durations = [], [], []
         self.first_program = None  # its seconds and steps
+        self.monitored_loss, self.logs = None, {}  # of the last epoch, for callbacks
         self._saved = None
 
     def start(self) -> None:
@@ -257,6 +199,13 @@ class _Run:
         self.callbacks.begin(
             {"verbose": 0, "epochs": self.epochs, "steps": self.batches.steps}, [kept for _, kept in state.callbacks]
         )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of what the unfinished epoch has shown."""
+        if self.callbacks.metrics:
+            self.engine.push()
+        return self.callbacks.results()
 
     @property
     def place(self) -> tuple[int, int]:
@@ -355,12 +304,42 @@ class _Run:
         return {
             "loss": float(np.mean(self.losses)),
             "accuracy": sum(self.correct) / (count * self.batches.batch_size),
+            **self.metrics,
         }
 
-    def end_epoch(self, row: dict, validation: str) -> None:
+    def score(self, sets: dict[str, tuple[np.ndarray, np.ndarray]], scorer: Scorer, monitored: str) -> dict:
+        """Loss, accuracy and metrics of named images and labels, as keys of an epoch's row.
+
+        Callbacks see an evaluation as Keras's, of the set that they go by: `monitored`.
+        """
+        row, self.monitored_loss = {}, None
+        if not sets:
+            return row
+        self.tell("on_test_begin")
+        for name, (images, labels) in sets.items():
+            logits = scorer(name, images)
+            result = score(logits, labels) | self.callbacks.measure(logits, labels)
+            del result["correct"]
+            row |= {f"{name}_{key}": value for key, value in result.items()}
+        if monitored in sets and self.callbacks.callbacks:
+            batches = self.batches
+            loss = evaluate(
+                self.engine, *sets[monitored], batches.preprocessing, batches.batch_size, self.tell_of_batch
+            )
+            self.monitored_loss = loss
+        logs = logs_of(row, monitored, self.monitored_loss)
+        self.tell("on_test_end", logs={key.removeprefix("val_"): logs[key] for key in logs if key.startswith("val_")})
+        return row
+
+    def tell_of_batch(self, hook: str, step: int, logs: dict | None = None) -> None:
+        """Call a hook of an evaluation's batches, where a callback has one."""
+        if self.callbacks.overrides(hook):
+            self.tell(hook, step, logs=logs)
+
+    def end_epoch(self, row: dict, monitored: str) -> None:
         """Put an epoch's row into the history."""
-        history = self.history
-        self.tell("on_epoch_end", len(history.epochs), logs=logs_of(row, validation))
+        history, self.logs = self.history, logs_of(row, monitored, self.monitored_loss)
+        self.tell("on_epoch_end", len(history.epochs), logs=dict(self.logs))  # callbacks add to theirs
         self.stopped = self.callbacks.stop
         history.step_losses += self.losses[: TRACED_STEPS - len(history.step_losses)]
         if history.compile_seconds is None and self.first_program is not None and self.durations:
@@ -448,11 +427,13 @@ def fit(
         also: further images and labels by name, scored together with the test images: "train" gives train_loss and
             train_accuracy.
         validation: the like, scored after every epoch; what `early_stopping` goes by.
-        callbacks: Keras callbacks. Their logs have loss and accuracy, and val_loss, val_accuracy and val_ with each
-            metric's name, of the validation images or, where there are none, the test images. They see the weights in
-            training (of a `WeightAverage`, not the average), and at the end the final ones.
+        callbacks: Keras callbacks. Their logs have loss, accuracy and each metric on the training images as shown, and
+            the same with val_ before it of the validation images or, where there are none, the test images; val_loss is
+            `loss` with its penalties, as Keras's. They see the weights in training (of a `WeightAverage`, not the
+            average), and at the end the final ones. The model is compiled with the optimizer and the loss for them.
         metrics: Keras metrics of integer labels (n,) and logits (n, classes), such as
-            `keras.metrics.SparseTopKCategoricalAccuracy(5)`; scored on all images that are.
+            `keras.metrics.SparseTopKCategoricalAccuracy(5)`; of the training images as shown, and of all images that
+            are scored. Of targets (n, classes) they see the largest.
         checkpoint: folder of the run's checkpoints, or the `kvision.checkpoints.Checkpoints` themselves. Where it has
             one, the run goes on from the newest and ends with the weights of an uninterrupted run: to the bit on the
             same backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C are heard between two steps.
@@ -469,8 +450,8 @@ def fit(
 
     Returns:
         The history; the optimizer holds the final state, and the model too: where the optimizer is a `WeightAverage` it
-        has the average instead, after the last step of a `Lookahead` the slow weights, and with `early_stopping` what
-        was scored after the best epoch.
+        has the average instead, of a `Lookahead` the slow weights, with Keras's `use_ema` its average, and with
+        `early_stopping` what was scored after the best epoch.
 
     Raises:
         DivergedError: the loss or a weight became infinite or not a number. No checkpoint was written after it.
@@ -480,22 +461,26 @@ def fit(
             one; the message says which is left.
         ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every`,
             `keep` or `steps_at_once` below 1; images on the device of batches that change what they show, such as
-            mixup's.
+            mixup's; a model or labels that the engine does not take; Keras's `BackupAndRestore`.
+        TypeError: an optimizer or a loss by name; batches of another kind.
     """
     if early_stopping and validation is None:
         raise ValueError("early stopping goes by validation images: give validation=")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    check_arguments(optimizer, loss, batches)
+    monitored = "test" if validation is None else "validation"
     optimizer.build(model.trainable_variables)
-    kind, engine = engine, floors.create(model, optimizer, loss, accumulate, engine)
+    engine = floors.create(model, optimizer, loss, accumulate, engine, metrics)
+    kind = "native" if hasattr(engine, "train_steps") else "keras"
     total = min(epochs * batches.steps, steps or math.inf)
     checkpoints = checkpoint
     if not isinstance(checkpoint, Checkpoints | None):
         checkpoints = Checkpoints(checkpoint, keep)
-    callbacks = Callbacks(callbacks, metrics, model, optimizer)
+    callbacks = Callbacks(callbacks, metrics, model, optimizer, loss if kind == "native" else None)
     pictures = _pictures(batches, images_on, kind)
     at_once = _at_once(batches.steps, steps_at_once, callbacks)
-    scorer = _Scorer(engine, batches.preprocessing, on_device=pictures is not None and floors.accelerated())
+    scorer = Scorer(engine, batches.preprocessing, on_device=pictures is not None and floors.accelerated())
     run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
@@ -522,17 +507,11 @@ def fit(
                 scored = {"test": test, **(also or {})} if (epoch + 1) % test_every == 0 else {}
                 scored = {name: pair for name, pair in {**scored, "validation": validation}.items() if pair is not None}
                 with average.inside(epoch) if average and scored else nullcontext():
-                    run.tell("on_test_begin")
-                    for name, (images, labels) in scored.items():
-                        logits = scorer(name, images)
-                        result = score(logits, labels)
-                        row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
-                        row |= {f"{name}_{key}": value for key, value in run.callbacks.measure(logits, labels).items()}
-                    run.tell("on_test_end")
+                    row |= run.score(scored, scorer, monitored)
                     if early_stopping and early_stopping.best([*history.epochs, row]) == epoch:
                         run.best = values(model.variables)
                 progress.close(describe(row, run.epochs))
-            run.end_epoch(row, "test" if validation is None else "validation")
+            run.end_epoch(row, monitored)
             if checkpoint_every is None or run.taken % checkpoint_every == 0:
                 run.save()
             on_epoch(history)
@@ -540,10 +519,37 @@ def fit(
         run.save()
     if run.best is not None:
         assign(model.variables, run.best)
-    elif average and history.epochs:
-        average.put(len(history.epochs) - 1)
-    run.callbacks.call("on_train_end")
+    else:
+        if average and history.epochs:
+            average.put(len(history.epochs) - 1)
+        optimizer.finalize_variable_values(model.trainable_variables)  # as Keras's own `fit` does after the last step
+    run.callbacks.call("on_train_end", logs=run.logs)
     return history
+
+
+def check_arguments(optimizer, loss, batches) -> None:
+    """Refuse what Keras's `fit` takes and this one does not.
+
+    Raises:
+        TypeError: a name for the optimizer or the loss; data that are no batches.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            f"expected an optimizer such as keras.optimizers.SGD(0.1), got {optimizer!r}; "
+            "keras.optimizers.get makes one of a name"
+        )
+    if not callable(loss):
+        raise TypeError(
+            f"expected a loss(labels, logits) such as kvision.tasks.classification.cross_entropy(), got {loss!r}; "
+            "keras.losses.get makes one of a name"
+        )
+    missing = [name for name in ("steps", "batch_size", "preprocessing", "epoch") if not hasattr(batches, name)]
+    if missing:
+        raise TypeError(
+            f"expected kvision.data.batches.Batches(images, labels, batch_size, seed, preprocessing), got "
+            f"{type(batches).__name__}: this fit takes uint8 images and labels in memory. For data of another kind "
+            "use keras.Model.fit"
+        )
 
 
 def _pictures(batches, images_on: str, engine: str) -> Pictures | None:

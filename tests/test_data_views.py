@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from kvision import training
+from kvision import evaluation, training
 from kvision.data.preprocessing import Preprocessing
 from kvision.data.views import VIEWS, views
 from kvision.layers import logits
@@ -61,12 +61,12 @@ def test_predictions_are_mean_logits(pictures, name):
     initialize(model, 0)
     engine, preprocessing = training.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
     images, _ = pictures(8, 5, 7)
-    found = training.predict(engine, images, preprocessing, 3, views=name)
+    found = evaluation.predict(engine, images, preprocessing, 3, views=name)
     expected = sum(
         weight * engine.predict(preprocessing(reference(images, place))).astype(np.float64)
         for place, weight in EXPECTED[name].items()
     )
     assert found.shape == (8, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    alone = training.predict(engine, images, preprocessing, 3)
+    alone = evaluation.predict(engine, images, preprocessing, 3)
     assert np.array_equal(found, alone) == (name == "plain")

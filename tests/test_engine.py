@@ -8,10 +8,10 @@ from keras import ops
 from kvision import engine, regularizers
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.graph import Graph
+from kvision.evaluation import predict
 from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
 from kvision.optimizers import make_optimizer
 from kvision.tasks.classification import cross_entropy
-from kvision.training import predict
 from tests.arrays import noise, value, values
 
 layers = keras.layers

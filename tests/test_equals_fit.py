@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from kvision import engine
+from kvision import engine, training
 from tests.arrays import value
 
 BACKEND = keras.backend.backend()
@@ -528,3 +528,113 @@ def test_a_program_trains_as_kerass_own_step_trains_it(name):
     before = program.build()
     moved = [abs(value(a) - value(b)).max() for a, b in zip(ours.weights, before.weights, strict=True)]
     assert max(moved) > 1e-3 or "overflows" in name, moved
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Muon", "LossScaleOptimizer"])
+def test_an_optimizer_stays_as_it_is_given(kind):
+    """After a step of the engine it is of the same class and has no method of its own."""
+    inner = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)
+    made = {"LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(inner)}.get(
+        kind, lambda: getattr(keras.optimizers, kind)(0.1, weight_decay=0.1)
+    )()
+    model = Program(head(relu)).build()
+    made.build(model.trainable_variables)
+    kinds = [type(one) for one in (made, inner)]
+    own = engine.create(model, made, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    own.train_step(np.ones((4, FEATURES), np.float32), np.arange(4, dtype=np.int32) % CLASSES)
+    own.push()
+    assert kinds == [type(one) for one in (made, inner)]
+    patched = {name for one in (made, inner) for name in vars(one) if callable(getattr(type(one), name, None))}
+    assert not patched
+
+
+def two_inputs():
+    inputs = [keras.Input((FEATURES,)) for _ in range(2)]
+    return keras.Model(inputs, layers.Dense(CLASSES)(layers.Add()(inputs)))
+
+
+def inputs_by_name():
+    inputs = keras.Input((FEATURES,), name="image")
+    return keras.Model({"image": inputs}, layers.Dense(CLASSES)(inputs))
+
+
+def outputs_by_name():
+    inputs = keras.Input((FEATURES,))
+    return keras.Model(inputs, {"logits": layers.Dense(CLASSES)(inputs)})
+
+
+class DictionaryOutputs(WithTraining):
+    def call(self, x, training=False):
+        return {"logits": super().call(x, training)}
+
+
+REFUSED_MODELS = {
+    "several inputs": (two_inputs, "with one input tensor, and .* has a list of 2 inputs. Train it with Keras's own"),
+    "inputs by name": (inputs_by_name, "with one input tensor, and .* has a dict of 1 inputs"),
+    "outputs by name": (
+        outputs_by_name,
+        "with a tensor, or a list of tensors, as output, and .* has a dict of 1 outputs",
+    ),
+    "outputs by name, in a call": (DictionaryOutputs, "return a tensor, or a list of tensors .* returned a dict"),
+    "not built": (lambda: keras.Sequential([layers.Dense(CLASSES)]), "is not built: build it first, by model.build"),
+    "no model": (lambda: layers.Dense(CLASSES), "expected a keras.Model, got a Dense"),
+}
+
+
+def first_of_outputs(labels, outputs):
+    main = engine.main_output(outputs)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, main)
+
+
+@pytest.mark.parametrize("name", REFUSED_MODELS)
+def test_a_model_that_is_not_taken_is_refused_in_a_line(name):
+    make, message = REFUSED_MODELS[name]
+    model, optimizer = make(), keras.optimizers.SGD(0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        if getattr(model, "built", False):
+            optimizer.build(model.trainable_variables)
+        own = engine.create(model, optimizer, first_of_outputs)
+        own.train_step(np.ones((4, FEATURES), np.float32), np.zeros(4, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            np.array([True, False] * 4),
+            r"expected integer labels \(n,\) or floating targets .*, got bool of shape \(8,\)",
+        ),
+        (np.zeros((8, 5), np.int32), r"got int32 of shape \(8, 5\). Train it with Keras's own"),
+        (np.ones((8, 5, CLASSES), np.float32), r"got float32 of shape \(8, 5, 3\)"),
+        (np.ones(8, np.float32), r"got float32 of shape \(8,\)"),
+        (np.ones((8, CLASSES), np.float32), r"targets \(n, classes\) must sum to 1 in each row"),
+    ],
+    ids=["bool", "sequences of classes", "sequences of shares", "numbers", "several classes at once"],
+)
+def test_targets_that_are_not_taken_are_refused_in_a_line(labels, message):
+    model, optimizer = Program(head(relu)).build(), keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    own = engine.create(model, optimizer, keras.losses.MeanSquaredError())
+    with pytest.raises(ValueError, match=message):
+        own.train_step(np.ones((8, FEATURES), np.float32), labels)
+
+
+class Pairs(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": "sgd"}, r"expected an optimizer such as keras.optimizers.SGD\(0.1\), got 'sgd'"),
+        ({"loss": "mse"}, r"expected a loss\(labels, logits\) .*, got 'mse'"),
+        ({"batches": Pairs()}, "got Pairs: .* use keras.Model.fit"),
+        ({"batches": [(np.zeros((2, FEATURES)), np.zeros(2))]}, "got list: .* use keras.Model.fit"),
+    ],
+    ids=["optimizer", "loss", "PyDataset", "list"],
+)
+def test_arguments_of_fit_that_are_not_taken_are_refused_in_a_line(changed, message):
+    given = {"optimizer": keras.optimizers.SGD(0.1), "loss": keras.losses.MeanSquaredError(), "batches": None} | changed
+    with pytest.raises(TypeError, match=message):
+        training.fit(Program(head(relu)).build(), *given.values(), epochs=1)

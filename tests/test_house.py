@@ -23,6 +23,7 @@ STOREYS = (
         *("tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks"),
         *("interruption", "children"),
     },
+    {"evaluation"},
     {"training", "run_folder"},
     {"run", "compare", "parity"},
     {"__main__"},

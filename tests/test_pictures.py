@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import engine, training
+from kvision import engine, evaluation, training
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.pictures import PLACES, Pictures
@@ -187,14 +187,14 @@ def test_views_of_pictures_are_those_of_the_host(pictures, views):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
     shown = Pictures(Batches(images, np.zeros(11), 1, 0, RGB, Augmentation(shift=1, border="reflect")))
-    found = training.predict_pictures(predictor, shown, batch_size=4, views=views)
-    np.testing.assert_allclose(found, training.predict(predictor, images, RGB, 4, views), rtol=1e-5, atol=1e-6)
+    found = evaluation.predict_pictures(predictor, shown, batch_size=4, views=views)
+    np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, views), rtol=1e-5, atol=1e-6)
 
 
 def test_moved_views_want_a_border(pictures):
     shown = Pictures(batches_of(pictures))
     with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
-        training.predict_pictures(engine.create(network()), shown, views="shifted")
+        evaluation.predict_pictures(engine.create(network()), shown, views="shifted")
 
 
 @pytest.mark.parametrize(

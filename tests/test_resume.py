@@ -14,7 +14,7 @@ import pytest
 from keras import ops
 
 from apps import cifar10
-from kvision import training
+from kvision import evaluation, regularizers, training
 from kvision.checkpoints import Checkpoints, State
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
@@ -635,12 +635,21 @@ class Recorder(callbacks.Callback):
     def on_test_begin(self, logs=None):
         self.calls.append(("test begin",))
 
+    def on_test_batch_begin(self, batch, logs=None):
+        self.calls.append(("test batch begin", batch))
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.calls.append(("test batch end", batch, logs["loss"]))
+
+    def on_test_end(self, logs=None):
+        self.calls.append(("test end", dict(logs)))
+
     def on_epoch_end(self, epoch, logs=None):
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.calls.append(("epoch end", epoch, dict(logs), rate, self.model.get_weights()[0].sum()))
 
     def on_train_end(self, logs=None):
-        self.calls.append(("train end", self.model.get_weights()[0].sum()))
+        self.calls.append(("train end", dict(logs), self.model.get_weights()[0].sum()))
 
 
 class Shown(keras.utils.PyDataset):
@@ -678,7 +687,10 @@ TOLD = {
     "metric": lambda: [callbacks.EarlyStopping("val_top", patience=2, restore_best_weights=True)],
     "schedule": lambda: [callbacks.LearningRateScheduler(lambda epoch, rate: 0.1 / (epoch + 1))],
     "batches": lambda: [Halve()],
-    "ema": lambda: [callbacks.SwapEMAWeights()],
+    "ema": lambda: [],
+    "ema, swapped": lambda: [callbacks.SwapEMAWeights()],
+    "ema, swapped at an epoch's end": lambda: [callbacks.SwapEMAWeights(swap_on_epoch=True)],
+    "other loss": lambda: [callbacks.EarlyStopping(patience=1)],
 }
 
 
@@ -690,9 +702,12 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
     prepare, found = Preprocessing(mean=(0.5,), std=(0.25,)), []
     for ours in (False, True):
         model, recorder, told = softmax(), Recorder(), TOLD[kind]()
-        optimizer = keras.optimizers.SGD(0.1, momentum=0.5, use_ema=kind == "ema", ema_momentum=0.5)
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.5, use_ema="ema" in kind, ema_momentum=0.5)
         batches = Batches(images, labels, 4, 1, prepare)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if kind == "other loss":  # and a penalty, both part of val_loss
+            regularizers.attach(model, keras.regularizers.L2(0.1))
+            loss = lambda labels, logits, plain=loss: 2 * plain(labels, logits)  # noqa: E731
         metrics = [keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
         if ours:
             options = {"validation": (held, wrong), "metrics": metrics, "callbacks": [*told, recorder]}
@@ -700,24 +715,16 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
         else:
             model.compile(optimizer, loss, metrics=["accuracy", *metrics])
             options = {"validation_data": (prepare(held), wrong), "callbacks": [*told, recorder], "verbose": 0}
-            model.fit(Shown(batches), epochs=6, shuffle=False, **options)
+            model.fit(Shown(batches), epochs=6, shuffle=False, validation_batch_size=4, **options)
         found.append(recorder.calls)
     keras_calls, our_calls = found
-    if (
-        kind == "ema"
-    ):  # at the end Keras puts the average into the model, which is the optimizer's wish, not a callback's
-        keras_calls, our_calls = keras_calls[:-1], our_calls[:-1]
-    assert [call[:2] if len(call) > 2 else call[:1] for call in our_calls] == [
-        call[:2] if len(call) > 2 else call[:1] for call in keras_calls
+    assert [call[:2] if len(call) > 2 else call[:1] for call in our_calls if call[0] != "train end"] == [
+        call[:2] if len(call) > 2 else call[:1] for call in keras_calls if call[0] != "train end"
     ]
     for ours, theirs in zip(our_calls, keras_calls, strict=True):
         for mine, other in zip(ours[1:], theirs[1:], strict=True):
-            if isinstance(mine, dict):
-                other = {key: value for key, value in other.items() if key != "top"}  # ours is of scored images alone
-                assert mine == pytest.approx(other, rel=1e-4, abs=1e-6), ours[:2]
-            else:
-                assert mine == pytest.approx(other, rel=1e-4, abs=1e-5), ours[:2]
-    ended = {"early stopping": (3, 5), "metric": (3, 5)}.get(kind, (6, 6))
+            assert mine == pytest.approx(other, rel=1e-4, abs=1e-5), ours[:2]
+    ended = {"early stopping": (3, 5), "metric": (3, 5), "other loss": (2, 5)}.get(kind, (6, 6))
     assert ended[0] <= sum(call[0] == "epoch end" for call in our_calls) <= ended[1]
 
 
@@ -747,10 +754,13 @@ def test_callbacks_write_files(pictures, tmp_path):
     logger[0].csv_file.close()  # as the end of a process does
     model, history = train()
     losses = [row["test_loss"] for row in history.epochs]
-    best, last = keras.models.load_model(tmp_path / "best.keras", compile=False), softmax(9)
+    best, last = keras.models.load_model(tmp_path / "best.keras"), softmax(9)
+    assert best.optimizer.variables and best.loss.get_config() == cross_entropy().get_config()
+    steps = int(ops.convert_to_numpy(best.optimizer.iterations))
+    assert steps == 3 * (1 + losses.index(min(losses)))
     last.load_weights(tmp_path / "3.weights.h5")
     assert same([np.array(w) for w in last.get_weights()], [np.array(w) for w in model.get_weights()])
-    scores = training.predict(training.floors.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
+    scores = evaluation.predict(training.floors.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
     assert training.score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
     assert {path.name for path in tmp_path.glob("step*")} == {
         "step1-2.weights.h5",
@@ -780,12 +790,51 @@ def test_metrics_are_scored_with_every_image_set(pictures):
     )
     floor = training.floors.create(model)
     for name, (images, labels) in (("test", held), ("o", other)):
-        scores = training.predict(floor, images, batches.preprocessing)
+        scores = evaluation.predict(floor, images, batches.preprocessing)
         rank = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)
         assert history.epochs[-1][f"{name}_top"] == pytest.approx((rank < 2).mean())
     with pytest.raises(ValueError, match="metrics want names of their own, other than loss and accuracy; got accuracy"):
         taken = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=1, metrics=[taken])
+
+
+def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
+    """They are of all images that the epoch has shown, before and after the stop; of targets they see the largest."""
+
+    def train(stop=None, **options):
+        model, (batches, held) = softmax(), noise(pictures)
+        batches = at_step(batches, stop, killed) if stop else batches
+        top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
+        options = {"test": held, "metrics": [top], "checkpoint_every": 1, **options}
+        return fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
+
+    with pytest.raises(KilledError):
+        train(6, checkpoint=tmp_path)
+    again, whole = train(checkpoint=tmp_path), train()
+    keys = "top", "test_top", "accuracy", "loss"
+    assert [[row[key] for key in keys] for row in again.epochs] == [[row[key] for key in keys] for row in whole.epochs]
+    model, (batches, _) = softmax(), noise(pictures)
+    mean = keras.metrics.SparseCategoricalAccuracy(name="mean")
+    mixed = Mixed(batches, 3, [Mixup()])
+    history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), mixed, epochs=1, metrics=[mean])
+    assert history.epochs[0]["mean"] == pytest.approx(history.epochs[0]["accuracy"])
+
+
+@pytest.mark.parametrize("kind", ["native", "keras"])
+def test_metrics_are_those_of_the_steps(pictures, kind):
+    model, (batches, _) = softmax(), noise(pictures)
+    accuracy = keras.metrics.SparseCategoricalAccuracy(name="measured")
+    options = {"metrics": [accuracy], "engine": kind}
+    history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
+    for row in history.epochs:
+        assert row["measured"] == pytest.approx(row["accuracy"])
+
+
+def test_keras_s_backup_is_refused(pictures, tmp_path):
+    model, (batches, _) = softmax(), noise(pictures)
+    with pytest.raises(ValueError, match=r"give fit\(checkpoint=FOLDER\) instead"):
+        told = [callbacks.BackupAndRestore(str(tmp_path))]
+        fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=1, callbacks=told)
 
 
 def test_an_average_is_no_matter_of_the_callbacks(pictures):

@@ -7,7 +7,7 @@ import pytest
 from apps import cifar10
 from benchmarks import speedrun
 from docs.update import put
-from kvision import flags, training
+from kvision import evaluation, flags
 from kvision.data import load
 from kvision.tasks.classification import log_probabilities
 from tests.drawn import write_shapes
@@ -83,8 +83,8 @@ def test_muons_run_learns_and_depends_on_its_seed_alone(muon_course):
 
 def test_views_of_the_least_sure(muon_course):
     muon_course.run(0)
-    alone, some = training.predict_pictures(muon_course.engine, muon_course.test), muon_course.test_logits()
-    whole = training.predict_pictures(muon_course.engine, muon_course.test, views="shifted")
+    alone, some = evaluation.predict_pictures(muon_course.engine, muon_course.test), muon_course.test_logits()
+    whole = evaluation.predict_pictures(muon_course.engine, muon_course.test, views="shifted")
     sure = np.argsort(log_probabilities(alone).max(axis=-1))[25:]
     np.testing.assert_array_equal(some[sure], alone[sure])
     unsure = np.setdiff1d(np.arange(len(alone)), sure)

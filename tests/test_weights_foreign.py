@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvision
-from kvision import engine, training, weights, zoo
+from kvision import engine, evaluation, weights, zoo
 from kvision.__main__ import main
 from kvision.data import load
 from kvision.layers import blank
@@ -312,5 +312,5 @@ def test_published_weights_score_what_they_are_known_for(tmp_path):
     weights.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", licence="BSD-2-Clause")
     model = kvision.create_model("resnet20", weights=tmp_path / "resnet20.npz")
     dataset = load("cifar10", CIFAR_RESNET.parent)
-    logits = training.predict(engine.create(model), dataset.x_test, kvision.preprocess(tmp_path / "resnet20.npz"))
+    logits = evaluation.predict(engine.create(model), dataset.x_test, kvision.preprocess(tmp_path / "resnet20.npz"))
     assert (logits.argmax(axis=1) == dataset.y_test).sum() == 9173

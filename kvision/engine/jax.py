@@ -105,7 +105,7 @@ class Engine:
             loss = self.loss(labels, outputs) + penalties(self.model)
             scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
             for metric in self.metrics:
-                metric.update_state(labels, main_output(outputs))
+                metric.update_state(_classes(labels), main_output(outputs))
         fixed = [scope.get_current_value(variable) for variable in self._fixed]
         return scaled, (fixed, loss, _count(labels, main_output(outputs)))
 
@@ -221,10 +221,14 @@ def mean_over_replicas(x):
     return x
 
 
+def _classes(labels):
+    """Integer labels (n,); of targets (n, classes) the largest."""
+    return jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
+
+
 def _count(labels, logits):
     """How many of the largest logits are right."""
-    classes = jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
-    return jnp.sum(jnp.argmax(logits, axis=-1) == classes)
+    return jnp.sum(jnp.argmax(logits, axis=-1) == _classes(labels))
 
 
 def _lower(layer, pads=None, relu=False):

@@ -19,7 +19,8 @@ class Engine:
         self.model, self.optimizer = model, optimizer
         if optimizer is not None:
             right = keras.metrics.MeanMetricWrapper(_right, name="right")
-            model.compile(optimizer, _of_integers(loss), metrics=[right], auto_scale_loss=False)
+            kept = [_Kept(metric) for metric in metrics]
+            model.compile(optimizer, _of_integers(loss), metrics=[right, *kept], auto_scale_loss=False)
 
     def train_step(self, images, labels):
         self.model.reset_metrics()
@@ -35,6 +36,24 @@ class Engine:
         return np.asarray(self.model.predict_on_batch(images))
 
     def push(self):
+        pass
+
+
+class _Kept(keras.metrics.Metric):
+    """A metric that goes on from step to step; what is Keras's own of a step begins anew with each."""
+
+    def __init__(self, metric):
+        super().__init__(name=f"kept_{metric.name}")
+        self.metric = metric
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels = ops.argmax(y_true, axis=-1) if len(y_true.shape) == 2 else ops.cast(y_true, "int32")
+        self.metric.update_state(labels, y_pred)
+
+    def result(self):
+        return self.metric.result()
+
+    def reset_state(self):
         pass
 
 

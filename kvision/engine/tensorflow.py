@@ -70,7 +70,7 @@ class Engine:
             loss = self.loss(labels, outputs) + penalties(self.model)
             scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
         for metric in self.metrics:
-            metric.update_state(labels, main_output(outputs))
+            metric.update_state(_classes(labels), main_output(outputs))
         # A variable that the loss does not use has no gradient: None.
         return loss, _count(labels, main_output(outputs)), tape.gradient(scaled, variables)
 
@@ -207,10 +207,14 @@ def mean_over_replicas(x):
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, x)
 
 
+def _classes(labels):
+    """Integer labels (n,); of targets (n, classes) the largest."""
+    return tf.argmax(labels, axis=-1) if labels.shape.rank == 2 else tf.cast(labels, tf.int64)
+
+
 def _count(labels, logits):
     """How many of the largest logits are right."""
-    classes = tf.argmax(labels, axis=-1) if labels.shape.rank == 2 else tf.cast(labels, tf.int64)
-    return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == classes, tf.int32))
+    return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == _classes(labels), tf.int32))
 
 
 def _lower(layer, pads=None, relu=False, *, training):

@@ -112,7 +112,7 @@ class Engine:
         gradients = torch.autograd.grad(scaled, variables, allow_unused=True)
         with torch.no_grad():
             for metric in self.metrics:
-                metric.update_state(labels, logits)
+                metric.update_state(_classes(labels), logits)
             return loss.detach(), _count(labels, logits), gradients
 
     def _differentiate(self, images, labels):
@@ -316,10 +316,14 @@ def mean_over_replicas(x):
     return _Mean.apply(x) if torch.distributed.is_initialized() else x
 
 
+def _classes(labels):
+    """Integer labels (n,); of targets (n, classes) the largest."""
+    return labels.argmax(dim=-1) if labels.ndim == 2 else labels
+
+
 def _count(labels, logits):
     """How many of the largest logits are right."""
-    classes = labels.argmax(dim=-1) if labels.ndim == 2 else labels
-    return (logits.argmax(dim=-1) == classes).sum()
+    return (logits.argmax(dim=-1) == _classes(labels)).sum()
 
 
 class _Statistics:

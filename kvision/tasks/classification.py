@@ -1,7 +1,5 @@
 """One label for each image: its loss, its score, and the mistakes worth looking at."""
 
-from collections.abc import Callable
-
 import keras
 import numpy as np
 from keras import ops
@@ -10,7 +8,8 @@ from keras import ops
 AUXILIARY_WEIGHT = 0.3
 
 
-def cross_entropy(smoothing: float = 0.0) -> Callable:
+@keras.saving.register_keras_serializable("kvision")
+class CrossEntropy(keras.losses.Loss):
     """The mean cross-entropy `loss(labels, logits)` in nats.
 
     Labels are integers (n,) or targets (n, classes) that sum to 1 in each row. Logits are (n, classes), or a list of
@@ -23,16 +22,29 @@ def cross_entropy(smoothing: float = 0.0) -> Callable:
     Raises:
         ValueError: a smoothing outside 0 to 1.
     """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"label smoothing must be at least 0 and below 1, got {smoothing}")
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
 
-    def of(labels, outputs):
-        main, *auxiliary = outputs if isinstance(outputs, list | tuple) else [outputs]
-        targets = labels if len(labels.shape) == 2 else ops.one_hot(labels, main.shape[-1])
-        return loss(targets, main) + AUXILIARY_WEIGHT * sum(loss(targets, logits) for logits in auxiliary)
+    def __init__(self, smoothing: float = 0.0, name: str = "cross_entropy"):
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label smoothing must be at least 0 and below 1, got {smoothing}")
+        super().__init__(name)
+        self.smoothing = smoothing
+        self.of_targets = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
 
-    return of
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        # Keras's own `__call__` would make numbers of the labels, and wants labels for each of several heads.
+        main, *auxiliary = y_pred if isinstance(y_pred, list | tuple) else [y_pred]
+        labels = ops.convert_to_tensor(y_true)
+        targets = labels if len(labels.shape) == 2 else ops.one_hot(ops.cast(labels, "int32"), main.shape[-1])
+        loss = self.of_targets(targets, main, sample_weight)
+        return loss + AUXILIARY_WEIGHT * sum(self.of_targets(targets, logits, sample_weight) for logits in auxiliary)
+
+    def get_config(self):
+        return {"smoothing": self.smoothing, "name": self.name}
+
+
+def cross_entropy(smoothing: float = 0.0) -> CrossEntropy:
+    """The mean cross-entropy of labels and logits; see `CrossEntropy`."""
+    return CrossEntropy(smoothing)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
