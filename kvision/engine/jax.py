@@ -69,7 +69,7 @@ class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
         check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
-        self.metrics = list(metrics)
+        self.metrics, self._is_graph = list(metrics), is_graph(model)
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
         self._step = jit(self._train, donate_argnums=0)
@@ -81,7 +81,7 @@ class Engine:
         self._graphs = {}
 
     def _call(self, images, training):
-        if not is_graph(self.model):
+        if not self._is_graph:
             return self.model(images, **({"training": training} if takes_training(self.model) else {}))
         if training not in self._graphs:
             self._graphs[training] = Graph(self.model, _lower, training)

@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
         check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
-        self.metrics = list(metrics)
+        self.metrics, self._is_graph = list(metrics), is_graph(model)
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
         self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.show(tensors, draw)))
@@ -56,7 +56,7 @@ class Engine:
             self._fast_optimizer = optimizer if distributed else with_methods(optimizer, _fast_methods)
 
     def _call(self, images, training):
-        if not is_graph(self.model):
+        if not self._is_graph:
             return self.model(images, **({"training": training} if takes_training(self.model) else {}))
         if training not in self._graphs:
             self._graphs[training] = Graph(self.model, partial(_lower, training=training), training)

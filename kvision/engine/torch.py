@@ -73,7 +73,7 @@ class Engine:
     def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
         check_model(model)
         self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
-        self.metrics = list(metrics)
+        self.metrics, self._is_graph = list(metrics), is_graph(model)
         self._graphs = {}
         self._recording = None
         if optimizer is not None:
@@ -81,7 +81,7 @@ class Engine:
             self._fast_optimizer = with_methods(optimizer, _fast_methods)
 
     def _call(self, images, training):
-        if not is_graph(self.model):
+        if not self._is_graph:
             options = {"training": training} if takes_training(self.model) else {}
             return self.model(ops.convert_to_tensor(images), **options)
         if training not in self._graphs:
