@@ -11,7 +11,8 @@ from kvision.flags import guard
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, with `--check` 1 where the backends differ too much, 2 where the flags are wrong."""
+    """The exit code: 0, with `--check` 1 where the backends differ too much, 2 where the flags are wrong, 143 where
+    SIGTERM came."""
     parser = argparse.ArgumentParser(
         prog="python -m apps.compare",
         description=__doc__,

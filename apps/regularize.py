@@ -36,7 +36,7 @@ from pathlib import Path
 import keras
 
 from kvision import engine as floors
-from kvision import evaluation, flags, optimizers, run, run_data, training
+from kvision import evaluation, files, flags, optimizers, run, run_data, training
 from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
@@ -263,17 +263,21 @@ def write_report(folder: Path, result: dict) -> None:
         page.section("Curves", f'<div class="charts">{"".join(charts)}</div>'),
         page.environment_section(result["versions"], result["hardware"], more),
     ]
-    page.write(folder / "report.html", page.document("Regularizers", header, *sections))
+    files.write_text(folder / "report.html", page.document("Regularizers", header, *sections))
 
 
 def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     """Run the rows; the content of metrics.json, and the run's folder."""
-    folder = run.run_folder(config.of("none"))
+    with run.run_folder(config.of("none")) as folder:
+        return train_rows(config, folder, log)
+
+
+def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
+    """Run the rows in a folder; as `main`."""
     sized = dataclasses.replace(config.of("none"), model="resnet20")  # photos become as large as CIFAR-10's images
     dataset, note = run_data.read_data(sized, DATASETS, log)
     dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
+    files.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
     backend, rows = keras.backend.backend(), []
     words = [
         word
@@ -297,8 +301,8 @@ def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     for name in config.rows():
         rows.append(train(name, config, dataset, log))
         # After each row, so that a run that is stopped leaves what it has.
-        run.write_json(folder / "metrics.json", result)
-        page.write(folder / "table.md", markdown(rows))
+        files.write_json(folder / "metrics.json", result)
+        files.write_text(folder / "table.md", markdown(rows))
         write_report(folder, result)
     log(markdown(rows))
     log(folder / "report.html")

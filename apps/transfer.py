@@ -18,7 +18,8 @@ from pathlib import Path
 from kvision import flags, transfer
 from kvision.config import Config, flag
 from kvision.data import Dataset
-from kvision.run import NEW_HEAD, command, run_folder, store_config, train, write_json
+from kvision.files import write_json
+from kvision.run import NEW_HEAD, command, run_folder, store_config, train
 from kvision.run_data import read_data
 from kvision.weights import find, inspect, shipped
 
@@ -83,7 +84,12 @@ def split(config: TransferConfig, dataset: Dataset) -> tuple[Dataset | None, Dat
 
 def main(config: TransferConfig = RECIPE) -> dict:
     """Run the whole comparison; the content of metrics.json, and the run's folder."""
-    folder = run_folder(config)
+    with run_folder(config) as folder:
+        return train_all(config, folder)
+
+
+def train_all(config: TransferConfig, folder: Path) -> dict:
+    """Train what is compared, each in a folder below `folder`; as `main`."""
     # The limits are those of the source classes; the others have few images already.
     dataset, note = read_data(replace(config, limit=None, limit_test=None), DATASETS)
     source, target = split(config, dataset)

@@ -37,7 +37,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on stderr and code 2."""
     from kvision import compare, keras_import, parity
-    from kvision.flags import UsageError
+    from kvision.flags import UsageError, print_anything
     from kvision.weights import WeightsError, cli
     from kvision.zoo import UnknownModelError
 
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_commands(commands)
     compare.add_commands(commands)
     parity.add_commands(commands)
+    print_anything()
     arguments, others = parser.parse_known_args(argv)
     passes_flags = getattr(arguments, "passes_flags", False)  # what `compare` does not know goes to the app
     if others and not passes_flags:

@@ -1,14 +1,15 @@
 """The checkpoints of a run: a folder of files `step-00000123.npz`, each of which holds all that the run needs to go on.
 
-A file is written whole or not at all (`kvision.weights.archive.write`): a process that is killed while it writes leaves
-a temporary file beside the former checkpoints, which the next one removes. Arrays are keyed by the variables' names, so
-that a checkpoint of one backend is read on another. Nothing in a checkpoint is code.
+A file is written whole or not at all (`kvision.files`), and an older one is removed only after the new one and its name
+are on the disk: a process that is killed, or a machine that loses power, leaves a sound checkpoint, and at most a
+temporary file, which the next process removes. Arrays are keyed by the variables' names, so that a checkpoint of one
+backend is read on another. Nothing in a checkpoint is code.
 """
 
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from kvision.files import make_folder, remove, remove_temp_files
 from kvision.weights.archive import Archive, WeightsError, listed, refusal, write
 
 FORMAT = "kvision-checkpoint"
 EPOCH = {"losses": np.float64, "correct": np.int64, "durations": np.float64}  # what is kept of each step of an epoch
+
+
+class OtherRunError(WeightsError):
+    """A checkpoint is sound, and of another run. It is neither passed over nor removed."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -99,15 +105,18 @@ class Checkpoints:
     Args:
         folder: made with the first checkpoint.
         keep: how many are kept, the newest.
+        configuration: what decides the run's numbers, plain data by name, such as {"--seed": 0}. Each checkpoint has
+            it, and one whose values differ is refused; names that only one of the two has are not compared.
 
     Raises:
         ValueError: `keep` is below 1.
         kvision.weights.WeightsError: `folder` is a file.
     """
 
-    def __init__(self, folder: Path, keep: int = 3):
+    def __init__(self, folder: Path, keep: int = 3, configuration: Mapping[str, object] | None = None):
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self.configuration = json.loads(json.dumps(dict(configuration or {})))
         self.folder, self.keep = Path(folder), keep
         if self.folder.exists() and not self.folder.is_dir():
             raise refusal(self.folder, "is a file; checkpoints want a folder")
@@ -121,8 +130,7 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed process left of the checkpoint that it was writing."""
-        for path in self.folder.glob(".step-*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_temp_files(self.folder, "step-*")
 
     def write(self, model, optimizer, state: State) -> Path:
         """Write a checkpoint, then remove those that are too many; its file.
@@ -148,12 +156,13 @@ class Checkpoints:
             "callbacks": [[name, _detach(content, kept)] for name, content in state.callbacks],
             "stopped": state.stopped,
             "batches": state.batches,
+            "configuration": self.configuration,
         }
         arrays |= kept | {"manifest": np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
         path = self.folder / f"step-{state.step:08d}.npz"
         try:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
             except OSError as error:
                 raise refusal(self.folder, f"cannot be made: {error.strerror or error}") from None
             write(path, arrays)
@@ -164,8 +173,12 @@ class Checkpoints:
             raise WeightsError(f"{error}; {intact}") from None
         self.newest = path
         sound = [other for other in self.files() if other == path or other not in self._broken]
-        for other in {*self._broken, *sound[: -self.keep]} - {path}:
-            other.unlink(missing_ok=True)
+        for other in sorted({*self._broken, *sound[: -self.keep]} - {path}):
+            try:
+                remove(other)
+            except OSError as error:
+                text = f"cannot be removed: {error.strerror}; the last checkpoint, {path}, is intact"
+                raise refusal(other, f"{text}: --resume goes on from it") from None
         self._broken = []
         return path
 
@@ -180,14 +193,16 @@ class Checkpoints:
             batches: as in `State`.
 
         Raises:
-            kvision.weights.WeightsError: there are checkpoints, but none that is sound and of this run. Nothing was
-                changed.
+            OtherRunError: the newest sound checkpoint is of another run; the message says what differs.
+            kvision.weights.WeightsError: there are checkpoints, but none that is sound. Nothing was changed.
         """
         self.sweep()
         faults: list[WeightsError] = []
         for path in reversed(self.files()):
             try:
-                variables, arrays, state = _read(path, model, optimizer, callbacks, batches)
+                variables, arrays, state = _read(path, model, optimizer, callbacks, batches, self.configuration)
+            except OtherRunError:
+                raise
             except WeightsError as error:
                 faults.append(error)
                 self._broken.append(path)
@@ -205,7 +220,12 @@ class Checkpoints:
         return State(batches=batches)
 
 
-def _read(path: Path, model, optimizer, callbacks, batches) -> tuple[dict, dict[str, np.ndarray], State]:
+def _other_run(path: Path, what: str) -> OtherRunError:
+    text = "no run can go on from it but one that is the same: make this one so, or start a new one in another folder"
+    return OtherRunError(str(refusal(path, f"{what}; {text}")))
+
+
+def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tuple[dict, dict[str, np.ndarray], State]:
     """The variables by the keys of a checkpoint, its arrays, and its state, all checked."""
     with Archive(path) as archive:
         arrays = {key: archive.read(key) for key in archive.members}
@@ -221,30 +241,34 @@ def _read(path: Path, model, optimizer, callbacks, batches) -> tuple[dict, dict[
             batches=manifest["batches"] and tuple(manifest["batches"]),
             **{name: arrays.pop(f"epoch/{name}").tolist() for name in EPOCH},
         )
+        other = manifest.get("configuration") or {}
+        differing = [name for name in configuration if name in other and other[name] != configuration[name]]
     except (KeyError, ValueError, TypeError, AttributeError):
         raise refusal(path, "is not a checkpoint of a training run") from None
+    if differing:
+        theirs, ours = (listed([f"{name} {of[name]}" for name in differing], 5) for of in (other, configuration))
+        text = f"is of a run with {theirs}; this run has {ours}"
+        raise _other_run(path, text)
     variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
     best = {key: arrays[key] for key in _named("best", model.variables) if key in arrays}
     stored = {key for key in arrays if not key.startswith(("best/", "callbacks/"))}
     if different := sorted(stored ^ set(variables)):
         whose = "that network" if different[0] in stored else "this one"
-        raise refusal(
-            path, f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
-        )
+        text = f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
+        raise _other_run(path, text)
     for key, variable in variables.items():
         shape, kind = tuple(variable.shape), {"f": "f", "b": "b"}.get(variable.dtype[0], "iu")
         if arrays[key].shape != shape or arrays[key].dtype.kind not in kind:
-            raise refusal(path, f"{key} is {arrays[key].dtype} {arrays[key].shape}, not {variable.dtype} {shape}")
+            text = f"{key} is {arrays[key].dtype} {arrays[key].shape}, not {variable.dtype} {shape}"
+            raise _other_run(path, text)
         if kind == "iu":
             # The states of generators are uint32, int64 or int32, by backend; each holds numbers below 2**31.
             arrays[key] = arrays[key].astype(variable.dtype)
     if batches is not None and state.batches != tuple(batches):
-        raise refusal(
-            path,
-            f"is of a run with (steps an epoch, images a step) {state.batches}; this run has {tuple(batches)}",
-        )
+        text = f"is of a run with (steps an epoch, images a step) {state.batches}; this run has {tuple(batches)}"
+        raise _other_run(path, text)
     if (names := [name for name, _ in state.callbacks]) != list(callbacks):
-        raise refusal(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
+        raise _other_run(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
     if best:
         state.best = list(best.values())
     return variables, arrays, state

@@ -8,20 +8,26 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from kvision.children import Children, StoppedError, TimeLimitError
 from kvision.engine import FLOORS, installed
+from kvision.files import LOCK, FolderInUseError, locked, make_folder, new_folder, write_json
 from kvision.flags import UsageError
-from kvision.tracking.compare_report import comparison_table, write_compare_report
-from kvision.tracking.environment import hardware
-from kvision.tracking.page import write
+from kvision.tracking.compare_report import advice, comparison_table, write_compare_report
+from kvision.tracking.environment import hardware, load_average
 
 APPS = ("cifar10", "mnist", "transfer")
+DAY = 24 * 3600.0  # seconds that a run may take
+# What several runs are timed for.
+TIMED = (
+    *("images_per_second", "seconds_to_first_step", "compile_seconds", "peak_memory_bytes"),
+    *("train_seconds", "load_average"),
+)
 
 # What `--check` allows between the first backend and each other one, in float32 without dropout. Later losses are shown
 # and not checked: at a high learning rate rounding alone drives them apart. The first loss of ResNet-20 in training
@@ -31,8 +37,27 @@ FIRST_LOSS = 2e-6  # relative, of the first step
 ACCURACY = 0.015
 
 
-def run_backend(backend: str, app: str, arguments: Sequence[str], folder: Path, log=print) -> dict:
-    """Run the app on one backend into `folder`; the row of the comparison, whose "status" says how it went."""
+def run_backend(
+    backend: str,
+    app: str,
+    arguments: Sequence[str],
+    folder: Path,
+    log=print,
+    children: Children | None = None,
+    limit: float | None = DAY,
+) -> dict:
+    """Run the app on one backend into `folder`; the row of the comparison, whose "status" says how it went.
+
+    Args:
+        children: what runs the process; None takes one of its own.
+        limit: seconds that it may take; None sets no limit.
+
+    Raises:
+        StoppedError: this process was told to stop.
+    """
+    if children is None:
+        with Children() as children:
+            return run_backend(backend, app, arguments, folder, log, children, limit)
     row: dict[str, object] = {"backend": backend, "status": "not installed", "reason": None}
     if not installed(backend):
         return row | {"reason": f"install it with: pip install kvision-keras[{backend}]"}
@@ -40,18 +65,42 @@ def run_backend(backend: str, app: str, arguments: Sequence[str], folder: Path, 
     # A part of the package where that is installed, else a folder of the clone.
     package = "kvision.apps" if importlib.util.find_spec("kvision.apps") else "apps"
     words = [sys.executable, "-m", f"{package}.{app}", *arguments, "--out", str(folder)]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
     log_path = folder.with_name(f"{folder.name}.log")
-    with open(log_path, "w") as stream:
-        code = subprocess.run(words, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
+    row["load_average"] = load_average()
+    try:
+        code = children.run(words, {**os.environ, "KERAS_BACKEND": backend}, log_path, limit)
+    except TimeLimitError as error:
+        return row | {"status": "failed", "reason": f"{error}: give a longer --timeout ({log_path})"}
     if code:
         lines = log_path.read_text(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"exit code {code}"
+        reason = lines[-1] if lines else "no output"
         return row | {"status": "failed", "reason": f"{reason} (exit code {code}; {log_path})"}
-    metrics = json.loads((folder / "metrics.json").read_text())
-    trace = json.loads((folder / "trace.json").read_text())
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {**row, **metrics, "backend": backend, "status": "ok", "history": history, **trace}
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        trace = json.loads((folder / "trace.json").read_text())
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        return row | {"status": "failed", "reason": f"exit code 0, but no whole run is in {folder}: {error}"}
+    return {**row, **metrics, **trace, "load_average": row["load_average"], "status": "ok", "history": history}
+
+
+def median_of(rows: Sequence[dict]) -> dict:
+    """One row of several runs of a backend: the first run's, with the medians of what was timed.
+
+    Beside each figure stands its range: "images_per_second_range" is [lowest, highest]. Where a run failed, its row.
+    """
+    for row in rows:
+        if row["status"] != "ok":
+            return row
+    merged = dict(rows[0])
+    if len(rows) > 1:
+        merged["runs"] = len(rows)
+        for name in TIMED:
+            values = [row[name] for row in rows if row.get(name) is not None]
+            if values:
+                merged[name] = float(np.median(values))
+                merged[f"{name}_range"] = [min(values), max(values)]
+    return merged
 
 
 def differences(rows: Sequence[dict]) -> list[dict]:
@@ -86,60 +135,121 @@ def differences(rows: Sequence[dict]) -> list[dict]:
     return checks
 
 
-def compare(app: str, arguments: Sequence[str], out: Path, backends: Sequence[str] = FLOORS, log=print) -> dict:
+def compare(
+    app: str,
+    arguments: Sequence[str],
+    out: Path,
+    backends: Sequence[str] = FLOORS,
+    log=print,
+    *,
+    runs: int = 1,
+    limit: float | None = DAY,
+) -> dict:
     """Run the app on each backend; writes compare.json and compare.html into `out` and returns what is in the first.
 
+    Args:
+        runs: of each backend, in turn, so that what else the machine does befalls all of them.
+        limit: seconds that each run may take; None sets no limit. After them it is told to stop, by SIGTERM, on which
+            it saves, and 30 s later it is killed.
+
     Raises:
-        UsageError: an unknown app or backend, or `out` is not empty.
+        UsageError: an unknown app or backend, a bad number, or `out` is not empty.
+        StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The running app has saved and ended.
     """
     if app not in APPS:
         raise UsageError(f"--app must be one of {', '.join(APPS)}, got {app!r}")
     if unknown := set(backends) - set(FLOORS):
         raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(sorted(unknown))}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} is not empty: expected a new or an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [run_backend(backend, app, arguments, out / backend, log) for backend in backends]
-    comparison = {
-        "command": " ".join(["python -m apps.compare", "--app", app, *arguments]),
-        "app": app,
-        "arguments": list(arguments),
-        "hardware": hardware(),
-        "checks": differences(rows),
-        "rows": rows,
-    }
-    write(out / "compare.json", json.dumps(comparison, indent=1) + "\n")
-    write_compare_report(out, comparison)
-    return comparison
+    if runs < 1:
+        raise UsageError(f"--runs must be at least 1, got {runs}")
+    if limit is not None and not limit > 0:
+        raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: expected a new or an empty folder")
+    make_folder(out)
+    try:
+        with locked(out), Children() as children:
+            if any(path.name != LOCK for path in out.iterdir()):
+                raise UsageError(f"--out {out} is not empty: expected a new or an empty folder")
+            found: dict[str, list[dict]] = {backend: [] for backend in backends}
+            for number in range(1, runs + 1):
+                for backend, rows in found.items():
+                    if all(row["status"] == "ok" for row in rows):
+                        folder = out / (backend if number == 1 else f"{backend}-{number}")
+                        rows.append(run_backend(backend, app, arguments, folder, log, children, limit))
+            rows = [median_of(rows) for rows in found.values()]
+            comparison = {
+                "command": " ".join(["python -m apps.compare", "--app", app, *arguments]),
+                "app": app,
+                "arguments": list(arguments),
+                "hardware": hardware(),
+                "checks": differences(rows),
+                "advice": advice(rows, hardware()["cores"]),
+                "rows": rows,
+            }
+            write_json(out / "compare.json", comparison)
+            write_compare_report(out, comparison)
+            return comparison
+    except FolderInUseError as error:
+        raise UsageError(str(error)) from None
+
+
+def faults(comparison: dict) -> list[str]:
+    """Why a comparison is none, or did not hold: nothing where two backends at least ran and every check held."""
+    ran = [row["backend"] for row in comparison["rows"] if row["status"] == "ok"]
+    found = [f"{row['backend']} failed: {row['reason']}" for row in comparison["rows"] if row["status"] == "failed"]
+    if len(ran) < 2:
+        missing = [f"{row['backend']} ({row['reason']})" for row in comparison["rows"] if row["status"] != "ok"]
+        found.insert(0, f"nothing was compared: {' and '.join(ran) or 'no backend'} ran, but not {', '.join(missing)}")
+    return found + [f"{check['name']} is too large" for check in comparison["checks"] if not check["passed"]]
 
 
 def passed(comparison: dict) -> bool:
     """Whether at least two backends ran, none failed, and every check held."""
-    ran = [row for row in comparison["rows"] if row["status"] == "ok"]
-    failed = [row for row in comparison["rows"] if row["status"] == "failed"]
-    return len(ran) >= 2 and not failed and all(check["passed"] for check in comparison["checks"])
+    return not faults(comparison)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the comparison; every flag it does not know goes to the app."""
     parser.add_argument("--app", default="cifar10", help="which app to run: %(default)s, or " + ", ".join(APPS[1:]))
     parser.add_argument("--backends", default=",".join(FLOORS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="default: the next free runs/compare-APP")
+    parser.add_argument("--out", default=None, metavar="FOLDER", help="default: a new runs/compare-APP")
     parser.add_argument("--check", action="store_true", help="exit code 1 where the backends differ beyond the limits")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of each, for medians and ranges (1)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DAY,
+        metavar="SECONDS",
+        help="that each run may take; then it is told to stop, and killed 30 s later; 0 sets no limit (a day)",
+    )
 
 
 def main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Run a comparison as parsed, `words` being the app's flags; prints the table; returns the exit code."""
-    names = [f"compare-{arguments.app}", *(f"compare-{arguments.app}-{i}" for i in range(2, 10_000))]
-    free = next(folder for name in names if not (folder := Path("runs") / name).exists())
-    out = Path(arguments.out) if arguments.out else free
-    comparison = compare(arguments.app, words, out, arguments.backends.split(","))
+    backends = list(dict.fromkeys(arguments.backends.split(",")))
+    present = [backend for backend in backends if backend in FLOORS and installed(backend)]
+    if arguments.check and len(present) < 2:
+        raise UsageError(
+            f"--check compares two backends at least, and of {', '.join(backends)} only {', '.join(present) or 'none'} "
+            "is installed: pip install kvision-keras[all], or leave out --check"
+        )
+    made = arguments.out is None
+    stem = f"compare-{arguments.app}"
+    names = (Path("runs") / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))))
+    try:
+        out = new_folder(names) if made else Path(arguments.out)
+        comparison = compare(arguments.app, words, out, backends, runs=arguments.runs, limit=arguments.timeout or None)
+    except StoppedError as error:
+        print(f"\ncompare: {error}", file=sys.stderr)
+        return error.code
     print(comparison_table(comparison))
-    for check in comparison["checks"]:
-        mark = "ok  " if check["passed"] else "FAIL"
-        print(f"{mark} {check['name']}: {check['value']:.3g} (at most {check['limit']:g})")
+    print(comparison["advice"])
     print(out / "compare.html")
-    return int(arguments.check and not passed(comparison))
+    wrong = faults(comparison) if arguments.check else []
+    for fault in wrong:
+        print(f"compare: --check: {fault}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def add_commands(subparsers) -> None:

@@ -1,6 +1,7 @@
 """A dataclass is the configuration language: every field is a flag, every bad value one clear line."""
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -8,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from kvision import keras_import
+
+SAVED = 75  # exit code of a run that was told to stop and has saved: "temporary failure, try again" (sysexits.h)
 
 
 class UsageError(ValueError):
@@ -132,6 +135,25 @@ def expect(config, names: str, holds: Callable[[object], bool], expected: str) -
             raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
 
 
+def print_anything() -> None:
+    """For a command: what the terminal's or the pipe's encoding lacks is printed as an escape sequence, `\\xfc`, and
+    does not end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _tell(line: str) -> None:
+    """Print to stderr, unless the terminal has gone, which must not change the exit code."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # what is still to be written there would fail at the process's end
+            os.dup2(nowhere, stream)
+
+
 def guard(
     prog: str,
     run: Callable[[], int | None],
@@ -142,21 +164,22 @@ def guard(
     with code 130.
 
     Args:
-        saved: the exception of a run that was told to stop and has saved: its line, and code 0.
+        saved: the exception of a run that was told to stop and has saved: its line, and the code `SAVED`.
     """
+    print_anything()
     keras_import.announce(prog)
     try:
         return run() or 0
     except (UsageError, *errors) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"{prog}: {' '.join(str(error).split())}")
         return 2
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: {file}{error.strerror or error}", file=sys.stderr)
+        _tell(f"{prog}: {file}{error.strerror or error}")
         return 2
     except saved as stop:
-        print(f"\n{prog}: {stop}", file=sys.stderr)
-        return 0
+        _tell(f"\n{prog}: {stop}")
+        return SAVED
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        _tell(f"\n{prog}: stopped; --resume goes on from the last checkpoint")
         return 130

@@ -1,7 +1,10 @@
-"""SIGTERM and Ctrl-C in a run that keeps checkpoints: heard between two steps, so that it can save first."""
+"""SIGTERM, SIGHUP and Ctrl-C in a run that keeps checkpoints: heard between two steps, so that it can save first."""
 
 import signal
 import threading
+
+# Windows has no SIGHUP.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -9,7 +12,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Listens for SIGTERM and SIGINT while it is entered.
+    """Listens for SIGTERM, SIGHUP (the terminal has gone) and SIGINT while it is entered.
 
     The first sets `heard`; Ctrl-C after it raises KeyboardInterrupt at once. The former handlers come back at the end.
     Only a process's main thread can listen: in another nothing is installed. A signal that the process was told to
@@ -28,7 +31,7 @@ class Interruption:
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        for number in (signal.SIGINT, signal.SIGTERM) if self.listen else ():
+        for number in SIGNALS if self.listen else ():
             # None: installed from C, where Python could not bring it back.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._former[number] = signal.signal(number, self._hear)

@@ -4,8 +4,6 @@ The apps for CIFAR-10 and MNIST are this file plus their data set and their reci
 command line replaces single fields of it.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -25,6 +23,8 @@ from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_a
 from kvision.data import DataError, Dataset
 from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
+from kvision.engine.threads import choose as choose_threads
+from kvision.files import FolderInUseError, sha256, write_json, write_text
 from kvision.layers import blank, whitening_kernel
 from kvision.run_data import (
     WHITENED_PIXELS,
@@ -36,75 +36,17 @@ from kvision.run_data import (
     read_data,
     sample,
 )
+from kvision.run_folder import identity, run_folder, store_config, stored_config, sweep
 from kvision.tasks import classification
 from kvision.tracking import environment
-from kvision.tracking.page import write
 from kvision.tracking.report import Mistake, write_report
 from kvision.weights import WeightsError, find, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
 
-ERRORS = (DataError, WeightsError, training.DivergedError)
+ERRORS = (DataError, WeightsError, FolderInUseError, training.DivergedError)
 NEW_HEAD = r"(.*_)?logits/.*"  # the arrays of a network's last layer and of its auxiliary heads' last ones
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
-
-
-def write_json(path: Path, content) -> None:
-    """Write JSON, whole or not at all."""
-    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of a run: `--out`, new or empty unless the run is resumed, or the next free name below runs/."""
-    if config.resume:
-        return Path(config.out)
-    if config.out is not None:
-        folder = Path(config.out)
-        if folder.exists() and not folder.is_dir():
-            raise flags.UsageError(f"--out {folder} is a file; expected a new or an empty folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise flags.UsageError(
-                f"--out {folder} is not empty: give --resume to go on with the run in it, or another folder"
-            )
-        return folder
-    stem = f"{config.app}-{config.model}-{keras.backend.backend()}"
-    names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
-    return next(folder for name in names if not (folder := Path("runs") / name).exists())
-
-
-def store_config(config: Config, folder: Path) -> None:
-    """Write config.json, from which `--resume` takes the configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", dataclasses.asdict(replace(config, out=None, resume=False)))
-
-
-def stored_config(default: Config, given: Mapping[str, object]) -> Config:
-    """The configuration of the run that `--resume` goes on with.
-
-    Raises:
-        flags.UsageError: there is no such run, or a flag contradicts it.
-    """
-    if given.get("out") is not None:
-        folder = Path(given["out"])
-    else:
-        started = sorted(Path("runs").glob(f"{default.app}-*/config.json"), key=lambda path: path.stat().st_mtime)
-        if not started:
-            raise flags.UsageError(f"--resume found no run of {default.app} below runs/; name its folder with --out")
-        folder = started[-1].parent
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        if stored["app"] != default.app:
-            raise flags.UsageError(f"{folder} holds a run of {stored['app']}, not of {default.app}")
-        config = type(default)(**{**stored, "out": str(folder), "resume": True})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, flags.UsageError):
-            raise
-        raise flags.UsageError(f"--resume found no run in {folder}: its config.json is missing or broken") from None
-    for name, value in given.items():
-        if name not in ("resume", "out") and getattr(config, name) != value:
-            text = f"--{name.replace('_', '-')} is {getattr(config, name)} in the run to go on with, not {value}"
-            raise flags.UsageError(f"{text}; leave the flag out, or start a new run")
-    return config
 
 
 def classify(config: Config, names: Sequence[str], log=print) -> dict:
@@ -118,14 +60,14 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
         where the views are not plain, views_accuracy, views_correct and views_loss are of their mean logits.
 
     Raises:
-        flags.UsageError, DataError, WeightsError, training.DivergedError: one clear line each. Before the first step
-            nothing is written.
+        flags.UsageError, DataError, WeightsError, FolderInUseError, training.DivergedError: one clear line each. Before
+            the first step nothing is left behind.
         training.Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
     model_arguments(config)  # a flag that does not fit ends the run before the data are read
-    folder = run_folder(config)
-    dataset, note = read_data(config, names, log)
-    return train(config, dataset, folder, note=note, log=log)
+    with run_folder(config) as folder:
+        dataset, note = read_data(config, names, log)
+        return train(config, dataset, folder, note=note, log=log)
 
 
 def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[keras.Model, Preprocessing, dict]:
@@ -202,6 +144,10 @@ def train(
     Returns, raises: as `classify`.
     """
     started = time.perf_counter()
+    if not config.resume and Checkpoints(folder / "checkpoints").files():
+        raise flags.UsageError(
+            f"{folder} holds the checkpoints of a run: give --resume to go on with it, or another folder"
+        )
     backend = keras.backend.backend()
     cache = {"auto": keras_cache().parent / "kvision-programs", "off": None}.get(
         config.compile_cache, config.compile_cache
@@ -216,6 +162,7 @@ def train(
     if config.early_stopping:
         dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
     config = fit_batch(config, model, len(dataset.x_train), log)
+    threads, load = choose_threads(zoo.multiply_adds(model) * config.batch_size), environment.load_average()
     batches = batches_of(config, dataset, preprocessing)
     expect_parts(batches.batch_size, config.accumulate)  # of few images a batch is all
     optimizer = optimizer_of(config, batches.steps, factors or {})
@@ -223,25 +170,26 @@ def train(
     log(
         f"{config.model} on {dataset.name} ({dataset.source}): {len(dataset.x_train):,} training and "
         f"{len(dataset.x_test):,} test images, {len(dataset.classes)} classes; {backend}, "
-        f"{count_parameters(model):,} trainable parameters; run folder {folder}"
+        f"{count_parameters(model):,} trainable parameters, {threads} thread{'s' * (threads > 1)}; run folder {folder}"
     )
     # Before training goes on from a checkpoint the model has its initial weights, in a resumed run too.
     compared = dataset.x_test[:COMPARED_IMAGES]
     initial_logits = evaluation.predict(floors.create(model), compared, preprocessing).tolist()
-    store_config(config, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", configuration=identity(config, dataset))
     if config.resume:
         sweep(folder)
-        if not Checkpoints(folder / "checkpoints").files():
-            log(f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning")
+        if not checkpoints.files():
+            log(f"{checkpoints.folder} has no checkpoint: the run starts from its beginning")
+    store_config(config, folder)
 
-    def on_epoch(history: training.History) -> None:
+    def on_epoch(history: training.History, sync: bool = False) -> None:
+        # Not synced within the run: a resumed one writes both anew from its checkpoint.
         try:
-            write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs))
-            write_json(folder / "trace.json", {"initial_logits": initial_logits, "step_losses": history.step_losses})
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs), sync)
+            trace = {"initial_logits": initial_logits, "step_losses": history.step_losses}
+            write_json(folder / "trace.json", trace, sync)
         except OSError as error:
-            text = (
-                f"{error.strerror}; the checkpoints in {folder / 'checkpoints'} are intact: --resume goes on from them"
-            )
+            text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume goes on from them"
             raise OSError(error.errno, text, error.filename) from None
 
     history = training.fit(
@@ -259,11 +207,11 @@ def train(
         engine=config.engine,
         images_on=images_on(config, dataset),
         steps_at_once=config.steps_at_once,
-        checkpoint=folder / "checkpoints",
+        checkpoint=checkpoints,
         checkpoint_every=config.checkpoint_every,
         on_epoch=on_epoch,
     )
-    on_epoch(history)
+    on_epoch(history, sync=True)
     # Epochs, checkpoints, manifest and confusions are of each image alone, so that they say what one answer is worth.
     engine = floors.create(model)
     logits = evaluation.predict(engine, dataset.x_test, preprocessing)
@@ -302,9 +250,11 @@ def train(
         "seconds_to_first_step": history.seconds_to_first_step,
         "compile_seconds": history.compile_seconds,
         "peak_memory_bytes": environment.peak_memory_bytes(),
+        "threads": threads,
+        "load_average": load,
         "parameters": count_parameters(model),
         "seed": config.seed,
-        "weights_sha256": hashlib.sha256((folder / "weights.npz").read_bytes()).hexdigest(),
+        "weights_sha256": sha256(folder / "weights.npz"),
         "versions": environment.versions(backend),
         "hardware": environment.hardware(),
         "command": command,
@@ -331,13 +281,6 @@ def train(
         f"{len(dataset.y_test):,}){more} after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
     )
     return {**result, "folder": str(folder)}
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote into a run folder."""
-    for name in ("config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "report.html"):
-        for path in folder.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
 
 
 def total_steps(config: Config, steps_an_epoch: int) -> int:

@@ -407,7 +407,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     metrics: Sequence[keras.metrics.Metric] = (),
-    checkpoint: Path | None = None,
+    checkpoint: Path | Checkpoints | None = None,
     checkpoint_every: int | None = None,
     keep: int = 3,
     on_epoch: Callable[[History], None] = lambda history: None,
@@ -434,12 +434,12 @@ def fit(
         metrics: Keras metrics of integer labels (n,) and logits (n, classes), such as
             `keras.metrics.SparseTopKCategoricalAccuracy(5)`; of the training images as shown, and of all images that
             are scored. Of targets (n, classes) they see the largest.
-        checkpoint: folder of the run's checkpoints, see `kvision.checkpoints`. Where it has one, the run goes on from
-            the newest and ends with the weights of an uninterrupted run: to the bit on the same backend, within
-            rounding on another. With it SIGTERM and Ctrl-C are heard between two steps.
+        checkpoint: folder of the run's checkpoints, or the `kvision.checkpoints.Checkpoints` themselves. Where it has
+            one, the run goes on from the newest and ends with the weights of an uninterrupted run: to the bit on the
+            same backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C are heard between two steps.
         checkpoint_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes
             one in any case.
-        keep: how many checkpoints are kept, the newest.
+        keep: how many checkpoints are kept, the newest, where `checkpoint` is a folder.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
         images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
             makes them there, within the step, see `kvision.engine.pictures`; "auto" is that for all batches that can be
@@ -474,7 +474,9 @@ def fit(
     engine = floors.create(model, optimizer, loss, accumulate, engine, metrics)
     kind = "native" if hasattr(engine, "train_steps") else "keras"
     total = min(epochs * batches.steps, steps or math.inf)
-    checkpoints = Checkpoints(checkpoint, keep) if checkpoint is not None else None
+    checkpoints = checkpoint
+    if not isinstance(checkpoint, Checkpoints | None):
+        checkpoints = Checkpoints(checkpoint, keep)
     callbacks = Callbacks(callbacks, metrics, model, optimizer, loss if kind == "native" else None)
     pictures = _pictures(batches, images_on, kind)
     at_once = _at_once(batches.steps, steps_at_once, callbacks)

@@ -249,6 +249,11 @@ def _flops(layer) -> int:
     return 0
 
 
+def multiply_adds(model) -> int:
+    """Multiply-adds of a model's convolutions and dense layers for one image."""
+    return sum(_flops(layer) for layer in model.layers)
+
+
 def model_info(name: str) -> ModelInfo:
     """Paper, size and cost of a network; it is built for that, without initial values.
 
@@ -279,7 +284,7 @@ def model_info(name: str) -> ModelInfo:
         input_shape=default_shape(name),
         classes=published.classes,
         parameters=sum(math.prod(variable.shape) for variable in model.trainable_variables),
-        flops=sum(_flops(layer) for layer in model.layers),
+        flops=multiply_adds(model),
         stages={layer.name: tuple(layer.output.shape[1:]) for layer in taps},
         preprocessing=preprocessing,
         arguments=arguments(name),

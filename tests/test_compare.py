@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apps import compare as app_compare
 from kvision import compare
 from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
+from kvision.tracking.compare_report import advice
 
 
 def row(backend, losses, logits, accuracy, status="ok"):
@@ -91,6 +93,95 @@ def test_one_backend_alone_is_no_comparison():
     rows = [dict(REFERENCE)]
     assert np.isclose(rows[0]["test_accuracy"], 0.8)
     assert not compare.passed({"rows": rows, "checks": compare.differences(rows)})
+
+
+def test_checking_one_backend_says_what_to_install(tmp_path, monkeypatch, capsys):
+    """Before anything is trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "installed", lambda backend: backend == "torch")
+    assert app_compare.main(["--check"]) == 2
+    line = capsys.readouterr().err
+    assert "of jax, tensorflow, torch only torch is installed: pip install kvision-keras[all]" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """`made_up({backend: [images a second of each run]})`: `compare` on runs that were not made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "installed", lambda backend: True)
+
+    def set_rows(speeds, **other):
+        order, left = [], {backend: list(values) for backend, values in speeds.items()}
+
+        def run_backend(backend, app, arguments, folder, *_):
+            order.append((backend, folder.name))
+            made = dict(REFERENCE) | {"backend": backend, "images_per_second": left[backend].pop(0)}
+            return made | {"load_average": 0.1, "threads": 2, "peak_memory_bytes": 2**30} | other.get(backend, {})
+
+        monkeypatch.setattr(compare, "run_backend", run_backend)
+        return order
+
+    return set_rows
+
+
+def test_runs_take_turns_and_give_medians_and_ranges(made_up, capsys):
+    order = made_up({"jax": [100.0, 300.0, 200.0], "torch": [500.0, 400.0, 450.0]})
+    assert app_compare.main(["--backends", "jax,torch", "--runs", "3", "--check"]) == 0
+    assert order == [(name, name + number) for number in ("", "-2", "-3") for name in ("jax", "torch")]
+    stored = json.loads(Path("runs/compare-cifar10/compare.json").read_text())
+    assert [row["images_per_second"] for row in stored["rows"]] == [200, 450]
+    assert [row["images_per_second_range"] for row in stored["rows"]] == [[100, 300], [400, 500]]
+    out = capsys.readouterr().out
+    assert "100 to 300" in out and "400 to 500" in out and "threads" in out and "load at" in out
+    assert "Fastest here: torch, 450 images/s (median of 3 runs), 2.2 times jax; the least memory: " in out
+    assert stored["advice"] in out and stored["advice"] in Path("runs/compare-cifar10/compare.html").read_text()
+
+
+def test_each_check_is_printed_once_and_a_failing_one_gives_its_reason(made_up, capsys):
+    worse = {"initial_logits": [[1.0, -4.0], [2.5, 0.0]]}
+    made_up({"jax": [1.0], "tensorflow": [2.0], "torch": [3.0]}, torch=worse)
+    assert app_compare.main(["--check"]) == 1
+    said = capsys.readouterr()
+    for check in json.loads(Path("runs/compare-cifar10/compare.json").read_text())["checks"]:
+        assert said.out.count(check["name"]) == 1
+    assert "compare: --check: torch against jax: initial logits, relative to the largest is too large" in said.err
+
+
+def test_a_failed_backend_gives_the_reason_of_exit_code_1(made_up, capsys):
+    made_up({"jax": [1.0], "torch": [3.0]}, torch={"status": "failed", "reason": "no memory (exit code 1; torch.log)"})
+    assert app_compare.main(["--check", "--backends", "jax,torch"]) == 1
+    error = capsys.readouterr().err
+    assert "nothing was compared: jax ran, but not torch (no memory (exit code 1; torch.log))" in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "cores", "expected"),
+    [
+        ([], 2, "No backend was timed."),
+        ([{"images_per_second": 5.0}], 2, "Timed alone: a, 5 images/s (one run)."),
+        ([{"images_per_second": 5.0, "load_average": 3.0}], 2, "the machine was busy (load 3.0 on 2 cores)"),
+        (
+            [
+                {"images_per_second": 5.0, "images_per_second_range": [3, 6], "runs": 2},
+                {"images_per_second": 4.0, "images_per_second_range": [3, 5], "runs": 2},
+            ],
+            None,
+            "though its runs and those of b overlap",
+        ),
+        (
+            [
+                {"images_per_second": 5.0, "peak_memory_bytes": 2**31, "seconds_to_first_step": 9.0},
+                {"images_per_second": 10.0, "peak_memory_bytes": 2**30, "seconds_to_first_step": 12.0},
+            ],
+            8,
+            "b, 10 images/s (one run), 2 times a; the least memory: b, 1 GiB; the shortest start: a, 9.0 s.",
+        ),
+    ],
+)
+def test_advice_is_a_sentence(rows, cores, expected):
+    rows = [{"backend": name, "status": "ok", **row} for name, row in zip("ab", rows, strict=False)]
+    assert expected in advice(rows, cores)
 
 
 def train_elsewhere(backend, folder, *checkpoints):

@@ -6,13 +6,15 @@ import http.server
 import io
 import multiprocessing
 import tarfile
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvision.data import DataError, DataUnavailable, cifar, download, load, mnist
+from kvision.data import DataError, DataUnavailable, cifar, download, find, load, mnist
 from kvision.data.download import Remote
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -27,6 +29,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.cut: list[int] = []
         self.ranges = True
         self.pause = 0.0
+        self.drip = None  # "header" or "body": sent byte by byte, for ever
+        self.length: str | None = None  # what the header says of it
+        self.ended = threading.Event()
         self.asked: list[str | None] = []
 
     def url(self, file):
@@ -46,14 +51,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if self.server.drip == "header":
+            return self.dribble(b"X-Long: ")
+        self.send_header("Content-Length", self.server.length or str(len(content) - start))
         self.end_headers()
+        if self.server.drip == "body":
+            return self.dribble(b"")
         time.sleep(self.server.pause)
         body = content[start:]
         if self.server.cut:
             body = body[: self.server.cut.pop(0)]
             self.close_connection = True
         self.wfile.write(body)
+
+    def dribble(self, first):
+        with contextlib.suppress(OSError):
+            self.flush_headers()
+            self.wfile.write(first)
+            while not self.server.ended.wait(0.02):
+                self.wfile.write(b"x")
+        self.close_connection = True
 
     def log_message(self, *arguments):
         pass
@@ -67,6 +84,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
+        server.ended.set()
         server.shutdown()
         thread.join()
 
@@ -197,6 +215,43 @@ def test_a_server_that_falls_silent_is_given_up(server, one_file, cache, monkeyp
     server.pause = 0.5
     with pytest.raises(DataUnavailable, match="timed out"):
         fetch(cache)
+
+
+@pytest.mark.parametrize("drip", ["header", "body"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(server, one_file, cache, monkeypatch, drip):
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "SPAN", 0.2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    server.drip = drip
+    began = time.monotonic()
+    said = {"header": "no whole answer in 0.5 s", "body": "bytes a second for 0.2 s"}[drip]
+    with pytest.raises(DataUnavailable, match=said):
+        fetch(cache)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "²", "-1", "1e3", "0x10"])
+def test_a_length_that_is_none_is_not_believed(server, one_file, cache, length):
+    """The server sends bytes that latin-1 reads so; the checksum tells whether all have come."""
+    server.length = length
+    try:
+        assert fetch(cache).read_bytes() == CONTENT
+    except DataUnavailable as error:
+        assert "cannot be fetched" in str(error)
+
+
+def test_without_a_home_data_lie_where_keras_puts_them(monkeypatch):
+    """A container's user that the system does not know: "~" leads nowhere."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+
+    def unknown(*_):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert find.keras_cache() == Path(tempfile.gettempdir()) / ".keras" / "datasets"
+    with pytest.raises(DataError, match="~nobody_here"):
+        load("mnist", "~nobody_here/mnist.npz")
 
 
 def test_time_to_connect_is_bounded():

@@ -14,17 +14,20 @@ BACKENDS = {"jax", "tensorflow", "torch"}
 # From the cellar to the roof. A room reads rooms of lower storeys and itself; `kvision` is the package's own __init__.
 STOREYS = (
     {"keras_import"},
-    {"kvision", "random"},
+    {"kvision", "random", "files"},
     {"regularizers", "data"},
     {"layers"},
     {"models"},
     {"engine"},
     {"zoo", "weights", "tasks"},
-    {"tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks", "interruption"},
+    {
+        *("tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks"),
+        *("interruption", "children"),
+    },
     {"evaluation"},
     {"training", "memory"},
     {"config"},
-    {"run_data"},
+    {"run_data", "run_folder"},
     {"run", "compare", "parity"},
     {"__main__"},
     {"apps"},
@@ -34,7 +37,7 @@ STOREY = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms
 BACK_STAIRS = {("zoo", "weights"), ("weights", "zoo")}
 # Each file of these rooms stands for itself.
 CELLS = {"models", "apps"}
-WITHOUT_KERAS = {"data", "tracking", "random", "flags", "keras_import"}
+WITHOUT_KERAS = {"data", "tracking", "random", "flags", "keras_import", "files"}
 
 
 def room_of(module: str) -> str:

@@ -442,7 +442,7 @@ def test_ignored_signals_stay_ignored_and_other_threads_listen_to_none():
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (Interrupted("stopped by Ctrl-C"), 0, "app: stopped by Ctrl-C"),
+        (Interrupted("stopped by Ctrl-C"), 75, "app: stopped by Ctrl-C"),
         (KeyboardInterrupt(), 130, "app: stopped; --resume goes on from the last checkpoint"),
         (OSError(28, "No space left on device", "runs/x/report.html"), 2, "app: runs/x/report.html: No space left"),
         (DivergedError("the loss is nan"), 2, "app: the loss is nan"),
@@ -593,18 +593,18 @@ def test_an_app_names_the_file_that_the_disk_refused(images, tmp_path, monkeypat
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_an_app_ends_with_0_where_it_saved(images, tmp_path, monkeypatch, capsys):
+def test_an_app_ends_with_75_where_it_saved(images, tmp_path, monkeypatch, capsys):
     """SIGTERM and --resume; a folder without a checkpoint starts at its beginning, and says so."""
     assert app(images, tmp_path / "whole") == 0
     folder = tmp_path / "run"
     act_in_app(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert app(images, folder) == 0
+    assert app(images, folder) == 75  # EX_TEMPFAIL: neither done nor failed
     line = last_line(capsys)
     saved = folder / "checkpoints" / "step-00000002.npz"
     assert f"stopped by SIGTERM after step 2 and saved as {saved}; --resume goes on from there" in line
     assert not (folder / "weights.npz").exists()
     saved.unlink()
-    (folder / ".metrics.jsonl.x1y2").touch()  # what SIGKILL may leave
+    (folder / ".metrics.jsonl.x1y2.tmp").touch()  # what SIGKILL may leave
     assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--out", str(folder)]) == 0
     assert f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning" in capsys.readouterr().out
     assert same(weights(folder), weights(tmp_path / "whole")) and not list(folder.rglob(".*"))

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import kvision
+from kvision import files
 from kvision.tracking import (
     Mistake,
     Progress,
@@ -327,7 +328,7 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(page.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path, **make_run(2))
     assert path.read_bytes() == before

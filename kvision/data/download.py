@@ -5,7 +5,10 @@ import contextlib
 import hashlib
 import http.client
 import os
+import re
+import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +25,8 @@ try:
 except ImportError:  # Windows: downloads work, but do not resume
     fcntl = None
 
-TIMEOUT = 10  # seconds to connect, and between two blocks
+TIMEOUT = 10  # seconds to connect, for the answer's header, and between two blocks
+SLOW, SPAN = 16_000, 30  # a connection that brings fewer bytes a second for so many seconds is given up
 ATTEMPTS = 4  # as long as each brings something
 PAUSE = 1.0  # seconds between attempts
 BLOCK = 1 << 16
@@ -191,7 +195,10 @@ def _receive(url: str, file, start: int) -> bool:
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
+        response = opener.open(request, timeout=TIMEOUT)
+    except UnicodeError as error:  # an address that it forwards to
+        raise OSError(f"it forwards to an address that is none: {error}") from None
     except urllib.error.HTTPError as error:
         if error.code != 416 or not start:
             raise
@@ -206,21 +213,80 @@ def _receive(url: str, file, start: int) -> bool:
                 return False
             start = 0
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
+        total = start + int(length) if length and re.fullmatch("[0-9]{1,18}", length) else None
         if (total or 0) > MAX_BYTES:
             raise DataError(f"{url} has {total} bytes, more than the {MAX_BYTES} that are allowed")
         progress = Progress(start, total, url.rsplit("/", 1)[-1])
-        size = start
+        size, floor = start, _Floor(start)
         try:
-            while block := response.read(BLOCK):
+            while block := response.read1(BLOCK):  # what has come: `read` waits for a whole block, however slow
                 size += len(block)
                 if size > MAX_BYTES:
                     raise DataError(f"{url} has more than the {MAX_BYTES} bytes that are allowed")
                 file.write(block)
                 progress.update(size)
+                floor.check(size)
         finally:
             progress.close(size)
         return total is None or size >= total
+
+
+class _Floor:
+    """The least rate of a connection."""
+
+    def __init__(self, size: int):
+        self.size, self.since = size, time.monotonic()
+
+    def check(self, size: int) -> None:
+        """Raise TimeoutError where the last span of time brought too little."""
+        now = time.monotonic()
+        if now - self.since >= SPAN:
+            if (rate := (size - self.size) / (now - self.since)) < SLOW:
+                raise TimeoutError(f"{rate:,.0f} bytes a second for {SPAN} s, and at least {SLOW:,} are waited for")
+            self.size, self.since = size, now
+
+
+class _Timed:
+    """A connection whose answer's header comes within `TIMEOUT` seconds, or is cut off.
+
+    A socket's own limit is for each piece: a server that sends a byte now and then would hold it for ever.
+    """
+
+    def getresponse(self):
+        over, connected = threading.Event(), self.sock
+
+        def end():
+            over.set()
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(TIMEOUT, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if over.is_set():  # what was read of the header may look whole
+                raise TimeoutError(f"no whole answer in {TIMEOUT} s") from None
+
+
+class _HTTPConnection(_Timed, http.client.HTTPConnection):
+    pass
+
+
+class _HTTPSConnection(_Timed, http.client.HTTPSConnection):
+    pass
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_HTTPConnection, request)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(_HTTPSConnection, request)
 
 
 def _continues(response: http.client.HTTPResponse, start: int) -> bool:

@@ -62,7 +62,7 @@ def load(
     if path is not None:
         if not str(path).strip():
             raise DataError("the path of the data is empty; expected a file or a folder")
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.exists():
             raise DataError(f"{path} does not exist; expected a file or a folder with {name} or images by class")
         try:
@@ -101,9 +101,10 @@ def keras_cache() -> Path:
     """The folder that Keras keeps its data sets in, by the rules of Keras, without importing it."""
     home = os.environ.get("KERAS_HOME")
     if home:
-        return Path(home).expanduser() / "datasets"
-    user = Path("~").expanduser()
-    return (user if os.access(user, os.W_OK) else Path(tempfile.gettempdir())) / ".keras" / "datasets"
+        return Path(os.path.expanduser(home)) / "datasets"
+    user = os.path.expanduser("~")  # itself, where neither $HOME nor the system knows a home (a container's bare user)
+    known = user != "~" and os.access(user, os.W_OK)
+    return Path(user if known else tempfile.gettempdir()) / ".keras" / "datasets"
 
 
 def _read_file(path: Path) -> Dataset:

@@ -1,19 +1,18 @@
 """`python -m kvision parity MODEL`: its arguments, what it prints and what it writes."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from kvision.children import StoppedError
 from kvision.engine import FLOORS
+from kvision.files import write_json
 from kvision.flags import UsageError
-from kvision.parity.parent import compare
+from kvision.parity.parent import HOUR, compare
 from kvision.parity.question import Question
 from kvision.parity.report import text
 from kvision.parity.verdict import LIMITS
-from kvision.tracking.page import write
 from kvision.weights.cli import assignments
 
 
@@ -54,9 +53,18 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.learning_rate,
         arguments.data,
     )
-    report = compare(question, arguments.backends.split(","), log=lambda line: print(line, file=sys.stderr))
+    try:
+        report = compare(
+            question,
+            arguments.backends.split(","),
+            log=lambda line: print(line, file=sys.stderr),
+            limit=arguments.timeout or None,
+        )
+    except StoppedError as error:
+        print(f"\nparity: {error}", file=sys.stderr)
+        return error.code
     if arguments.out:
-        write(Path(arguments.out), json.dumps(finite(report), indent=1) + "\n")
+        write_json(arguments.out, finite(report))
     print(text(report))
     return int(not report["passed"])
 
@@ -81,4 +89,11 @@ def add_commands(subparsers) -> None:
     )
     parser.add_argument("--data", metavar="PATH", help="data set to take the images from; default: drawn")
     parser.add_argument("--out", metavar="FILE", help="write the report as JSON")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=HOUR,
+        metavar="SECONDS",
+        help="that each backend may take, after which it is ended; 0 sets no limit (an hour)",
+    )
     parser.set_defaults(handler=main)

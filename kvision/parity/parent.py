@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from kvision.children import Children, TimeLimitError
 from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
 from kvision.parity.question import Question, check
@@ -17,18 +17,30 @@ from kvision.parity.result import Result
 from kvision.parity.verdict import judge
 from kvision.tracking.environment import BACKENDS, hardware, versions
 
+HOUR = 3600.0  # seconds that a child may take
 AT_ONCE = 2  # child processes that run side by side: starting one takes a core some seconds
 
 
-def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[[str], None] = print) -> dict:
+def compare(
+    question: Question,
+    backends: Sequence[str] = FLOORS,
+    log: Callable[[str], None] = print,
+    limit: float | None = HOUR,
+) -> dict:
     """Run a model on each installed backend and compare; returns the report, a dictionary of plain values.
 
     Beside what `judge` gives it holds the question, versions, hardware, and the backends that "failed", with reasons.
 
+    Args:
+        limit: seconds that each backend may take, after which it is ended and has failed; None sets no limit.
+
     Raises:
         UsageError: an unknown backend, fewer than two that are installed, no such model; one clear line.
+        kvision.children.StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The children have ended.
     """
     check(question)
+    if limit is not None and not limit > 0:
+        raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
     if unknown := [backend for backend in backends if backend not in FLOORS]:
         raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(unknown)}")
     present = [backend for backend in dict.fromkeys(backends) if installed(backend)]
@@ -47,9 +59,11 @@ def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[
                 return 2, ""
             words = [sys.executable, "-m", "kvision.parity.child", str(folder)]
             path = folder / f"{backend}.log"
-            with open(path, "w") as file:
-                environment = {**os.environ, "KERAS_BACKEND": backend}
-                code = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            try:
+                code = children.run(words, {**os.environ, "KERAS_BACKEND": backend}, path, limit)
+            except TimeLimitError as error:
+                log(f"{backend}: {error}")
+                return -1, f"{error}: give a longer --timeout"
             text = path.read_text(errors="replace").strip()
             if (folder / "wrong").exists():
                 wrong.append((folder / "wrong").read_text())
@@ -57,7 +71,7 @@ def compare(question: Question, backends: Sequence[str] = FLOORS, log: Callable[
             log(f"{backend}: {'done' if code == 0 else 'failed'}")
             return code, text
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with Children() as children, ThreadPoolExecutor(AT_ONCE) as pool:
             codes = dict(zip(present, pool.map(run, present), strict=True))
         if wrong:
             raise UsageError(wrong[0])

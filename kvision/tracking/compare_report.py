@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvision.files import write_text
 from kvision.tracking import page
 from kvision.tracking.charts import bar_chart, line_chart
 from kvision.tracking.page import MISSING, escape, finite, fixed, percent, plain, size
@@ -14,6 +15,11 @@ from kvision.tracking.report import column, shares_as_percent
 def _seconds(value: Any) -> str:
     """Seconds to a tenth: in a column they compare better than minutes and hours do."""
     return MISSING if value is None else f"{fixed(value, ',.1f')} s"
+
+
+def _range(value: Any) -> str:
+    """The lowest and the highest of several runs."""
+    return MISSING if value is None else f"{fixed(value[0], ',.0f')} to {fixed(value[1], ',.0f')}"
 
 
 # (heading in two lines, key of the row, how its value is written): the same on paper and on the terminal.
@@ -28,6 +34,9 @@ COLUMNS = (
     ("compile", "time", "compile_seconds", _seconds),
     ("peak", "memory", "peak_memory_bytes", size),
     ("training", "time", "train_seconds", _seconds),
+    ("range of", "images/s", "images_per_second_range", _range),
+    ("", "threads", "threads", lambda value: fixed(value, ".0f")),
+    ("load at", "its start", "load_average", lambda value: fixed(value, ".1f")),
 )
 
 
@@ -84,6 +93,40 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
             measured = f"{_bound(check.get('value'))} (limit {_bound(check.get('limit'))})"
             text.append(f"{verdict}  {check['name']!s:<{long}}  {measured}")
     return "\n".join(text).replace(MISSING, "-")
+
+
+def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
+    """Which backend to take on this machine, in one sentence, by the rows of a comparison.
+
+    Args:
+        cores: of the machine, for a remark where its load was above half of them.
+    """
+    ran = [row for row in rows if row.get("status") == "ok" and finite(row.get("images_per_second"))]
+    if not ran:
+        return "No backend was timed."
+    ranked = sorted(ran, key=lambda row: -row["images_per_second"])
+    first, *others = ranked
+    count = first.get("runs") or 1
+    text = f"{'Fastest here' if others else 'Timed alone'}: {first['backend']}, "
+    text += f"{fixed(first['images_per_second'], ',.0f')} images/s "
+    text += f"(median of {count} runs)" if count > 1 else "(one run)"
+    ratios = [f"{first['images_per_second'] / row['images_per_second']:.2g} times {row['backend']}" for row in others]
+    text += f", {' and '.join(ratios)}" if ratios else ""
+    ranges = [row.get("images_per_second_range") for row in ranked[:2]]
+    if others and all(ranges) and ranges[1][1] >= ranges[0][0]:
+        text += f", though its runs and those of {others[0]['backend']} overlap"
+    for key, what, write in (
+        ("peak_memory_bytes", "the least memory", size),
+        ("seconds_to_first_step", "the shortest start", _seconds),
+    ):
+        known = [row for row in ran if finite(row.get(key))]
+        if others and len(known) == len(ran):
+            least = min(known, key=lambda row: row[key])
+            text += f"; {what}: {least['backend']}, {write(least[key])}"
+    loads = [row["load_average"] for row in ran if finite(row.get("load_average")) is not None]
+    if cores and loads and max(loads) > cores / 2:
+        text += f"; the machine was busy (load {max(loads):.1f} on {cores} cores), so measure again when it is not"
+    return f"{text}."
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple]:
@@ -207,9 +250,9 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
     Args:
         folder: created where missing. The page is written whole or not at all.
         comparison: what `compare.json` holds: command, app, arguments (a list), hardware (a dictionary),
-            checks (each with name, value, limit, passed) and rows, one a backend. A row has backend, status
-            ("ok", "not installed" or "failed"), reason, and where it ran the figures named in `COLUMNS`,
-            weights_sha256, versions, history (see `write_report`) and step_losses, the losses of the first
+            checks (each with name, value, limit, passed), advice (a sentence) and rows, one a backend. A row has
+            backend, status ("ok", "not installed" or "failed"), reason, and where it ran the figures named in
+            `COLUMNS`, weights_sha256, versions, history (see `write_report`) and step_losses, the losses of the first
             steps. Any figure may be missing or None.
 
     Returns:
@@ -233,6 +276,8 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
         '<p class="score">One source, one seed, the same initial weights and batches.</p>'
         f"<p>{verdict}</p>"
     )
+    if comparison.get("advice"):
+        header += f"<p>{escape(comparison['advice'])}</p>"
     more = [("command", f"`{comparison['command']}`")] if comparison.get("command") else []
     if comparison.get("arguments"):
         more.append(("arguments", f"`{' '.join(str(word) for word in comparison['arguments'])}`"))
@@ -256,4 +301,4 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
             page.facts(more) if more else "",
         ),
     ]
-    return page.write(Path(folder) / "compare.html", page.document(title, header, *sections))
+    return write_text(Path(folder) / "compare.html", page.document(title, header, *sections))

@@ -94,6 +94,14 @@ def _cores() -> int:
     return cores
 
 
+def load_average() -> float | None:
+    """Processes that ran or waited for a core in the last minute, all of the machine's; None where it does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return None
+
+
 def _memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,5 +1,4 @@
-"""The sheet of paper under every report: its style, how numbers are written on it, and how it reaches the
-disk.
+"""The sheet of paper under every report: its style, and how numbers are written on it.
 
 A page is one file without scripts, fonts or addresses, so that it can be mailed, archived and opened offline.
 """
@@ -7,10 +6,7 @@ A page is one file without scripts, fonts or addresses, so that it can be mailed
 import html
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 MISSING = "\u2013"  # an en dash
@@ -165,28 +161,6 @@ def document(title: str, header: str, *sections: str) -> str:
         f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header>{header}</header>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def write(path: Path, text: str) -> Path:
-    """Writes `text` to `path` whole or not at all, creating its folder; a reader never sees half a page.
-
-    Raises:
-        OSError: the system refuses; its `filename` is `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # A folder name that is not UTF-8 reaches Python as lone surrogates, which no encoder takes.
-            file.write(text.encode("utf-8", "backslashreplace"))
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno:  # which of a full disk knows no file
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-    return path
 
 
 # Series colours in the order of Okabe and Ito's colour-blind-safe set (2008): blue, vermilion, bluish green,

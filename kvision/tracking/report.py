@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kvision.files import write_text
 from kvision.tracking import page
 from kvision.tracking.charts import MOST_COUNTED, MOST_DRAWN, confusion_cells, line_chart, matrix_chart
 from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
@@ -288,4 +289,4 @@ def write_report(
     if others:
         sections.append(page.section("Further results", page.facts(others)))
     title = f"{model} on {dataset}, {backend}: {percent(result.get('test_accuracy'))}"
-    return page.write(Path(folder) / "report.html", page.document(title, "".join(header), *sections))
+    return write_text(Path(folder) / "report.html", page.document(title, "".join(header), *sections))

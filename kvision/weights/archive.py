@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import re
-import secrets
 import stat
 import threading
 import zipfile
@@ -27,6 +26,7 @@ import numpy as np
 from kvision.data import zipped
 from kvision.data.npy import MAGIC, MAX_HEADER, PLAIN_NUMBERS, parse_header
 from kvision.data.untrusted import Budget, open_regular, printable
+from kvision.files import atomic_write
 
 MAX_KEY = 1_000  # characters
 
@@ -268,24 +268,14 @@ def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` only once everything is written.
+    """A file to write, which is at `path` only once everything is written and on the disk.
 
     Raises:
         WeightsError: the disk refuses.
     """
-    folder, name = os.path.split(os.fspath(path))
-    # Beside the target, because a rename is whole or not at all only within one file system.
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.remove(temporary)
+        with atomic_write(path) as file:
+            yield file
     except OSError as error:
         raise refusal(path, f"cannot be written: {error.strerror or error}") from None
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from kvision.data.untrusted import printable
+from kvision.files import write_text
 from kvision.weights.archive import refusal
 from kvision.weights.npz import inspect
 
@@ -71,6 +72,6 @@ def write_table(folder: str | os.PathLike, readme: str | os.PathLike) -> None:
         _, end, after = rest.partition(END)
         if not (start and end):
             raise refusal(readme, f"lacks the lines {START} and {END}; put them where the table should stand")
-        Path(readme).write_text(f"{before}{START}\n{made}\n{END}{after}", encoding="utf-8")
+        write_text(readme, f"{before}{START}\n{made}\n{END}{after}")
     except OSError as error:
         raise refusal(readme, f"cannot be rewritten: {error.strerror}") from None

@@ -4,6 +4,7 @@ A group for each layer, with the names of its variables in an attribute. Keras 3
 its classes of layers say which they are.
 """
 
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvision.data.untrusted import BASE, Budget, border, open_regular, read_exactly
-from kvision.weights.archive import listed, refusal
+from kvision.weights.archive import listed, refusal, whole
 
 # The variables' last names in files of Keras 1 and 2, and ours.
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
@@ -95,6 +96,16 @@ def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
     return answer["arrays"]
 
 
+def _new_file(h5py, image: io.BytesIO):
+    """A file that keeps the order of its groups and not the time of its making: same arrays, same bytes."""
+    creation, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_obj_track_times(False)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
+    return h5py.File(h5py.h5f.create(b"image", h5py.h5f.ACC_TRUNC, creation, access))
+
+
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays by "layer/variable" for `model.load_weights(path, by_name=True)`, whole or not at all.
 
@@ -112,20 +123,14 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         layers.setdefault(layer, {})[leaf] = array
     import h5py  # here: reading needs it in another process alone
 
-    temporary = f"{os.fspath(path)}.tmp"
-    try:
-        try:
-            with h5py.File(temporary, "w", track_order=True) as file:
-                file.attrs["layer_names"] = [layer.encode() for layer in layers]
-                file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
-                for layer, variables in layers.items():
-                    group = file.create_group(layer)
-                    group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
-                    for leaf, array in variables.items():
-                        group[f"{layer}/{leaf}:0"] = array
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.remove(temporary)
-    except OSError as error:
-        raise refusal(path, f"cannot be written: {error}") from None
+    image = io.BytesIO()  # HDF5 writes here and there in a file, and what it makes of a disk's error is its own
+    with _new_file(h5py, image) as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
+        for layer, variables in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
+            for leaf, array in variables.items():
+                group[f"{layer}/{leaf}:0"] = array
+    with whole(path) as file:
+        file.write(image.getbuffer())
