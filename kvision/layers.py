@@ -28,16 +28,16 @@ _blank: ContextVar[list[float] | None] = ContextVar("blank", default=None)  # [n
 
 
 @contextmanager
-def blank(at_most: float = math.inf, largest: float = math.inf) -> Iterator[None]:
+def blank(at_most: float = math.inf, largest: float | None = None) -> Iterator[None]:
     """Within this, kernels start as zeros: for networks whose values come from elsewhere, as drawing takes time.
 
     Args:
         at_most: how many numbers all kernels may hold together. More raise ValueError before they take memory: for a
             network whose arguments stand in a file.
-        largest: how many one kernel may hold. More raise ValueError likewise: for a network whose dense layer grows
-            with the image.
+        largest: how many one kernel may hold; None is any number. More raise ValueError likewise: for a network whose
+            dense layer grows with the image.
     """
-    token = _blank.set([at_most, largest])
+    token = _blank.set([at_most, math.inf if largest is None else largest])
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ command line replaces single fields of it.
 """
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -43,6 +44,7 @@ from kvision.tracking.report import Mistake, write_report
 from kvision.weights import WeightsError, find, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initial import initialize
+from kvision.weights.manifest import room_for
 
 ERRORS = (DataError, WeightsError, FolderInUseError, training.DivergedError)
 NEW_HEAD = r"(.*_)?logits/.*"  # the arrays of a network's last layer and of its auxiliary heads' last ones
@@ -76,10 +78,11 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
     Args:
         skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
     """
-    preprocessing, own, manifest = preprocessing_of(dataset), model_arguments(config), {}
+    preprocessing, own, manifest, at_most = preprocessing_of(dataset), model_arguments(config), {}, math.inf
     if config.weights is not None:
         weights = find(config.weights)
-        manifest = inspect(weights)["manifest"] or {}
+        held = inspect(weights)
+        manifest, at_most = held["manifest"] or {}, room_for(held["parameters"])  # its arguments stand in a file
         known = zoo.arguments(config.model)
         own = {key: value for key, value in manifest.get("arguments", {}).items() if key in known} | own
         # Preprocessing belongs to the weights: what they were trained on decides, not this data set.
@@ -89,7 +92,7 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
         skip = [*skip, *_head_to_skip(config, dataset, manifest, skip)]
     largest = memory.largest_kernel(dataset.input_shape, zoo.default_shape(config.model))
     try:
-        with blank(largest=largest):  # `initialize` follows
+        with blank(at_most, largest):  # `initialize` follows
             model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
         height, width = zoo.default_shape(config.model)[:2]

@@ -175,7 +175,7 @@ def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
             bytes), or with control characters.
     """
     for name in classes:
-        if fault := name_fault(str(name)):
+        if fault := name_fault(str(name)) or ("" if name else "'' is empty"):
             raise DataError(f"{where}: the class name {fault}; rename it")
     return tuple(classes)
 

@@ -132,8 +132,8 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 def name_fault(name: str) -> str | None:
     """What keeps a class or a network from being called so, or None: it enters files, pages and terminals."""
     # Of a surrogate the category is Cs; line and paragraph separators end a line as a control character does.
-    if not name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        return f"{printable(name, 80)!r} is empty, no UTF-8, or holds control characters"
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        return f"{printable(name, 80)!r} is no UTF-8, or holds control characters"
     return None
 
 
