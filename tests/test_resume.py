@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from kvision import evaluation, regularizers, training
 from kvision.checkpoints import Checkpoints, State
 from kvision.data.batches import Batches
 from kvision.data.preprocessing import Preprocessing
+from kvision.engine import HandedToKeras
 from kvision.flags import guard
 from kvision.interruption import Interrupted, Interruption
 from kvision.layers import logits
@@ -688,6 +690,7 @@ TOLD = {
     "schedule": lambda: [callbacks.LearningRateScheduler(lambda epoch, rate: 0.1 / (epoch + 1))],
     "batches": lambda: [Halve()],
     "ema": lambda: [],
+    "ema, scaled": lambda: [],
     "ema, swapped": lambda: [callbacks.SwapEMAWeights()],
     "ema, swapped at an epoch's end": lambda: [callbacks.SwapEMAWeights(swap_on_epoch=True)],
     "other loss": lambda: [callbacks.EarlyStopping(patience=1)],
@@ -703,6 +706,8 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
     for ours in (False, True):
         model, recorder, told = softmax(), Recorder(), TOLD[kind]()
         optimizer = keras.optimizers.SGD(0.1, momentum=0.5, use_ema="ema" in kind, ema_momentum=0.5)
+        if kind == "ema, scaled":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
         batches = Batches(images, labels, 4, 1, prepare)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if kind == "other loss":  # and a penalty, both part of val_loss
@@ -828,6 +833,30 @@ def test_metrics_are_those_of_the_steps(pictures, kind):
     history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
     for row in history.epochs:
         assert row["measured"] == pytest.approx(row["accuracy"])
+
+
+class Halved(keras.Model):
+    """Shows itself images of half the contrast."""
+
+    def train_step(self, *arguments):
+        x, y, *rest = arguments[-1]
+        return super().train_step(*arguments[:-1], (0.5 * x, y, *rest))
+
+
+def test_a_step_of_its_own_is_kerass_to_take(pictures):
+    """With a warning, and the same as Keras's engine asked for by name."""
+    found = []
+    for kind in ("native", "keras"):
+        model = softmax()
+        model = Halved(model.inputs[0], model.outputs[0])
+        batches, _ = noise(pictures)
+        with pytest.warns(HandedToKeras, match="its class has train_step") if kind == "native" else nullcontext():
+            history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, engine=kind)
+        found.append(([row["loss"] for row in history.epochs], model.get_weights()[0]))
+    assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
+    plain, (batches, _) = softmax(), noise(pictures)
+    fit(plain, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2)
+    assert abs(plain.get_weights()[0] - found[0][1]).max() > 1e-3
 
 
 def test_keras_s_backup_is_refused(pictures, tmp_path):
