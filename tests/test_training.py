@@ -587,7 +587,7 @@ def test_history_of_an_epoch(pictures):
     steps = [floor.train_step(*batch) for batch in batches.epoch(0)]
     losses, correct = [float(loss) for loss, _ in steps], sum(int(count) for _, count in steps)
     tested = score(evaluation.predict(floor, test[0], batches.preprocessing), test[1])
-    assert history.step_losses == losses and len(losses) == 3
+    assert len(losses) == 3 and history.step_losses == pytest.approx(losses, rel=1e-6)  # two programs, on older XLA
     assert (row["epoch"], row["loss"], row["accuracy"]) == (1, pytest.approx(np.mean(losses)), correct / 12)
     assert (row["test_accuracy"], row["test_loss"]) == (tested["accuracy"], pytest.approx(tested["loss"]))
     assert row["learning_rate"] == pytest.approx(half_cosine(3, 0.1, 12, 0), rel=1e-5)
