@@ -20,6 +20,7 @@ SERIALIZABLE = {
     "kvision.layers": ("AdaptivePool", "Border", "Filled", "Identity", "LocalResponseNorm", "Variance"),
     "kvision.models.cifar_resnet": ("PaddedShortcut",),
     "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
+    "kvision.muon": ("Muon",),
     "kvision.optimizers": ("ExponentialAverage", "LearningRateFactors", "Lookahead", "StochasticAverage", "WarmUp"),
     "kvision.regularizers.activations": (
         "DropBlock",
@@ -31,6 +32,7 @@ SERIALIZABLE = {
     ),
     "kvision.regularizers.batch_norm": ("Moments", "SynchronisedBatchNorm"),
     "kvision.regularizers.weights": ("MaxNorm", "Orthogonal", "Sum"),
+    "kvision.tasks.classification": ("CrossEntropy",),
 }
 
 

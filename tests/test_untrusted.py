@@ -374,10 +374,10 @@ def test_a_pickles_string_encoded_again_and_again_spends_the_budget():
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\x9b2J", "a\nb", "caf\udce9"])
 def test_a_class_that_no_file_or_terminal_can_hold_is_refused_when_it_is_read(name):
     images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.arange(2, dtype=np.int32)
-    with pytest.raises(DataError, match=r"the name of a class is .*; rename it") as caught:
+    with pytest.raises(DataError, match=r"the class name .* is no UTF-8, or holds control characters; rename it") as caught:
         Dataset("x", images, labels, images, labels, classes=("good", name), source="x")
     assert str(caught.value).isprintable()
-    with pytest.raises(DataError, match=r"the name of the data set is .*; rename it"):
+    with pytest.raises(DataError, match=r"the data set's name .* is no UTF-8, or holds control characters; rename it"):
         Dataset(name, images, labels, images, labels, classes=("good", "bad"), source="x")
     Dataset("x", images, labels, images, labels, classes=("good", "क्‍ष 猫\u3000"), source="x")
 
@@ -390,7 +390,7 @@ def test_a_folder_whose_name_is_no_utf_8_is_refused_when_it_is_read(tmp_path):
         os.mkdir(folder)
         for i in range(2):
             Image.new("RGB", (4, 4)).save(os.path.join(os.fsdecode(folder), f"{i}.png"))
-    with pytest.raises(DataError, match="no UTF-8; rename it"):
+    with pytest.raises(DataError, match="is no UTF-8, or holds control characters; rename it"):
         read_image_folder(tmp_path)
 
 

@@ -115,14 +115,15 @@ def check_targets(labels) -> None:
     """Refuse labels that are neither class numbers nor shares of classes; tensors on a device are taken as they are.
 
     Args:
-        labels: integers (n,), or floating targets (n, classes) that sum to 1 in each row.
+        labels: integers (n,), or (n, height, width) for logits of each pixel; or floating targets (n, classes) that sum
+            to 1 in each row.
 
     Raises:
         ValueError: they are something else.
     """
     if not isinstance(labels, np.ndarray):
         return
-    if labels.ndim == 1 and labels.dtype.kind in "iu":
+    if labels.ndim != 2 and labels.dtype.kind in "iu":  # of two axes they could be counts of classes
         return
     if labels.ndim == 2 and labels.dtype.kind == "f":
         if np.allclose(labels.sum(axis=1), 1, atol=1e-3):

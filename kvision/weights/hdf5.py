@@ -131,6 +131,6 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
             group = file.create_group(layer)
             group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
             for leaf, array in variables.items():
-                group[f"{layer}/{leaf}:0"] = array
+                group.create_dataset(f"{layer}/{leaf}:0", data=array, track_times=False)
     with whole(path) as file:
         file.write(image.getbuffer())
