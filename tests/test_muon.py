@@ -111,10 +111,10 @@ def test_a_kernel_is_scaled_before_its_step(dtype):
 def test_other_variables_step_by_sgd(dtype):
     values = dict(zip(("bias", "head"), draws([(5,), (4, 3)], dtype)[0], strict=True))
     gradients = draws([(5,), (4, 3)], dtype, count=3)
-    optimizer = Muon(0.1, sgd={"bias": schedule("linear", 0.5, 2), "head": (0.2, 0.01)}, sgd_momentum=0.8)
+    optimizer = Muon(0.1, sgd={"bias": schedule("linear", 0.5, 2), "head": (0.25, 0.01)}, sgd_momentum=0.8)
     found = steps_of(optimizer, values, gradients)
     for value, rates, penalty, got, column in zip(
-        values.values(), ((0.5, 0.25, 0.0), (0.2, 0.2, 0.2)), (0.0, 0.01), found, (0, 1), strict=True
+        values.values(), ((0.5, 0.25, 0.0), (0.25, 0.25, 0.25)), (0.0, 0.01), found, (0, 1), strict=True
     ):
         momentum = 0
         for rate, each in zip(rates, gradients, strict=True):
