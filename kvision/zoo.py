@@ -181,11 +181,12 @@ def _built(row: partial, input_shape, classes: int, own: dict) -> "keras.Model":
     """The network; images of any size, where it cannot be built for those, are refused."""
     try:
         return row(input_shape, classes, **own)
-    except TypeError:
+    except (TypeError, ValueError):
         if None in input_shape:
             head = " with a head" if classes else ""
             raise ValueError(
-                f"{row.keywords['name']}{head} must know the size of its images, got input_shape={input_shape}"
+                f"{row.keywords['name']}{head} must know the size of its images: expected three positive integers "
+                f"(height, width, channels), got input_shape={input_shape}"
             ) from None
         raise
 
