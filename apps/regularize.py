@@ -39,22 +39,14 @@ from kvision import engine as floors
 from kvision import evaluation, files, flags, optimizers, run, run_data, training
 from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
-from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool
+from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool, norm
+from kvision.layers.noise import DropBlock, Dropout, GaussianNoise, ShakeShake, SpatialDropout, StochasticDepth
 from kvision.random import key
-from kvision.regularizers import batch_norm as norms
-from kvision.regularizers.activations import (
-    DropBlock,
-    Dropout,
-    GaussianNoise,
-    ShakeShake,
-    SpatialDropout,
-    StochasticDepth,
-)
 from kvision.tasks import classification
 from kvision.tracking import environment, page
 from kvision.tracking.charts import bar_chart, line_chart
 from kvision.tracking.report import column, shares_as_percent
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 DATASETS = ("cifar10", "shapes10")
 
@@ -98,7 +90,7 @@ ROWS = {
     "erasing": Row("half of the images", {"erasing": 0.5}),
     "flip_and_shift": Row("4 pixels", {"flip": True, "shift": 4}),
     "label_smoothing": Row("0.1", {"label_smoothing": 0.1}),
-    "frozen_batch_norm": Row("the identity, rate 0.02", {"learning_rate": 0.02}, prepare=norms.freeze),
+    "frozen_batch_norm": Row("the identity, rate 0.02", {"learning_rate": 0.02}, prepare=norm.freeze_batch_norm),
     "clipping": Row("global norm 0.5", {"clip": 0.5}),
     "ema": Row("0.99", {"ema": 0.99}),
     "swa": Row("the last half, constant rate", {"swa": 0.5, "schedule": "constant"}),

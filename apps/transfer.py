@@ -17,11 +17,12 @@ from pathlib import Path
 
 from kvision import flags, transfer
 from kvision.config import Config, flag
+from kvision.convert import find, shipped
 from kvision.data import Dataset
 from kvision.files import write_json
 from kvision.run import NEW_HEAD, command, run_folder, store_config, train
 from kvision.run_data import read_data
-from kvision.weights import find, inspect, shipped
+from kvision.weights import inspect
 
 DATASETS = ("cifar10", "shapes10")
 HEAD = r"(.*_)?logits"  # the last layer of every network of the zoo, and of its auxiliary heads

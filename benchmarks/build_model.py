@@ -7,8 +7,8 @@ time, the one to compare on a machine that does other work too. The phases:
 
 - imports: Keras with its backend, and kvision with the files of all its networks;
 - create: `kvision.create_model(name)`, which makes the variables and draws their values;
-- initialize: `kvision.weights.initial.initialize(model, 0)`, which draws them anew for a seed;
-- blank: `create` within `kvision.layers.blank()`, where kernels start as zeros, in a process of its own;
+- initialize: `kvision.weights.initialization.initialize(model, 0)`, which draws them anew for a seed;
+- blank: `create` within `kvision.layers.skip_init()`, where kernels start as zeros, in a process of its own;
 - keras: `keras.applications.<peer>(weights=None)`, in a process of its own.
 """
 
@@ -48,18 +48,18 @@ def measure(config: Config) -> dict[str, tuple[float, float]]:
     import keras
 
     from kvision import zoo
-    from kvision.layers import blank
-    from kvision.weights.initial import initialize
+    from kvision.layers import skip_init
+    from kvision.weights.initialization import initialize
 
     zoo.arguments(config.model)
     lap("imports")
     if config.once == "keras":
         getattr(keras.applications, config.peer)(weights=None)
     elif config.once == "blank":
-        with blank():
-            zoo.create_model(config.model)
+        with skip_init():
+            zoo.build_model(config.model)
     else:
-        model = zoo.create_model(config.model)
+        model = zoo.build_model(config.model)
     lap(config.once)
     if config.once == "create":
         initialize(model, 0)

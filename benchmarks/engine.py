@@ -53,8 +53,8 @@ from docs.update import put
 from kvision import engine, flags
 from kvision.data import load
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.drawn import load_shapes10
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.synthetic import load_shapes10
 from kvision.tracking import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,14 +240,14 @@ def train_engine(
         compiled: with input "device" on PyTorch: whether the step is compiled.
     """
     from kvision import optimizers, zoo
-    from kvision.layers import blank
+    from kvision.layers import skip_init
     from kvision.tasks.classification import cross_entropy
-    from kvision.weights.initial import initialize
+    from kvision.weights.initialization import initialize
 
     engine.configure(dtype, compile_cache=cache)
     name, arguments = NETWORKS[network]
-    with blank():
-        model = zoo.create_model(name, images.shape[1:], peers.CLASSES[network], **arguments)
+    with skip_init():
+        model = zoo.build_model(name, images.shape[1:], peers.CLASSES[network], **arguments)
     initialize(model, 0)
     optimizer = optimizers.make_optimizer(
         "sgd", peers.LEARNING_RATES[network], momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY
@@ -256,7 +256,7 @@ def train_engine(
     trainer = engine.create(model, optimizer, cross_entropy())
     batches = Batches(images, labels, batch_size, 0, PREPROCESSING, Augmentation(flip=True, shift=4))
     if input == "device":
-        from kvision.engine.pictures import Pictures
+        from kvision.data.device import Pictures
 
         if compiled:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)

@@ -16,8 +16,8 @@ import safetensors.numpy as peer
 from keras import ops
 
 from kvision import weights, zoo
-from kvision.layers import blank
-from kvision.weights.initial import initialize
+from kvision.layers import skip_init
+from kvision.weights.initialization import initialize
 
 
 def wait(model) -> None:
@@ -30,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--n", type=int, default=9)
     count = parser.parse_args().n
-    with blank():
-        model = zoo.create_model("vgg16", (32, 32, 3), 10, hidden=2048)
+    with skip_init():
+        model = zoo.build_model("vgg16", (32, 32, 3), 10, hidden=2048)
     initialize(model, 0)
     variables = weights.named_variables(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -30,16 +30,16 @@ from apps.cifar10 import DATASETS, RECIPES
 from docs.update import put
 from kvision import engine, evaluation, flags, training, zoo
 from kvision.data.batches import FIELDS, Augmentation, Batches
-from kvision.data.views import VIEWS
-from kvision.engine.pictures import Pictures
-from kvision.layers import blank, whitening_kernel_on_device
+from kvision.data.device import Pictures
+from kvision.data.tta import VIEWS
+from kvision.layers import skip_init, whitening_kernel_on_device
 from kvision.muon import Muon
 from kvision.optimizers import schedule
 from kvision.run import build, optimizer_of
 from kvision.run_data import batches_of, preprocessing_of, read_data
 from kvision.tasks.classification import cross_entropy, log_probabilities, score
 from kvision.tracking import environment
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 ROOT = Path(__file__).resolve().parent.parent
 WHITENED = 5000  # training images that the whitening layer is set from, as in `kvision.run`
@@ -128,8 +128,8 @@ def recipe_of(config: Config):
 
 def build_muon(recipe, dataset, whiten_epochs: int = WHITEN_EPOCHS):
     """The network with a bias in its whitening layer, whose kernel is frozen, and its preprocessing."""
-    with blank():  # each run sets the weights
-        model = zoo.create_model(recipe.model, dataset.input_shape, len(dataset.classes), whiten_bias=True)
+    with skip_init():  # each run sets the weights
+        model = zoo.build_model(recipe.model, dataset.input_shape, len(dataset.classes), whiten_bias=True)
     layer = model.get_layer("whiten_conv")
     layer.kernel.trainable, layer.bias.trainable = False, whiten_epochs > 0
     return model, preprocessing_of(dataset)

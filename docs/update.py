@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from kvision.convert import markdown_table
 from kvision.weights import write_table
-from kvision.zoo import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
         applications,
         callbacks,
         checkpoints,
+        convert,
         data,
         engine,
         layers,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
         optimizers,
         parity,
         random,
-        regularizers,
         tasks,
         tracking,
         training,
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
         weights,
         zoo,
     )
-    from kvision.weights import preprocess
-    from kvision.zoo import create_model, list_models, model_info
+    from kvision.convert import create_model, model_info, preprocess
+    from kvision.zoo import list_models
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "applications",
     "callbacks",
     "checkpoints",
+    "convert",
     "create_model",
     "data",
     "engine",
@@ -45,7 +46,6 @@ __all__ = [
     "parity",
     "preprocess",
     "random",
-    "regularizers",
     "tasks",
     "tracking",
     "training",
@@ -55,10 +55,10 @@ __all__ = [
 ]
 # The modules of the functions; every other name is a module itself.
 _FUNCTIONS = {
-    "create_model": "kvision.zoo",
+    "create_model": "kvision.convert",
     "list_models": "kvision.zoo",
-    "model_info": "kvision.zoo",
-    "preprocess": "kvision.weights",
+    "model_info": "kvision.convert",
+    "preprocess": "kvision.convert",
 }
 
 keras_import.prepare()

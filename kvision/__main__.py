@@ -8,10 +8,10 @@ import kvision
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from kvision import zoo
+    from kvision import convert, zoo
 
     if arguments.table:
-        print(zoo.markdown_table())
+        print(convert.markdown_table())
         return 0
     names = zoo.list_models(arguments.pattern)
     width = max(map(len, names), default=0)
@@ -27,18 +27,19 @@ def _models(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from kvision import zoo
+    from kvision import convert
 
     for name in arguments.names:
-        print(zoo.model_info(name))
+        print(convert.model_info(name))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on stderr and code 2."""
     from kvision import compare, keras_import, parity
+    from kvision.convert import cli
     from kvision.flags import UsageError, print_anything
-    from kvision.weights import WeightsError, cli
+    from kvision.weights import WeightsError
     from kvision.zoo import UnknownModelError
 
     parser = argparse.ArgumentParser(prog="kvision", description=kvision.__doc__)

@@ -9,9 +9,9 @@ import numpy as np
 
 from kvision import engine as floors
 from kvision import flags, memory, optimizers, training, zoo
+from kvision.convert import shipped
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
-from kvision.data.views import VIEWS
-from kvision.weights import shipped
+from kvision.data.tta import VIEWS
 
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
 

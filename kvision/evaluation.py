@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 
 from kvision.data.batches import FIELDS, Batches
+from kvision.data.device import Pictures
 from kvision.data.preprocessing import Preprocessing, as_uint8
-from kvision.data.views import VIEWS
-from kvision.data.views import views as views_of
-from kvision.engine.pictures import Pictures
+from kvision.data.tta import VIEWS
+from kvision.data.tta import views as views_of
 
 
 def at_once(shape: tuple[int, int], small: int) -> int:
@@ -50,7 +50,7 @@ def predict(
 
     Args:
         batch_size: None is 500, or as many as have the pixels of 500 images of CIFAR-10: 10 of 224x224.
-        views: of each image, whose logits' weighted mean is taken, see `kvision.data.views`.
+        views: of each image, whose logits' weighted mean is taken, see `kvision.data.tta`.
     """
     images = as_uint8(images)
     batch_size = min(batch_size or at_once(images.shape[1:3], 500), len(images))

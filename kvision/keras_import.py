@@ -17,12 +17,9 @@ BACKENDS = ("jax", "tensorflow", "torch")
 
 # The classes that a `.keras` file may name, by their modules: what `register_keras_serializable("kvision")` decorates.
 SERIALIZABLE = {
-    "kvision.layers": ("AdaptivePool", "Border", "Filled", "Identity", "LocalResponseNorm", "Variance"),
-    "kvision.models.cifar_resnet": ("PaddedShortcut",),
-    "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
-    "kvision.muon": ("Muon",),
-    "kvision.optimizers": ("ExponentialAverage", "LearningRateFactors", "Lookahead", "StochasticAverage", "WarmUp"),
-    "kvision.regularizers.activations": (
+    "kvision.layers.conv": ("ConstantPad2D",),
+    "kvision.layers.initializers": ("Constant", "Dirac", "VarianceScaling"),
+    "kvision.layers.noise": (
         "DropBlock",
         "Dropout",
         "GaussianNoise",
@@ -30,8 +27,13 @@ SERIALIZABLE = {
         "SpatialDropout",
         "StochasticDepth",
     ),
-    "kvision.regularizers.batch_norm": ("Moments", "SynchronisedBatchNorm"),
-    "kvision.regularizers.weights": ("MaxNorm", "Orthogonal", "Sum"),
+    "kvision.layers.norm": ("BatchStatistics", "LocalResponseNorm", "SynchronizedBatchNorm"),
+    "kvision.layers.pooling": ("AdaptiveAveragePooling2D",),
+    "kvision.layers.regularizers": ("MaxNorm", "Orthogonal", "Sum"),
+    "kvision.models.cifar_resnet": ("PaddedShortcut",),
+    "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
+    "kvision.muon": ("Muon",),
+    "kvision.optimizers": ("ExponentialAverage", "LearningRateFactors", "Lookahead", "StochasticAverage", "WarmUp"),
     "kvision.tasks.classification": ("CrossEntropy",),
 }
 

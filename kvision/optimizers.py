@@ -71,7 +71,7 @@ def make_optimizer(
 ) -> keras.optimizers.Optimizer:
     """A Keras optimizer whose decoupled weight decay leaves biases and batch norms alone.
 
-    See `kvision.regularizers.decay` for other variables.
+    See `kvision.layers.regularizers.decay` for other variables.
 
     Args:
         name: "sgd" (with Nesterov momentum), "adam" or "adamw" (the same with weight decay).

@@ -18,15 +18,16 @@ import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import evaluation, flags, memory, optimizers, regularizers, training, zoo
+from kvision import evaluation, flags, memory, optimizers, training, zoo
 from kvision.checkpoints import Checkpoints
 from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_arguments, public
+from kvision.convert import find
 from kvision.data import DataError, Dataset
-from kvision.data.find import keras_cache
 from kvision.data.preprocessing import Preprocessing
+from kvision.data.registry import keras_cache
 from kvision.engine.threads import choose as choose_threads
 from kvision.files import FolderInUseError, sha256, write_json, write_text
-from kvision.layers import blank, whitening_kernel
+from kvision.layers import regularizers, skip_init, whitening_kernel
 from kvision.run_data import (
     WHITENED_PIXELS,
     batches_of,
@@ -41,9 +42,9 @@ from kvision.run_folder import identity, run_folder, store_config, stored_config
 from kvision.tasks import classification
 from kvision.tracking import environment
 from kvision.tracking.report import Mistake, write_report
-from kvision.weights import WeightsError, find, inspect, save
+from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from kvision.weights.manifest import room_for
 
 ERRORS = (DataError, WeightsError, FolderInUseError, training.DivergedError)
@@ -92,8 +93,8 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
         skip = [*skip, *_head_to_skip(config, dataset, manifest, skip)]
     largest = memory.largest_kernel(dataset.input_shape, zoo.default_shape(config.model))
     try:
-        with blank(at_most, largest):  # `initialize` follows
-            model = zoo.create_model(config.model, dataset.input_shape, len(dataset.classes), **own)
+        with skip_init(at_most, largest):  # `initialize` follows
+            model = zoo.build_model(config.model, dataset.input_shape, len(dataset.classes), **own)
     except ValueError as error:
         height, width = zoo.default_shape(config.model)[:2]
         cure = "" if largest is None else f"; it was published for images of {height}x{width}: --image-size {height}"
@@ -332,11 +333,11 @@ def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, floa
 def regularize_weights(config: Config, model: keras.Model) -> None:
     """Lay the configuration's penalties and bounds on the model's kernels."""
     if config.l1 or config.l2:
-        regularizers.attach(model, keras.regularizers.L1L2(config.l1, config.l2))
+        regularizers.add_regularizer(model, keras.regularizers.L1L2(config.l1, config.l2))
     if config.orthogonal:
-        regularizers.attach(model, regularizers.Orthogonal(config.orthogonal))
+        regularizers.add_regularizer(model, regularizers.Orthogonal(config.orthogonal))
     if config.max_norm is not None:
-        regularizers.constrain(model, regularizers.MaxNorm(config.max_norm))
+        regularizers.add_constraint(model, regularizers.MaxNorm(config.max_norm))
 
 
 def whiten(model: keras.Model, images: np.ndarray) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 from kvision import engine as floors
 from kvision import flags, memory, zoo
 from kvision.config import Config
+from kvision.convert import find
 from kvision.data import Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
+from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.random import stream
-from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
-from kvision.weights import find, inspect
+from kvision.weights import inspect
 
 WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
 

@@ -12,9 +12,9 @@ import keras
 import numpy as np
 
 from kvision import flags
+from kvision.convert import find
 from kvision.data import Dataset
 from kvision.files import LOCK, locked, make_folder, new_folder, remove_temp_files, sha256, write_json
-from kvision.weights import find
 from kvision.weights.archive import Archive, WeightsError, digest
 from kvision.weights.npz import MANIFEST
 

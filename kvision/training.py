@@ -16,11 +16,11 @@ from kvision import engine as floors
 from kvision.callbacks import Callbacks, logs_of
 from kvision.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.data.batches import Batches
-from kvision.engine.pictures import Pictures
+from kvision.data.device import Pictures
 from kvision.evaluation import Scorer, evaluate
 from kvision.interruption import Interrupted, Interruption
+from kvision.layers.norm import batch_statistics_model, update_bn
 from kvision.optimizers import Lookahead, WeightAverage
-from kvision.regularizers.batch_norm import moments, recalibrate
 from kvision.tasks.classification import score
 from kvision.tracking.environment import seconds_since_process_start
 from kvision.tracking.progress import Progress
@@ -113,14 +113,14 @@ class _Average:
     def __init__(self, model, optimizer, batches: Batches):
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.count = math.ceil(RECALIBRATION_IMAGES / batches.batch_size)
-        statistics = moments(model)
+        statistics = batch_statistics_model(model)
         self.engine = statistics and floors.create(statistics)
 
     def put(self, epoch: int) -> None:
         assign(self.optimizer._trainable_variables, values(self.optimizer.averages))
         if self.engine:
             shown = itertools.islice(self.batches.epoch(epoch), self.count)
-            recalibrate(self.model, [self.engine.predict(images) for images, _ in shown])
+            update_bn(self.model, [self.engine.predict(images) for images, _ in shown])
 
     @contextmanager
     def inside(self, epoch: int) -> Iterator[None]:
@@ -422,7 +422,7 @@ def fit(
     Args:
         loss: `loss(labels, logits)`, a scalar tensor, such as a Keras loss with `from_logits=True`; penalties on
             weights (`model.losses`) are added to it.
-        batches: what is shown, a `kvision.regularizers.samples.Mixed` too.
+        batches: what is shown, a `kvision.data.mixing.Mixed` too.
         test: uint8 images and integer labels to score after every `test_every` epochs.
         also: further images and labels by name, scored together with the test images: "train" gives train_loss and
             train_accuracy.
@@ -442,7 +442,7 @@ def fit(
         keep: how many checkpoints are kept, the newest, where `checkpoint` is a folder.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
         images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
-            makes them there, within the step, see `kvision.engine.pictures`; "auto" is that for all batches that can be
+            makes them there, within the step, see `kvision.data.device`; "auto" is that for all batches that can be
             and are not more than 1 GiB, but in float64.
         steps_at_once: steps of images on the device in one program; None is about 50 on an accelerator, 1 on a CPU,
             where a loop within a program is slow, or where a callback is told of every step.

@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def numpy_seed():
-    """`kvision.layers.Variance`, called by Keras, draws from NumPy's global generator; each test starts it anew."""
+    """Seeds NumPy's global generator, from which `kvision.layers.VarianceScaling` draws when Keras calls it."""
     np.random.seed(0)
 
 

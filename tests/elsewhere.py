@@ -16,11 +16,11 @@ import numpy as np
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, global_pool, logits
+from kvision.layers.noise import Dropout
 from kvision.optimizers import ExponentialAverage, make_optimizer, schedule
-from kvision.regularizers.activations import Dropout
 from kvision.tasks.classification import cross_entropy
 from kvision.training import fit
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 
 def train(checkpoints: Path) -> dict[str, np.ndarray]:

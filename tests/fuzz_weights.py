@@ -20,7 +20,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kvision.weights import WeightsError, foreign, hdf5, pth, safetensors
+from kvision.convert import formats, hdf5, pth, safetensors
+from kvision.weights import WeightsError
 from kvision.weights.archive import write
 
 LIMIT = 10.0  # seconds for one file
@@ -132,7 +133,7 @@ def outcome(path: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            foreign.read(path)
+            formats.read(path)
         result = "read"
     except WeightsError as error:
         result = "refused" if "\n" not in str(error) else "a message of several lines"

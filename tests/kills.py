@@ -46,7 +46,7 @@ def child(folder: Path, epochs: int) -> None:
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
     from kvision.tasks.classification import cross_entropy
-    from kvision.weights.initial import initialize
+    from kvision.weights.initialization import initialize
 
     warnings.filterwarnings("error", message=".*passed over")  # a kill breaks no checkpoint
     with np.load(folder.parent / "data.npz") as data:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kvision import engine
-from kvision.regularizers.batch_norm import SynchronisedBatchNorm
+from kvision.layers.norm import SynchronizedBatchNorm
 from tests.arrays import noise
 
 X, T = noise(8, 2, 2, 3) * 2 + 5, noise(8, 2, 2, 3, seed=1)
@@ -60,7 +60,7 @@ def on_tensorflow():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
     with strategy.scope():
-        layer = build(SynchronisedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
+        layer = build(SynchronizedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
 
     @tf.function
     def step(x, t):
@@ -93,7 +93,7 @@ def on_torch(folder: Path):
     other = None if rank else subprocess.Popen([sys.executable, "-m", "tests.replicas", str(folder), "1"])
     group.init_process_group("gloo", init_method=f"file://{folder.resolve()}/group", rank=rank, world_size=2)
 
-    layer = build(SynchronisedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
+    layer = build(SynchronizedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
     x, t = (torch.tensor(np.split(array, 2)[rank]) for array in (X, T))
     y = layer(x.requires_grad_(), training=True)
     variables = [x, *(v.value for v in layer.trainable_variables)]

@@ -10,8 +10,8 @@ import pytest
 from keras import ops
 
 from kvision import engine, zoo
-from kvision.layers import AdaptivePool, LocalResponseNorm, blank
-from kvision.weights import torchvision
+from kvision.convert import torchvision
+from kvision.layers import AdaptiveAveragePooling2D, LocalResponseNorm, skip_init
 from tests import zoo_logits
 from tests.arrays import noise, values
 
@@ -194,8 +194,8 @@ CASES = [
 
 @pytest.mark.parametrize(("reference", "shape", "own"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_every_output_is_that_of_the_paper_in_numpy(reference, shape, own):
-    with blank():
-        model = zoo.create_model(reference.__name__, shape, 5, **own)
+    with skip_init():
+        model = zoo.build_model(reference.__name__, shape, 5, **own)
     zoo_logits.fill(model)
     images = 20 * zoo_logits.images(model)  # so that local response normalisation is felt
     expected = reference(model, images.astype(np.float64))
@@ -208,8 +208,8 @@ def test_every_output_is_that_of_the_paper_in_numpy(reference, shape, own):
 
 
 def test_the_auxiliary_heads_of_googlenet():
-    with blank():
-        model = zoo.create_model("googlenet", (98, 66, 3), 5, **HEADS)
+    with skip_init():
+        model = zoo.build_model("googlenet", (98, 66, 3), 5, **HEADS)
     zoo_logits.fill(model)
     places = [model.get_layer(name).output for name in ("stage4_a", "stage4_d")]
     maps = [noise(2, *place.shape[1:]) for place in places]
@@ -236,8 +236,8 @@ def inception_v3_module(network, x, name, counted):
 @pytest.mark.parametrize("name", ["inception_v3", "inception_v3_tf"])
 def test_one_module_of_each_figure_and_the_head_of_inception_v3(name):
     """The two rows differ in their averages and batch norms alone; the rest of the wiring is held by `tests.golden`."""
-    with blank():
-        model = zoo.create_model(name, (107, 170, 3), 5, **HEADS)
+    with skip_init():
+        model = zoo.build_model(name, (107, 170, 3), 5, **HEADS)
     zoo_logits.fill(model)
     modules = {"stage3_b": "stage3_c", "stage4_d": "stage4_e", "stage5_b": "stage5_c"}
     places = [model.get_layer(before).output for before in modules]
@@ -280,7 +280,7 @@ def test_local_response_normalisation_of_large_halves():
 
 @pytest.mark.parametrize(("sides", "cells"), [((14, 13), (4, 4)), ((7, 2), (6, 6)), ((1, 5), (3, 5)), ((4, 6), (1, 2))])
 def test_adaptive_pooling(sides, cells):
-    x, layer = noise(2, *sides, 3), AdaptivePool(cells)
+    x, layer = noise(2, *sides, 3), AdaptiveAveragePooling2D(cells)
     expected = adaptive_pool(x.astype(np.float64), cells)
     assert layer.compute_output_shape(x.shape) == expected.shape
     np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-6)
@@ -288,8 +288,8 @@ def test_adaptive_pooling(sides, cells):
 
 def test_the_towers_meet_at_the_third_convolution_alone():
     """The second, fourth and fifth convolutions of a tower read its own half of the maps before them."""
-    with blank():
-        model = zoo.create_model("alexnet_2012", (67, 67, 3), 0, filters=(4, 6, 8, 8, 6))
+    with skip_init():
+        model = zoo.build_model("alexnet_2012", (67, 67, 3), 0, filters=(4, 6, 8, 8, 6))
     zoo_logits.fill(model)
     for name, whole in (
         ("stage2_1_conv", False),
@@ -325,8 +325,8 @@ def test_the_towers_meet_at_the_third_convolution_alone():
     ],
 )
 def test_what_cannot_be_built_is_said(name, shape, own, message):
-    with blank(), pytest.raises(ValueError, match=message):
-        zoo.create_model(name, shape, **own)
+    with skip_init(), pytest.raises(ValueError, match=message):
+        zoo.build_model(name, shape, **own)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +345,8 @@ def test_what_cannot_be_built_is_said(name, shape, own, message):
     ],
 )
 def test_the_smallest_images_that_fit(name, side, own):
-    with blank():
-        model = zoo.create_model(name, (side, side, 1), 4, width=0.05, **own)
+    with skip_init():
+        model = zoo.build_model(name, (side, side, 1), 4, width=0.05, **own)
     shape = (None, 4)
     assert model.output_shape == ([shape] * (2 if "v3" in name else 3) if own else shape)
     assert min(model.get_layer("stage5").output.shape[1:3]) >= 1
@@ -362,8 +362,8 @@ def test_the_smallest_images_that_fit(name, side, own):
     ],
 )
 def test_parameters_with_auxiliary_heads(name, published):
-    with blank():
-        model = zoo.create_model(name, auxiliary=True)
+    with skip_init():
+        model = zoo.build_model(name, auxiliary=True)
     assert sum(math.prod(variable.shape) for variable in model.trainable_variables) == published
 
 

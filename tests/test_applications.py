@@ -8,7 +8,7 @@ import pytest
 
 import kvision
 from kvision import applications
-from kvision.layers import blank
+from kvision.layers import skip_init
 
 KERAS = ("VGG16", "VGG19", "ResNet50", "ResNet101", "ResNet152", "InceptionV3")
 KERAS += ("DenseNet121", "DenseNet169", "DenseNet201", "MobileNetV2")
@@ -17,7 +17,7 @@ MODULES = ("vgg16", "vgg19", "resnet", "resnet50", "inception_v3", "densenet", "
 
 @pytest.fixture(autouse=True)
 def no_values():
-    with blank():
+    with skip_init():
         yield
 
 

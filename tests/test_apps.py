@@ -16,12 +16,13 @@ import pytest
 from apps import cifar10, mnist, regularize, transfer
 from kvision import engine, flags
 from kvision.config import Config
+from kvision.convert import verify
 from kvision.data import load
 from kvision.flags import UsageError
 from kvision.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
 from kvision.run import command, optimizer_of
 from kvision.run_data import batches_of, hold_out, preprocessing_of
-from kvision.weights import inspect, verify
+from kvision.weights import inspect
 from tests.drawn import real_data, write_shapes
 
 FLAGS = [

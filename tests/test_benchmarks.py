@@ -10,9 +10,9 @@ import pytest
 from benchmarks import engine as benchmark
 from benchmarks import peers
 from kvision import engine, flags, zoo
-from kvision.layers import blank
+from kvision.layers import skip_init
 from kvision.weights import named_variables
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 BACKEND = keras.backend.backend()
 BATCH, STEPS = 8, 3
@@ -69,8 +69,8 @@ def kvision_losses(as_they_are):
 def initial(network):
     """The weights that kvision's contender starts from."""
     name, arguments = benchmark.NETWORKS[network]
-    with blank():
-        model = zoo.create_model(name, data(network)[0].shape[1:], peers.CLASSES[network], **arguments)
+    with skip_init():
+        model = zoo.build_model(name, data(network)[0].shape[1:], peers.CLASSES[network], **arguments)
     initialize(model, 0)
     trainable = {id(variable) for variable in model.trainable_variables}
     return {

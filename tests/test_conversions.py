@@ -8,9 +8,10 @@ import pytest
 from keras import ops
 
 from kvision import weights, zoo
-from kvision.layers import AdaptivePool, blank
+from kvision.convert import convert, create_model, export_arrays, hdf5, keras_applications, pth
+from kvision.layers import AdaptiveAveragePooling2D, skip_init
 from kvision.random import stream
-from kvision.weights import WeightsError, convert, export_arrays, hdf5, keras_applications, pth
+from kvision.weights import WeightsError
 
 BACKEND = keras.backend.backend()
 torch_alone = pytest.mark.skipif(BACKEND != "torch", reason="needs PyTorch")
@@ -18,8 +19,8 @@ torch_alone = pytest.mark.skipif(BACKEND != "torch", reason="needs PyTorch")
 
 def filled(name, *shape, **options):
     """A network with values that differ from each other."""
-    with blank():
-        model = zoo.create_model(name, *shape, **options)
+    with skip_init():
+        model = zoo.build_model(name, *shape, **options)
     for variable in model.weights:
         scale = 0.5 / np.sqrt(np.prod(variable.shape[:-1]) or 1)
         values = scale * stream(0, "conversions", variable.path).standard_normal(variable.shape, np.float32)
@@ -45,7 +46,7 @@ def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, lineage):
         tmp_path / "wrapped.pth", tmp_path / "ours.npz", "mobilenet_v2", input_shape=(32, 32, 3), compare=False
     )
     assert report.lineage == lineage and not report.skipped
-    same(zoo.create_model("mobilenet_v2", weights=tmp_path / "ours.npz"), model)
+    same(create_model("mobilenet_v2", weights=tmp_path / "ours.npz"), model)
 
 
 def test_what_is_no_part_of_the_network_is_still_named(tmp_path):
@@ -85,7 +86,7 @@ def test_kerass_file_without_a_top(tmp_path, name, monkeypatch):
     proof = name == "mobilenet_v2_tf" or BACKEND != "jax"  # JAX compiles a program for each layer
     report = convert(tmp_path / "notop.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=proof)
     assert not report.skipped and (report.difference < 1e-5 if proof else report.difference is None)
-    again = zoo.create_model(name, weights=tmp_path / "ours.npz")
+    again = create_model(name, weights=tmp_path / "ours.npz")
     assert again.output_shape[-1] == model.output_shape[-1]
     same(again, model)
 
@@ -105,8 +106,8 @@ def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
     peer = keras.applications.InceptionV3(weights=None, input_shape=(75, 75, 3), classes=3)
     names = keras_applications.renumbered(layer.name for layer in peer.layers)
     theirs = [names.get(layer.name, layer.name) for layer in peer.layers if layer.weights]
-    with blank():
-        model = zoo.create_model("inception_v3_tf", (75, 75, 3), 3)
+    with skip_init():
+        model = zoo.build_model("inception_v3_tf", (75, 75, 3), 3)
     ours = list(dict.fromkeys(key.rpartition("/")[0] for key in export_arrays(model, "keras")))
     assert ours == theirs
 
@@ -120,7 +121,7 @@ def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
     model.save(path) if suffix == ".keras" else model.save_weights(path)
     report = convert(path, tmp_path / "ours.npz", name, compare=False)
     assert report.lineage == "kvision" and not report.skipped
-    same(zoo.create_model(name, weights=tmp_path / "ours.npz"), model)
+    same(create_model(name, weights=tmp_path / "ours.npz"), model)
 
 
 @pytest.mark.parametrize("top", [True, False])
@@ -134,7 +135,7 @@ def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
     name = "mobilenet_v2_tf"
     report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)
     assert report.lineage == "keras" and not report.skipped
-    again = export_arrays(zoo.create_model(name, weights=tmp_path / "ours.npz"), "keras")
+    again = export_arrays(create_model(name, weights=tmp_path / "ours.npz"), "keras")
     for layer in theirs.layers:
         for variable in layer.weights:
             value = ops.convert_to_numpy(variable.value)
@@ -164,7 +165,7 @@ def test_mnasnet_states_its_version(tmp_path):
     assert state._metadata[""]["version"] == 2
     again = convert(tmp_path / "out.pth", tmp_path / "again.npz", "mnasnet0_5", input_shape=(32, 32, 3), compare=False)
     assert not again.skipped and not again.ignored
-    same(zoo.create_model("mnasnet0_5", weights=tmp_path / "again.npz"), model)
+    same(create_model("mnasnet0_5", weights=tmp_path / "again.npz"), model)
 
 
 @torch_alone
@@ -188,8 +189,8 @@ def test_vgg_at_another_size_is_torchvisions(tmp_path):
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     for model in (
-        zoo.create_model("vgg11", (128, 96, 3), weights=tmp_path / "at224.npz"),
-        zoo.create_model("vgg11", weights=tmp_path / "at128.npz"),
+        create_model("vgg11", (128, 96, 3), weights=tmp_path / "at224.npz"),
+        create_model("vgg11", weights=tmp_path / "at128.npz"),
     ):
         assert model.input_shape == (None, 128, 96, 3)
         logits = ops.convert_to_numpy(model(images, training=False))
@@ -202,7 +203,7 @@ def test_adaptive_pooling_computes_its_cells_beforehand():
     """Where its cells are computed within PyTorch's tracer, ONNX divides them otherwise: wrong by whole pixels."""
     import torch
 
-    layer = AdaptivePool((3, 3))
+    layer = AdaptiveAveragePooling2D((3, 3))
     traced = torch.jit.trace(lambda x: layer(x), torch.zeros(1, 5, 8, 2))
     assert not {"floor_divide", "aten::mul", "aten::div"} & set(str(traced.graph).replace("(", " ").split())
     assert "aten::neg" not in str(traced.graph)

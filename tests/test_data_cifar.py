@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvision.data import CIFAR10_CLASSES, CIFAR100_CLASSES, DataError, archive, cifar, load
+from kvision.data import CIFAR10_CLASSES, CIFAR100_CLASSES, DataError, cifar, load, tar
 from kvision.data.unpickle import unpickle
 
 TRAIN, TEST = 50, 10
@@ -332,14 +332,14 @@ BAD_TARS = {
 
 @pytest.mark.parametrize("members", BAD_TARS.values(), ids=BAD_TARS.keys())
 def test_a_hostile_archive_is_unpacked_not_at_all(tmp_path, monkeypatch, members):
-    monkeypatch.setattr(archive, "MAX_UNPACKED", 100_000)
-    monkeypatch.setattr(archive, "MAX_MEMBERS", 20)
+    monkeypatch.setattr(tar, "MAX_UNPACKED", 100_000)
+    monkeypatch.setattr(tar, "MAX_MEMBERS", 20)
     cache = tmp_path / "deep" / "cache"
     cache.mkdir(parents=True)
     path = tmp_path / "bad.tar.gz"
     path.write_bytes(tar_of(*members))
     with pytest.raises(DataError, match=r"bad\.tar\.gz"):
-        archive.unpack_tar(path, cache / "data")
+        tar.unpack_tar(path, cache / "data")
     assert sorted(item.name for item in tmp_path.rglob("*")) == ["bad.tar.gz", "cache", "deep"]
 
 
@@ -349,10 +349,10 @@ def test_a_good_archive_replaces_a_broken_folder_and_keeps_the_same(tmp_path):
     target = tmp_path / "data"
     target.mkdir()
     (target / "a").write_bytes(b"broken")
-    archive.unpack_tar(path, target)
+    tar.unpack_tar(path, target)
     assert {item.name: item.read_bytes() for item in target.iterdir()} == {"a": b"1", "b": b"2"}
     before = target.stat().st_ino
-    archive.unpack_tar(path, target)
+    tar.unpack_tar(path, target)
     assert target.stat().st_ino == before
     assert sorted(item.name for item in tmp_path.iterdir()) == ["data", "good.tar.gz"]
 
@@ -371,7 +371,7 @@ def test_a_good_archive_replaces_a_broken_folder_and_keeps_the_same(tmp_path):
     ids=["other files", "incomplete", "cut short", "bomb", "not gzip", "empty", "text"],
 )
 def test_a_bad_archive_given_as_path_is_an_error(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(archive, "MAX_UNPACKED", 100_000)
+    monkeypatch.setattr(tar, "MAX_UNPACKED", 100_000)
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvision.data import DataError, DataUnavailable, cifar, download, find, load, mnist
+from kvision.data import DataError, DataUnavailable, cifar, download, load, mnist, registry
 from kvision.data.download import Remote
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -249,7 +249,7 @@ def test_without_a_home_data_lie_where_keras_puts_them(monkeypatch):
         raise KeyError
 
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    assert find.keras_cache() == Path(tempfile.gettempdir()) / ".keras" / "datasets"
+    assert registry.keras_cache() == Path(tempfile.gettempdir()) / ".keras" / "datasets"
     with pytest.raises(DataError, match="~nobody_here"):
         load("mnist", "~nobody_here/mnist.npz")
 

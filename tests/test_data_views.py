@@ -6,9 +6,9 @@ import pytest
 
 from kvision import evaluation, training
 from kvision.data.preprocessing import Preprocessing
-from kvision.data.views import VIEWS, views
+from kvision.data.tta import VIEWS, views
 from kvision.layers import logits
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests.test_batches import mirrored
 
 # Each view by the paper's words: its weight, and where the pixel at (row, column) of a view of this width comes from.

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import engine, regularizers
+from kvision import engine
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.graph import Graph
 from kvision.evaluation import predict
-from kvision.layers import Variance, activation, batch_norm, conv, logits, max_pool
+from kvision.layers import VarianceScaling, activation, batch_norm, conv, logits, max_pool, regularizers
 from kvision.optimizers import make_optimizer
 from kvision.tasks.classification import cross_entropy
 from tests.arrays import noise, value, values
@@ -151,7 +151,7 @@ def test_accumulated_parts_make_the_step_of_the_whole():
     steps = []
     for count in (1, 3):
         model = softmax_regression()
-        regularizers.attach(model, keras.regularizers.L1L2(0.02, 0.03))
+        regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
         optimizer = make_optimizer("sgd", 0.5)
         optimizer.build(model.trainable_variables)
         floor = engine.create(model, optimizer, cross_entropy(), accumulate=count)
@@ -205,7 +205,7 @@ def test_penalties_are_part_of_the_loss():
     kernel = value(model.trainable_variables[0]).astype(np.float64)
     plain = PlainSoftmax(model, 1.0, 0.0, 0.0)
     loss, _ = plain.step(x, labels)
-    regularizers.attach(model, keras.regularizers.L1L2(0.02, 0.03))
+    regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
     floor = floor_of(model, keras.optimizers.SGD(1.0))
     penalised, _ = floor.train_step(x, labels)
     floor.push()
@@ -286,22 +286,24 @@ def mixture():
     x = conv(8, 3, 2, name="padded_conv")(activation("relu", name="first_relu")(x))
     x = batch_norm(name="second_bn", scale=False, momentum=0.6)(x)
     y = layers.Conv2D(
-        8, 3, strides=2, padding="same", activation="tanh", name="lopsided_conv", kernel_initializer=Variance()
+        8, 3, strides=2, padding="same", activation="tanh", name="lopsided_conv", kernel_initializer=VarianceScaling()
     )(inputs)
     y = layers.MaxPooling2D(2, padding="same", name="same_pool")(y)
-    y = layers.Conv2D(8, 2, padding="same", groups=2, name="even_conv", kernel_initializer=Variance())(y)
-    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, name="dilated_conv", kernel_initializer=Variance())(y)
+    y = layers.Conv2D(8, 2, padding="same", groups=2, name="even_conv", kernel_initializer=VarianceScaling())(y)
+    y = layers.Conv2D(8, 3, padding="same", dilation_rate=2, name="dilated_conv", kernel_initializer=VarianceScaling())(
+        y
+    )
     y = layers.ZeroPadding2D(((0, 0), (0, 0)), name="nothing")(y)
     y = layers.Resizing(3, 3, interpolation="nearest", name="resize")(y)
     x = layers.Add(name="add")([activation("gelu", name="gelu")(x), y])
     x = activation("tanh", name="tanh")(conv(8, 5, 2, name="wide_conv")(x))
     x = conv(8, 3, name="conv_wider_than_its_map", use_bias=True)(x)
     z = batch_norm(name="residual_bn")(conv(8, 3, name="residual_conv")(x))
-    z = layers.DepthwiseConv2D(3, name="depthwise", depthwise_initializer=Variance())(
+    z = layers.DepthwiseConv2D(3, name="depthwise", depthwise_initializer=VarianceScaling())(
         layers.ZeroPadding2D(1, name="depthwise_pad")(activation("relu", name="residual_relu")(z))
     )
     z = layers.ZeroPadding2D(((1, 0), (2, 1)), name="lopsided_pad")(z)
-    z = layers.Conv2D(8, (2, 4), name="lopsided_pad_conv", kernel_initializer=Variance())(z)
+    z = layers.Conv2D(8, (2, 4), name="lopsided_pad_conv", kernel_initializer=VarianceScaling())(z)
     x = layers.ReLU(name="sum_relu")(layers.Add(name="sum")([x, z]))
     y = batch_norm(name="read_twice_bn")(x)
     x = layers.Add(name="three")([activation("relu", name="beside_relu")(y), y, x])

@@ -16,9 +16,10 @@ import pytest
 
 from kvision import files
 from kvision.checkpoints import Checkpoints, State
+from kvision.convert import hdf5, pth, safetensors
 from kvision.files import FolderInUseError
 from kvision.tracking.page import document
-from kvision.weights import WeightsError, archive, hdf5, pth, safetensors
+from kvision.weights import WeightsError, archive
 
 ROOT = Path(__file__).parent.parent
 ARRAYS = {"a/kernel": np.arange(60_000, dtype=np.float32).reshape(300, 200), "a/bias": np.zeros(4, np.float32)}

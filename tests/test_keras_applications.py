@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import applications, engine, weights, zoo
-from kvision.layers import blank
+from kvision import applications, convert, engine, zoo
+from kvision.convert import create_model, export_arrays, hdf5, import_arrays
+from kvision.convert.keras_applications import CONSTRUCTORS, renumbered
+from kvision.layers import skip_init
 from kvision.random import stream
-from kvision.weights import export_arrays, hdf5, import_arrays
-from kvision.weights.keras_applications import CONSTRUCTORS, renumbered
 
 # The least sizes that Keras takes with its top.
 SIZES = {"vgg16": 32, "resnet50_v1": 32, "densenet121_tf": 32, "mobilenet_v2_tf": 32, "inception_v3_tf": 75}
@@ -50,19 +50,19 @@ def peer(monkeypatch):
 def test_logits_are_kerass(name, peer, tmp_path):
     network, arrays = peer(name)
     hdf5.write(tmp_path / "keras.h5", arrays)
-    report = weights.convert(
+    report = convert.convert(
         tmp_path / "keras.h5", tmp_path / "ours.npz", name, input_shape=network.input_shape[1:], compare=False
     )
     assert report.lineage == "keras" and not report.skipped
-    model = zoo.create_model(name, weights=tmp_path / "ours.npz")
+    model = create_model(name, weights=tmp_path / "ours.npz")
     assert model.output_shape == (None, 7)
     images = stream(0, "images").standard_normal((2, *network.input_shape[1:]), np.float32)
     expected, logits = (engine.create(each).predict(images) for each in (network, model))
     assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
     # Back: bit for bit, but for the ResNets' biases before batch norms, which are folded into those.
     back = export_arrays(model, "keras")
-    with blank():
-        again = zoo.create_model(name, network.input_shape[1:], 7)
+    with skip_init():
+        again = zoo.build_model(name, network.input_shape[1:], 7)
     import_arrays(again, back, "keras")
     for one, two in zip(model.weights, again.weights, strict=True):
         assert np.array_equal(ops.convert_to_numpy(one.value), ops.convert_to_numpy(two.value)), one.path
@@ -81,10 +81,10 @@ def test_logits_are_kerass(name, peer, tmp_path):
 def test_keras_reads_what_goes_out(peer, tmp_path):
     network, arrays = peer("mobilenet_v2_tf")
     hdf5.write(tmp_path / "keras.h5", arrays)
-    weights.convert(
+    convert.convert(
         tmp_path / "keras.h5", tmp_path / "ours.npz", "mobilenet_v2_tf", input_shape=(32, 32, 3), compare=False
     )
-    weights.convert(tmp_path / "ours.npz", tmp_path / "back.h5", compare=False)
+    convert.convert(tmp_path / "ours.npz", tmp_path / "back.h5", compare=False)
     for variable in network.weights:
         variable.assign(np.full(variable.shape, 3, np.float32))
     network.load_weights(tmp_path / "back.h5", by_name=True)

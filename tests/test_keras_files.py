@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kvision import zoo
-from kvision.layers import blank
+from kvision.layers import skip_init
+from kvision.layers.regularizers import MaxNorm, Orthogonal, add_constraint, add_regularizer
 from kvision.optimizers import WarmUp
-from kvision.regularizers import MaxNorm, Orthogonal, attach, constrain
 
 ROOT = Path(__file__).parent.parent
 # One row a wiring at a size that keeps it small: every file of the zoo, and every option that adds a class.
@@ -69,14 +69,14 @@ def loaded(tmp_path_factory):
     """{name: (sums of the weights and the logits here, in a fresh process that read the file)}."""
     folder, here = tmp_path_factory.mktemp("keras_files"), []
     for name, options in NETWORKS.items():
-        with blank():
-            model = zoo.create_model(name, **options)
+        with skip_init():
+            model = zoo.build_model(name, **options)
         generator = np.random.default_rng(0)
         for variable in model.trainable_variables:
             variable.assign(0.05 * generator.standard_normal(variable.shape, np.float32))
         if name == "mnist_cnn":  # what a user adds comes along
-            attach(model, Orthogonal(1e-3))
-            constrain(model, MaxNorm(3.0))
+            add_regularizer(model, Orthogonal(1e-3))
+            add_constraint(model, MaxNorm(3.0))
             model.compile(keras.optimizers.SGD(WarmUp(0.1, 10, 2)), "mse")
         here.append(found(model))  # noqa: F821
         model.save(folder / f"{name}.keras")

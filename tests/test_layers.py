@@ -9,8 +9,8 @@ from keras import ops
 
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import (
-    Identity,
-    Variance,
+    Dirac,
+    VarianceScaling,
     activation,
     batch_norm,
     conv,
@@ -51,7 +51,7 @@ FORMS = {
 @pytest.mark.parametrize("fan", FANS)
 @pytest.mark.parametrize("scale", [1 / 3, 2.0])
 def test_initial_values_have_the_moments_of_their_distribution(scale, fan, distribution):
-    values = Variance(scale, fan, distribution).draw(SHAPE, numbers())
+    values = VarianceScaling(scale, fan, distribution).draw(SHAPE, numbers())
     assert (values.shape, values.dtype) == (SHAPE, np.float32)
     variance, (kurtosis, largest) = scale / FANS[fan], FORMS[distribution]
     x = values.astype(np.float64).ravel() / math.sqrt(variance)
@@ -69,7 +69,7 @@ def test_initial_values_have_the_moments_of_their_distribution(scale, fan, distr
 def test_fan_of_other_shapes(shape):
     """A uniform draw scaled back by its limit is the generator's own."""
     fan = {1: 11, 2: 7, 3: 2 * 4}[len(shape)]
-    values = Variance(3.0, "in", "uniform").draw(shape, numbers())
+    values = VarianceScaling(3.0, "in", "uniform").draw(shape, numbers())
     unit = numbers().random(shape, np.float32) * 2 - 1
     np.testing.assert_allclose(values, unit * 3 / math.sqrt(fan), rtol=1e-6)
 
@@ -77,10 +77,10 @@ def test_fan_of_other_shapes(shape):
 @pytest.mark.parametrize("options", [{"fan": "both"}, {"distribution": "cauchy"}])
 def test_initialiser_refuses_what_it_does_not_know(options):
     with pytest.raises(ValueError, match=r"must be 'in', 'out'|must be 'normal', 'truncated'"):
-        Variance(**options)
+        VarianceScaling(**options)
 
 
-@pytest.mark.parametrize("initializer", [Variance(0.7, "average", "truncated"), Identity()])
+@pytest.mark.parametrize("initializer", [VarianceScaling(0.7, "average", "truncated"), Dirac()])
 def test_initialiser_survives_its_configuration(initializer):
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(initializer))
     assert type(again) is type(initializer)
@@ -89,16 +89,16 @@ def test_initialiser_survives_its_configuration(initializer):
 
 
 def test_initialiser_called_by_keras_hears_numpys_seed():
-    first, second = (ops.convert_to_numpy(Variance()((4, 5))) for _ in range(2))
+    first, second = (ops.convert_to_numpy(VarianceScaling()((4, 5))) for _ in range(2))
     np.random.seed(0)
-    again = ops.convert_to_numpy(Variance()((4, 5)))
+    again = ops.convert_to_numpy(VarianceScaling()((4, 5)))
     assert (first == again).all() and not (first == second).any()
 
 
 @pytest.mark.parametrize(("kernel_size", "inputs", "outputs"), [(3, 3, 5), (3, 6, 4), (1, 4, 4), (5, 2, 3)])
 def test_identity_passes_its_inputs_on(kernel_size, inputs, outputs):
     x = numbers().normal(size=(2, 7, 6, inputs)).astype(np.float32)
-    layer = conv(outputs, kernel_size, name="conv", initializer=Identity())
+    layer = conv(outputs, kernel_size, name="conv", initializer=Dirac())
     y, both = ops.convert_to_numpy(layer(x)), min(inputs, outputs)
     np.testing.assert_array_equal(y[..., :both], x[..., :both])
     kernel = ops.convert_to_numpy(layer.kernel)[..., both:]

@@ -7,13 +7,13 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Batches
+from kvision.data.device import Pictures
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.pictures import Pictures
 from kvision.layers import conv, logits
 from kvision.muon import COEFFICIENTS, Muon, orthogonalize
 from kvision.optimizers import schedule
 from kvision.tasks.classification import cross_entropy
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 GENERATOR = np.random.default_rng(0)
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12}

@@ -211,7 +211,7 @@ def test_a_layer_that_one_backend_has_alone():
         arrays["inference_layers"] = {"pad": np.zeros(3), **arrays["inference_layers"]}
         arrays["training_layers"] = {"pad": np.zeros(3), **arrays["training_layers"]}
         arrays["inference_layers"]["first"][0, 0, 0, 0] += 1
-        operations.insert(0, {**operations[0], "name": "pad", "type": "Border", "inputs": []})
+        operations.insert(0, {**operations[0], "name": "pad", "type": "ConstantPad2D", "inputs": []})
         operations[1]["inputs"] = ["pad"]
 
     report, text = judged(change)
@@ -511,7 +511,7 @@ def test_noise_that_keras_draws_is_named(capsys):
     assert __main__.main(words) == 1
     shown = capsys.readouterr().out
     assert "torch parts from tensorflow at dropout, layer 2 of 4, in training, every layer" in shown
-    assert "Keras's Dropout draws from the backend's generator; kvision.regularizers.Dropout draws the same" in shown
+    assert "Keras's Dropout draws from the backend's generator; kvision.layers.Dropout draws the same" in shown
 
 
 @all_installed

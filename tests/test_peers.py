@@ -4,9 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvision.weights import load, safetensors, save
-from kvision.weights.initial import initialize
-from kvision.zoo import create_model
+from kvision.convert import create_model, safetensors
+from kvision.weights import load, save
+from kvision.weights.initialization import initialize
 
 
 def test_safetensors_holds_the_same_arrays(tmp_path):

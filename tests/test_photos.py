@@ -14,12 +14,13 @@ from PIL import Image
 from apps import cifar10, mnist, transfer
 from kvision import evaluation, flags, memory, zoo
 from kvision.config import Config, arguments_of, public
+from kvision.convert import shipped
 from kvision.data import Dataset
 from kvision.data.preprocessing import Preprocessing
-from kvision.layers import blank
+from kvision.layers import skip_init
 from kvision.run import build, command, learning_rates, schedule_of
 from kvision.run_data import fit_batch, image_size, images_on, preprocessing_of, read_data, sample
-from kvision.weights import inspect, shipped
+from kvision.weights import inspect
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,8 +122,8 @@ def test_a_network_of_the_published_size_has_its_kernels():
     [((224, 224, 3), 128, 16), ((224, 224, 3), 16, 16), ((32, 32, 3), 100_000, 100_000), ((64, 64, 3), 10**6, 10**6)],
 )
 def test_a_batch_of_large_images_fits_the_memory(shape, batch, expected):
-    with blank():
-        model = zoo.create_model("squeezenet1_1", shape, 2)
+    with skip_init():
+        model = zoo.build_model("squeezenet1_1", shape, 2)
     each = memory.activation_bytes(model)
     assert memory.batch_within(model, batch) == expected
     assert expected == batch or expected * each <= memory.ACTIVATIONS < 2 * expected * each
@@ -143,8 +144,8 @@ def test_a_batch_size_that_is_given_stays(monkeypatch):
 
 
 def test_activations_are_counted_layer_by_layer():
-    with blank():
-        model = zoo.create_model("softmax", (4, 5, 3), 2)
+    with skip_init():
+        model = zoo.build_model("softmax", (4, 5, 3), 2)
     assert memory.activation_bytes(model) == 4 * sum(int(np.prod(layer.output.shape[1:])) for layer in model.layers)
     assert memory.activation_bytes(model) >= 4 * (60 + 60 + 2)
 

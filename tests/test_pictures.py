@@ -7,14 +7,14 @@ from keras import ops
 
 from kvision import engine, evaluation, training
 from kvision.data.batches import Augmentation, Batches
+from kvision.data.device import PLACES, Pictures
+from kvision.data.mixing import Mixed, Mixup
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.pictures import PLACES, Pictures
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.optimizers import WarmUp, make_optimizer
-from kvision.regularizers.samples import Mixed, Mixup
 from kvision.tasks.classification import cross_entropy
 from kvision.training import fit, values
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 layers, array = keras.layers, ops.convert_to_numpy
 RGB = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -90,7 +90,7 @@ def test_pictures_are_predicted_where_they_lie(pictures):
 
 def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
     batches = batches_of(pictures)
-    monkeypatch.setattr("kvision.engine.pictures.PLACES", batches.padded[..., 0].size)
+    monkeypatch.setattr("kvision.data.device.PLACES", batches.padded[..., 0].size)
     with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
         Pictures(batches)
     assert PLACES == 2**31

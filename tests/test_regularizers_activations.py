@@ -6,16 +6,9 @@ import pytest
 from keras import ops
 
 from kvision import engine, layers
+from kvision.layers.noise import DropBlock, Dropout, GaussianNoise, ShakeShake, SpatialDropout, StochasticDepth
 from kvision.random import key
-from kvision.regularizers.activations import (
-    DropBlock,
-    Dropout,
-    GaussianNoise,
-    ShakeShake,
-    SpatialDropout,
-    StochasticDepth,
-)
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests.arrays import noise, value
 from tests.test_random import bound, normal_quantile, reference_uniform
 

@@ -11,9 +11,8 @@ import pytest
 from keras import ops
 
 from kvision import engine
-from kvision.layers import activation, batch_norm, conv, dense, depthwise_conv, logits, max_pool
+from kvision.layers import activation, batch_norm, conv, dense, depthwise_conv, logits, max_pool, norm
 from kvision.optimizers import make_optimizer
-from kvision.regularizers import batch_norm as norms
 from kvision.tasks.classification import cross_entropy
 from tests.arrays import noise, value, values
 
@@ -64,7 +63,7 @@ def test_a_frozen_batch_norm_uses_its_running_statistics_and_keeps_everything():
     """The step is that of a network with the batch norm written out as the affine map it is at inference."""
     model, images = small(), noise(6, 6, 6, 3, seed=7)
     before, (scale, offset, mean, variance) = values(model), (value(v) for v in model.get_layer("stage1_bn").weights)
-    assert norms.freeze(model) == ["stage1_bn"]
+    assert norm.freeze_batch_norm(model) == ["stage1_bn"]
     inputs = keras.Input((6, 6, 3))
     factor = scale / np.sqrt(variance + 1e-5)
     x = conv(4, 3, name="stage1_conv")(inputs) * factor + (offset - mean * factor)
@@ -118,8 +117,8 @@ KEEPS = {
 def test_folding_changes_nothing_at_inference(build):
     model, images = chain(*build()), noise(4, 6, 6, 3, seed=7)
     before, expected = values(model), predict(model, images)
-    folded = norms.fold(model)
-    assert norms.batch_norms(folded) == [] and norms.batch_norms(model) != []
+    folded = norm.fuse_conv_bn(model)
+    assert norm.batch_norms(folded) == [] and norm.batch_norms(model) != []
     found = predict(folded, images)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     assert [layer.name for layer in folded.layers] == [
@@ -134,7 +133,7 @@ def test_a_folded_kernel_is_its_closed_form():
     kernel, bias = (value(v).astype(np.float64) for v in model.get_layer("a_conv").weights)
     gamma, beta, mean, variance = (value(v).astype(np.float64) for v in model.get_layer("a_bn").weights)
     scale = gamma / np.sqrt(variance + 1e-5)
-    found = norms.fold(model).get_layer("a_conv").get_weights()
+    found = norm.fuse_conv_bn(model).get_layer("a_conv").get_weights()
     np.testing.assert_allclose(found[0], kernel * scale, rtol=1e-6)
     np.testing.assert_allclose(found[1], (bias - mean) * scale + beta, rtol=1e-5, atol=1e-7)
 
@@ -165,16 +164,16 @@ def shared():
 )
 def test_what_cannot_be_folded_stays_and_is_named(build):
     model, images = build(), noise(4, 6, 6, 3, seed=7)
-    folded = norms.fold(model)
-    assert [layer.name for layer in norms.batch_norms(folded)] == ["a_bn"]
+    folded = norm.fuse_conv_bn(model)
+    assert [layer.name for layer in norm.batch_norms(folded)] == ["a_bn"]
     np.testing.assert_array_equal(predict(folded, images), predict(model, images))
 
 
 def test_nested_batch_norms_stay_and_are_named():
     inner = chain(conv(4, 3, name="inner_conv"), batch_norm(name="inner_bn"))
     model = chain(inner, conv(4, 3, name="a_conv"), batch_norm(name="a_bn"))
-    folded, images = norms.fold(model), noise(4, 6, 6, 3, seed=7)
-    assert [layer.name for layer in norms.batch_norms(folded)] == ["inner_bn"]
+    folded, images = norm.fuse_conv_bn(model), noise(4, 6, 6, 3, seed=7)
+    assert [layer.name for layer in norm.batch_norms(folded)] == ["inner_bn"]
     expected = predict(model, images)
     assert np.abs(predict(folded, images) - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -184,7 +183,7 @@ def test_only_a_graph_can_be_folded():
         pass
 
     with pytest.raises(ValueError, match="only a functional model's graph can be read, and own is a Own"):
-        norms.fold(Own(name="own"))
+        norm.fuse_conv_bn(Own(name="own"))
 
 
 # Recalibrated
@@ -200,9 +199,9 @@ def test_recalibration_pools_the_moments_of_all_images():
         batch_norm(name="b_bn"),
     )
     batches = [3 * noise(4, 6, 6, 3, seed=i) + i for i in range(3)]
-    floor = engine.create(norms.moments(model))
+    floor = engine.create(norm.batch_statistics_model(model))
     before = values(model)
-    norms.recalibrate(model, [floor.predict(images) for images in batches])
+    norm.update_bn(model, [floor.predict(images) for images in batches])
 
     first = [predict(keras.Model(model.input, model.get_layer("a_conv").output), x).astype(np.float64) for x in batches]
     whole = np.concatenate(first)
@@ -233,19 +232,19 @@ def test_recalibration_of_branches():
     short = batch_norm(name="short_bn")(conv(4, 1, name="short_conv")(x))
     model = fill(keras.Model(inputs, layers.Add(name="add")([short, *branches])))
     images = 2 * noise(4, 6, 6, 3) + 1
-    norms.recalibrate(model, [engine.create(norms.moments(model)).predict(images)])
+    norm.update_bn(model, [engine.create(norm.batch_statistics_model(model)).predict(images)])
     # Of one batch: at inference each batch norm now sees what it normalises to mean 0 and deviation 1.
-    for norm in norms.batch_norms(model):
-        seen = predict(keras.Model(model.input, norm.input), images)
-        np.testing.assert_allclose(value(norm.moving_mean), seen.mean(axis=(0, 1, 2)), rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(value(norm.moving_variance), seen.var(axis=(0, 1, 2)), rtol=1e-3)
+    for layer in norm.batch_norms(model):
+        seen = predict(keras.Model(model.input, layer.input), images)
+        np.testing.assert_allclose(value(layer.moving_mean), seen.mean(axis=(0, 1, 2)), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(value(layer.moving_variance), seen.var(axis=(0, 1, 2)), rtol=1e-3)
 
 
 def test_recalibration_leaves_frozen_ones_alone():
     model = chain(conv(4, 3, name="a_conv"), batch_norm(name="a_bn"), batch_norm(name="b_bn"))
     model.get_layer("a_bn").trainable = False
     before, images = values(model), noise(4, 6, 6, 3)
-    norms.recalibrate(model, [engine.create(norms.moments(model)).predict(images)])
+    norm.update_bn(model, [engine.create(norm.batch_statistics_model(model)).predict(images)])
     # What the second sees is what the first makes with its running statistics.
     seen = predict(keras.Model(model.input, model.get_layer("a_bn").output), images)
     after = values(model)
@@ -254,18 +253,18 @@ def test_recalibration_leaves_frozen_ones_alone():
 
 
 def test_a_network_without_batch_norm_has_no_moments():
-    assert norms.moments(chain(conv(4, 3, name="a_conv"))) is None
+    assert norm.batch_statistics_model(chain(conv(4, 3, name="a_conv"))) is None
     model = small()
-    norms.freeze(model)
-    assert norms.moments(model) is None
+    norm.freeze_batch_norm(model)
+    assert norm.batch_statistics_model(model) is None
 
 
 def test_moments_leave_the_model_as_it_was():
     model, images = small(), noise(4, 6, 6, 3)
     expected = predict(model, images)
-    engine.create(norms.moments(model)).predict(images)
+    engine.create(norm.batch_statistics_model(model)).predict(images)
     np.testing.assert_array_equal(predict(model, images), expected)
-    assert [layer.name for layer in norms.batch_norms(norms.fold(model))] == []
+    assert [layer.name for layer in norm.batch_norms(norm.fuse_conv_bn(model))] == []
 
 
 # Synchronised
@@ -274,13 +273,13 @@ def test_moments_leave_the_model_as_it_was():
 def test_synchronised_alone_is_batch_norm():
     """One replica: the steps of the plain network, with a mean that is large against the deviation."""
     plain, images = small(), noise(6, 6, 6, 3, seed=7) + 5
-    synchronised = norms.synchronise(plain, lambda x: x)
-    assert [type(layer) for layer in norms.batch_norms(synchronised)] == [norms.SynchronisedBatchNorm]
+    synchronised = norm.sync_batch_norm(plain, lambda x: x)
+    assert [type(layer) for layer in norm.batch_norms(synchronised)] == [norm.SynchronizedBatchNorm]
     for model in (plain, synchronised):
         train(model, images)
     for path, array in values(plain).items():
         np.testing.assert_allclose(values(synchronised)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
-    assert "average" not in norms.batch_norms(synchronised)[0].get_config()
+    assert "average" not in norm.batch_norms(synchronised)[0].get_config()
 
 
 def test_two_replicas_are_one_large_batch(tmp_path):

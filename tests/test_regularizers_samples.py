@@ -9,14 +9,14 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Batches
+from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
 from kvision.optimizers import make_optimizer
 from kvision.random import stream
-from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks.classification import cross_entropy
 from kvision.training import fit
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests.arrays import noise
 
 TARGETS = np.eye(3, dtype=np.float32)[np.arange(7) % 3]

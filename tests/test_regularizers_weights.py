@@ -9,9 +9,16 @@ from keras import ops
 
 from kvision import engine
 from kvision.layers import batch_norm, conv, logits
+from kvision.layers.regularizers import (
+    KERNELS,
+    MaxNorm,
+    Orthogonal,
+    Sum,
+    add_constraint,
+    add_regularizer,
+    set_weight_decay_mask,
+)
 from kvision.optimizers import make_optimizer
-from kvision.regularizers import KERNELS, MaxNorm, Orthogonal, attach, constrain, decay
-from kvision.regularizers.weights import Sum
 from tests.arrays import noise, values
 
 L1L2 = keras.regularizers.L1L2
@@ -60,7 +67,7 @@ def gram(kernel, factor):
 def test_a_penalty_is_its_closed_form(regularizer, closed):
     """With a loss of zero the step is the penalty's gradient alone."""
     model = network()
-    assert attach(model, regularizer) == [CONV, DENSE]
+    assert add_regularizer(model, regularizer) == [CONV, DENSE]
     loss, before, after = step(model, make_optimizer("sgd", 1.0, momentum=0.0))
     expected = {path: closed(before[path]) for path in (CONV, DENSE)}
     assert loss == pytest.approx(sum(penalty for penalty, _ in expected.values()), rel=1e-5)
@@ -73,14 +80,14 @@ def test_a_penalty_is_its_closed_form(regularizer, closed):
 
 def test_the_pattern_chooses():
     model = network()
-    assert attach(model, L1L2(l2=0.02), ".*_conv/.*") == [CONV, "stage1_conv/bias"]
+    assert add_regularizer(model, L1L2(l2=0.02), ".*_conv/.*") == [CONV, "stage1_conv/bias"]
     assert [v.path for v in model.trainable_variables if v.regularizer is not None] == [CONV, "stage1_conv/bias"]
 
 
 def test_a_second_penalty_is_added_to_the_first():
     model = network()
-    attach(model, L1L2(l2=0.02))
-    attach(model, Orthogonal(0.001), CONV)
+    add_regularizer(model, L1L2(l2=0.02))
+    add_regularizer(model, Orthogonal(0.001), CONV)
     kernels = {path: array.astype(np.float64) for path, array in values(model).items() if path in (CONV, DENSE)}
     expected = sum(0.02 * (w**2).sum() for w in kernels.values()) + gram(kernels[CONV], 0.001)[0]
     assert float(ops.convert_to_numpy(sum(model.losses))) == pytest.approx(expected, rel=1e-5)
@@ -106,7 +113,7 @@ def bounded(kernel, limit):
 def test_max_norm_holds_after_each_step(kind):
     """The engines' optimizers apply it: the step is that without a bound, and then the bound."""
     models = [network(), network()]
-    assert constrain(models[1], MaxNorm(1.5)) == [CONV, DENSE]
+    assert add_constraint(models[1], MaxNorm(1.5)) == [CONV, DENSE]
     loss = lambda labels, outputs: ops.sum(ops.square(outputs))  # noqa: E731
     (_, _, free), (_, _, found) = (step(model, make_optimizer(kind, 0.01), loss) for model in models)
     lengths = np.sqrt((free[CONV] ** 2).sum(axis=(0, 1, 2)))
@@ -125,9 +132,9 @@ def test_max_norm_leaves_what_is_within_to_the_bit():
 
 def test_one_constraint_a_variable():
     model = network()
-    constrain(model, MaxNorm(2.0), DENSE)
+    add_constraint(model, MaxNorm(2.0), DENSE)
     with pytest.raises(ValueError, match="logits/kernel has a constraint already: MaxNorm"):
-        constrain(model, MaxNorm(1.0))
+        add_constraint(model, MaxNorm(1.0))
     assert model.get_layer("stage1_conv").kernel.constraint is None
     with pytest.raises(ValueError, match="a largest norm is positive, got 0"):
         MaxNorm(0)
@@ -137,7 +144,7 @@ def test_one_constraint_a_variable():
 def test_decay_reaches_what_matches(kind):
     model = network()
     optimizer = make_optimizer(kind, 0.5, weight_decay=0.1)
-    assert decay(model, optimizer, "stage1_(conv|bn)/(kernel|gamma)") == [CONV, "stage1_bn/gamma"]
+    assert set_weight_decay_mask(model, optimizer, "stage1_(conv|bn)/(kernel|gamma)") == [CONV, "stage1_bn/gamma"]
     _, before, after = step(model, optimizer)
     for variable in model.trainable_variables:
         share = 0.95 if variable.path in (CONV, "stage1_bn/gamma") else 1
@@ -146,20 +153,20 @@ def test_decay_reaches_what_matches(kind):
 
 def test_decay_wants_an_optimizer_that_decays():
     with pytest.raises(ValueError, match="has no weight decay: give it weight_decay="):
-        decay(network(), make_optimizer("sgd", 0.1))
+        set_weight_decay_mask(network(), make_optimizer("sgd", 0.1))
 
 
-@pytest.mark.parametrize("lay", [attach, constrain])
+@pytest.mark.parametrize("lay", [add_regularizer, add_constraint])
 def test_a_pattern_that_matches_nothing_is_an_error(lay):
     with pytest.raises(ValueError, match="no trainable variable of net matches 'kernel'; it has stage1_conv/kernel"):
         lay(network(), MaxNorm(), "kernel")
 
 
-@pytest.mark.parametrize("lay", [attach, constrain])
+@pytest.mark.parametrize("lay", [add_regularizer, add_constraint])
 def test_inference_is_left_alone(lay):
     model, images = network(), noise(3, 4, 4, 2)
     before = engine.create(model).predict(images)
-    lay(model, {attach: Orthogonal(), constrain: MaxNorm(0.1)}[lay], KERNELS)
+    lay(model, {add_regularizer: Orthogonal(), add_constraint: MaxNorm(0.1)}[lay], KERNELS)
     np.testing.assert_array_equal(engine.create(model).predict(images), before)
 
 

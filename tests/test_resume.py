@@ -15,22 +15,22 @@ import pytest
 from keras import ops
 
 from apps import cifar10
-from kvision import evaluation, regularizers, training
+from kvision import evaluation, training
 from kvision.checkpoints import Checkpoints, State
 from kvision.data.batches import Batches
+from kvision.data.mixing import Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine import HandedToKeras
 from kvision.flags import guard
 from kvision.interruption import Interrupted, Interruption
-from kvision.layers import logits
+from kvision.layers import logits, regularizers
 from kvision.optimizers import ExponentialAverage, make_optimizer
-from kvision.regularizers.samples import Mixed, Mixup, RandomErasing
 from kvision.run import command
 from kvision.tasks.classification import cross_entropy
 from kvision.training import DivergedError, EarlyStopping, fit
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests import kills
 from tests.drawn import real_data, write_shapes
 from tests.test_training import KilledError, everything, run, same, without_times
@@ -711,7 +711,7 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
         batches = Batches(images, labels, 4, 1, prepare)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if kind == "other loss":  # and a penalty, both part of val_loss
-            regularizers.attach(model, keras.regularizers.L2(0.1))
+            regularizers.add_regularizer(model, keras.regularizers.L2(0.1))
             loss = lambda labels, logits, plain=loss: 2 * plain(labels, logits)  # noqa: E731
         metrics = [keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
         if ours:

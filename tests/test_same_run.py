@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import engine, regularizers, zoo
+from kvision import engine, zoo
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
-from kvision.layers import activation, batch_norm, conv, logits, max_pool
+from kvision.layers import activation, batch_norm, conv, logits, max_pool, regularizers
 from kvision.optimizers import LearningRateFactors, make_optimizer, schedule
 from kvision.tasks.classification import cross_entropy
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 layers, initializers = keras.layers, keras.initializers
 
@@ -75,9 +75,9 @@ def kerass_own():
 @pytest.mark.parametrize(
     ("build", "seed", "expected"),
     [
-        (lambda: zoo.create_model("resnet20"), 0, "14746606d18c42d877a5086de50a30eaba8533f6ab73149534fbdea0c4a55ae4"),
+        (lambda: zoo.build_model("resnet20"), 0, "14746606d18c42d877a5086de50a30eaba8533f6ab73149534fbdea0c4a55ae4"),
         (
-            lambda: zoo.create_model("airbench_small"),
+            lambda: zoo.build_model("airbench_small"),
             7,
             "f0871fc30dcf0471e5d7e27f30a05692736d4cb9f11ca60deab531d88c7f2748",
         ),
@@ -129,7 +129,7 @@ def test_kerass_initialisers_keep_their_moments(initializer, moments):
 def test_an_initialiser_that_numpy_cannot_draw_is_named():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(4, kernel_initializer="orthogonal", name="turn")(inputs))
-    with pytest.raises(ValueError, match=r"cannot draw turn/kernel in NumPy: its initialiser is Orthogonal"):
+    with pytest.raises(ValueError, match=r"cannot draw turn/kernel in NumPy: its initializer is Orthogonal"):
         initialize(model, 0)
 
 
@@ -160,7 +160,7 @@ def test_augmented_batches(pictures):
 def test_first_losses_and_what_they_leave(pictures):
     model = tiny()
     initialize(model, 0)
-    regularizers.attach(model, keras.regularizers.L2(1e-2))
+    regularizers.add_regularizer(model, keras.regularizers.L2(1e-2))
     inner = make_optimizer("sgd", schedule("cosine", 0.1, 8, warmup=0.25), weight_decay=0.05)
     optimizer = LearningRateFactors(inner, {r".*_bn/beta": 8.0, "logits/.*": 0.5})
     optimizer.build(model.trainable_variables)
@@ -182,7 +182,7 @@ def test_dropout_is_seeded():
     """By seed and layer, whatever else the process has built before."""
 
     def states(seed):
-        model = zoo.create_model("mlp", (4, 4, 1), 3, hidden=(5, 5))
+        model = zoo.build_model("mlp", (4, 4, 1), 3, hidden=(5, 5))
         initialize(model, seed)
         weights = {variable.path for variable in model.weights}
         return [ops.convert_to_numpy(v.value).tolist() for v in model.variables if v.path not in weights]

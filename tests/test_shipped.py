@@ -6,7 +6,8 @@ from pathlib import Path
 import keras
 import pytest
 
-from kvision.weights import inspect, table, verify
+from kvision.convert import verify
+from kvision.weights import inspect, table
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "weights").glob("*.npz"))

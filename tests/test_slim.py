@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kvision import engine, zoo
-from kvision.layers import blank
-from kvision.weights import WeightsError, convert, export_arrays, import_arrays, inspect
-from kvision.weights.initial import initialize
+from kvision.convert import convert, export_arrays, import_arrays
+from kvision.layers import skip_init
+from kvision.weights import WeightsError, inspect
+from kvision.weights.initialization import initialize
 from tests import golden_slim
 from tests.arrays import values
 
@@ -20,8 +21,8 @@ def test_logits_and_names_are_tf_slims(name):
     expected = EXPECTED[name]
     arrays = {key: golden_slim.draw(key, tuple(shape)) for key, shape in expected["variables"].items()}
     own = {"auxiliary": True} if name == "inception_v3_tf" else {}
-    with blank():
-        model = zoo.create_model(name, golden_slim.NETWORKS[name][2], golden_slim.CLASSES, **own)
+    with skip_init():
+        model = zoo.build_model(name, golden_slim.NETWORKS[name][2], golden_slim.CLASSES, **own)
     count, skipped, _ = import_arrays(model, arrays | {"global_step": np.array(7)}, "slim")
     assert (count, skipped) == (len(arrays), [])
     logits = engine.create(model).predict(golden_slim.images(model.input_shape[1:]))
@@ -50,8 +51,8 @@ def test_logits_and_names_are_tf_slims(name):
 )
 def test_vggs_of_those_years(lineage, theirs, tmp_path):
     """vgg_16.ckpt and vgg16_weights.npz: the fully connected layers read height, width, channels, as ours do."""
-    with blank():
-        model, again = (zoo.create_model("vgg16", (224, 224, 3), 10, width=4, hidden=8) for _ in range(2))
+    with skip_init():
+        model, again = (zoo.build_model("vgg16", (224, 224, 3), 10, width=4, hidden=8) for _ in range(2))
     initialize(model, 0)
     arrays = export_arrays(model, lineage)
     assert theirs.items() <= {key: array.shape for key, array in arrays.items()}.items()

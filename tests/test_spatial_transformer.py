@@ -13,7 +13,7 @@ from kvision.models.spatial_transformer import (
     control_points,
     thin_plate_basis,
 )
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests.arrays import noise, value
 
 IDENTITY = np.array([1, 0, 0, 0, 1, 0], np.float32)

@@ -9,13 +9,13 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
+from kvision.data.device import Pictures
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.pictures import Pictures
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.muon import Muon
 from kvision.optimizers import schedule
 from kvision.tasks.classification import cross_entropy
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch" or not shutil.which("g++"), reason="PyTorch's compiler writes C++ on a CPU"

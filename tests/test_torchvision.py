@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvision import engine, zoo
-from kvision.weights import torchvision
+from kvision.convert import torchvision
 from kvision.weights.npz import named_variables
 from tests import golden
 from tests.arrays import value
@@ -18,7 +18,7 @@ CASES = pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case.name
 
 @CASES
 def test_converted_weights_give_the_references_logits_and_go_back_to_the_bit(case):
-    model = zoo.create_model(case.name, case.input_shape, case.classes, **case.own)
+    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.own)
     found, variables = torchvision.find(model), named_variables(model)
     given = {key: golden.draw(place.key, place.shape) for key, place in found.items()}
     for key, place in found.items():
@@ -35,7 +35,7 @@ def test_converted_weights_give_the_references_logits_and_go_back_to_the_bit(cas
 @CASES
 def test_the_reference_has_these_names_shapes_and_logits(case):
     module = golden.reference(case)
-    model = zoo.create_model(case.name, case.input_shape, case.classes, **case.own)
+    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.own)
     found = torchvision.find(model)
     expected = {place.key: place.shape for place in found.values()}
     expected |= dict.fromkeys(torchvision.counters(found), ())

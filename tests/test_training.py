@@ -10,8 +10,10 @@ from keras import ops
 
 from kvision import evaluation, optimizers, training
 from kvision.data.batches import Augmentation, Batches
+from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
+from kvision.layers.regularizers import MaxNorm, add_constraint
 from kvision.optimizers import (
     ExponentialAverage,
     LearningRateFactors,
@@ -20,8 +22,6 @@ from kvision.optimizers import (
     make_optimizer,
     schedule,
 )
-from kvision.regularizers import MaxNorm, constrain
-from kvision.regularizers.samples import CutMix, Mixed, Mixup, RandomErasing
 from kvision.tasks.classification import (
     confusion_matrix,
     cross_entropy,
@@ -30,7 +30,7 @@ from kvision.tasks.classification import (
     worst_mistakes,
 )
 from kvision.training import DivergedError, EarlyStopping, fit
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 layers = keras.layers
 
@@ -197,7 +197,7 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
 
 def test_an_average_is_taken_after_constraints(pictures):
     model, inner, batches = run(pictures, width=0)
-    constrain(model, MaxNorm(0.1))
+    add_constraint(model, MaxNorm(0.1))
     optimizer = StochasticAverage(inner, 1)
     fit(model, optimizer, cross_entropy(), batches, epochs=1)
     (kernel, _) = training.values(optimizer.averages)
@@ -536,7 +536,7 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
 
     def start(seed=0, checkpoint=None, on_epoch=lambda history: None):
         model, _, batches = run(pictures, seed=seed)
-        constrain(model, MaxNorm(0.5))
+        add_constraint(model, MaxNorm(0.5))
         optimizer = make_optimizer("adam", 0.01, clip_global_norm=0.5)
         optimizer = wrap.get(kind, wrap["ema"])(optimizer)
         stopping = {"validation": (images, labels), "early_stopping": EarlyStopping(1)} if kind not in wrap else {}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kvision import engine, regularizers, zoo
+from kvision import engine, zoo
+from kvision.layers import regularizers
 from kvision.optimizers import LearningRateFactors, make_optimizer
 from kvision.tasks.classification import cross_entropy
 from kvision.transfer import freeze, swap_head, unfreeze
@@ -18,7 +19,7 @@ layers = keras.layers
 
 
 def small_vgg(classes=4):
-    return zoo.create_model("vgg11_bn", (32, 32, 1), classes, convolutions=(1, 1, 1, 1, 1), hidden=3)
+    return zoo.build_model("vgg11_bn", (32, 32, 1), classes, convolutions=(1, 1, 1, 1, 1), hidden=3)
 
 
 def free(model):
@@ -90,7 +91,7 @@ def test_freeze_again_releases_what_comes_later():
 
 
 def test_unfreeze():
-    model = zoo.create_model("vgg11_bn", (32, 32, 1), 4, hidden=3)
+    model = zoo.build_model("vgg11_bn", (32, 32, 1), 4, hidden=3)
     freeze(model)
     assert unfreeze(model, "stage5") == ["stage5_1_conv", "stage5_1_bn", "stage5_2_conv", "stage5_2_bn"]
     assert unfreeze(model, "logits|stage1") == ["stage1_1_conv", "stage1_1_bn", "logits"]
@@ -258,7 +259,7 @@ def test_a_pattern_without_variables_is_refused():
 def test_penalties_by_name(pattern, paths):
     model = two_layers()
     penalty = keras.regularizers.L1L2(0.01, 0.02)
-    assert regularizers.attach(model, penalty, *([pattern] if pattern else [])) == paths
+    assert regularizers.add_regularizer(model, penalty, *([pattern] if pattern else [])) == paths
     expected = [0.01 * abs(values(model)[path]).sum() + 0.02 * (values(model)[path] ** 2).sum() for path in paths]
     found = [float(ops.convert_to_numpy(loss)) for loss in model.losses]
     np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-5)
@@ -267,7 +268,7 @@ def test_penalties_by_name(pattern, paths):
 def test_penalties_leave_frozen_variables_alone():
     model = two_layers()
     freeze(model, "first")
-    assert regularizers.attach(model, keras.regularizers.L2(0.1)) == ["second/kernel"]
+    assert regularizers.add_regularizer(model, keras.regularizers.L2(0.1)) == ["second/kernel"]
     assert len(model.losses) == 1
 
 
@@ -275,4 +276,4 @@ def test_penalties_leave_frozen_variables_alone():
 def test_a_penalty_without_variables_is_refused(pattern):
     model = two_layers()
     with pytest.raises(ValueError, match=f"matches '{pattern}'; it has first/kernel, first/bias"):
-        regularizers.attach(model, keras.regularizers.L2(0.1), pattern)
+        regularizers.add_regularizer(model, keras.regularizers.L2(0.1), pattern)

@@ -16,11 +16,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvision import weights
-from kvision.data import DataError, Dataset, cifar, opcodes, read_image_folder, read_npz
+from kvision import convert, safe_pickle, weights
+from kvision.convert import create_model, formats, hdf5, pth, safetensors, tf_checkpoint
+from kvision.data import DataError, Dataset, cifar, read_image_folder, read_npz
 from kvision.data.unpickle import unpickle
-from kvision.data.untrusted import BASE, FACTOR
-from kvision.weights import WeightsError, foreign, hdf5, pth, safetensors, tf_checkpoint
+from kvision.untrusted import BASE, FACTOR
+from kvision.weights import WeightsError
 from tests import fuzz_readers
 from tests.fuzz_readers import _field as field
 from tests.fuzz_readers import _varint as varint
@@ -72,20 +73,20 @@ def state_dict(*tensors, count=6):
 
 def test_a_tuple_nested_for_ever_as_a_key_does_not_end_the_process(tmp_path):
     nested = b"\x80\x02ccollections\nOrderedDict\n](" + b")" + b"\x85" * 100_000 + b"K\x01\x86e\x85R."
-    refused(foreign.read, torch_file(tmp_path / "x.pth", nested), "in the wrong place")
+    refused(formats.read, torch_file(tmp_path / "x.pth", nested), "in the wrong place")
 
 
 def test_a_dictionary_copied_again_and_again_spends_the_budget(tmp_path):
     entries = b"".join(b"X\x05\0\0\0" + b"%05d" % i + b"K\x01" for i in range(10_000))
     copies = b"ccollections\nOrderedDict\nq\x01(" + entries + b"dq\x02" + b"h\x01h\x02\x85R" * 20_000 + b"."
     refused(
-        foreign.read, torch_file(tmp_path / "x.pth", b"\x80\x02" + copies), "a copy of a dictionary would take more"
+        formats.read, torch_file(tmp_path / "x.pth", b"\x80\x02" + copies), "a copy of a dictionary would take more"
     )
 
 
 def test_a_pickle_of_millions_of_opcodes_is_not_run_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(opcodes, "MAX_OPCODES", 1000)
-    refused(foreign.read, torch_file(tmp_path / "x.pth", b"\x80\x02" + b"N" * 1200 + b"}."), "more than 1,000 opcodes")
+    monkeypatch.setattr(safe_pickle, "MAX_OPCODES", 1000)
+    refused(formats.read, torch_file(tmp_path / "x.pth", b"\x80\x02" + b"N" * 1200 + b"}."), "more than 1,000 opcodes")
     with pytest.raises(DataError, match="more than 1,000 opcodes"):
         unpickle(b"\x80\x02(" + b"}" * 1000 + b"l.", "a batch")
 
@@ -95,34 +96,34 @@ def test_views_of_one_storage_share_it_and_copies_of_it_are_counted(tmp_path):
     views = [(f"v{i}", i, (1000, 1000), (1000, 1)) for i in range(100)]
     path = torch_file(tmp_path / "views.pth", state_dict(*views, count=values.size), values.tobytes())
     tracemalloc.start()
-    arrays = foreign.read(path).arrays
+    arrays = formats.read(path).arrays
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.5 * values.nbytes
     assert arrays["v7"].flags.writeable and arrays["v7"][1, 2] == 1009
     turned = [(f"t{i}", i, (1000, 1000), (1, 1000)) for i in range(100)]
     path = torch_file(tmp_path / "turned.pth", state_dict(*turned, count=values.size), values.tobytes())
-    refused(foreign.read, path, "no plain part of their storage would take more")
+    refused(formats.read, path, "no plain part of their storage would take more")
 
 
 def test_an_encrypted_or_repeated_member_is_refused(tmp_path):
     path = torch_file(tmp_path / "x.pth", state_dict(("w", 0, (6,), (1,))), bytes(24))
     sound = path.read_bytes()
-    foreign.read(path)
+    formats.read(path)
     flagged = bytearray(sound)
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         flagged[flagged.index(mark) + place] |= 1
     path.write_bytes(flagged)
-    refused(foreign.read, path, "encrypted")
+    refused(formats.read, path, "encrypted")
     path.write_bytes(sound.replace(b"x/data/0", b"x/data.pkl"[:8]))
     torch_file(path, state_dict(("w", 0, (6,), (1,))), bytes(24), bytes(24))
     path.write_bytes(path.read_bytes().replace(b"x/data/1", b"x/data/0"))
-    refused(foreign.read, path, "holds x/data/0 twice")
+    refused(formats.read, path, "holds x/data/0 twice")
 
 
 def test_a_string_of_four_gigabytes_in_an_old_file_is_not_allocated(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"\x80\x02X\xff\xff\xff\xff" + bytes(99))
-    refused(foreign.read, tmp_path / "x.pth", "no readable file of PyTorch")
+    refused(formats.read, tmp_path / "x.pth", "no readable file of PyTorch")
 
 
 # --- safetensors
@@ -133,7 +134,7 @@ def test_a_header_whose_length_ends_in_0x80_is_no_pickle(tmp_path, length):
     text = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     content = struct.pack("<Q", length) + text.ljust(length) + np.arange(2, dtype=np.float32).tobytes()
     (tmp_path / "x.safetensors").write_bytes(content)
-    found = foreign.read(tmp_path / "x.safetensors")
+    found = formats.read(tmp_path / "x.safetensors")
     assert (found.format, found.arrays["a"].tolist()) == ("safetensors", [0, 1])
 
 
@@ -149,13 +150,13 @@ def test_a_header_whose_length_ends_in_0x80_is_no_pickle(tmp_path, length):
 )
 def test_keys_that_stand_twice_are_refused(tmp_path, text, message):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(2))
-    refused(foreign.read, tmp_path / "x.safetensors", f"{message}tands there twice")
+    refused(formats.read, tmp_path / "x.safetensors", f"{message}tands there twice")
 
 
 def test_a_header_that_grows_in_memory_is_refused(tmp_path):
     text = b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    refused(foreign.read, tmp_path / "x.safetensors", "its header would take more")
+    refused(formats.read, tmp_path / "x.safetensors", "its header would take more")
 
 
 # --- TensorFlow's checkpoints
@@ -175,7 +176,7 @@ def test_keys_that_grow_by_a_byte_each_are_refused(tmp_path):
     entries = [(0, b"", field(1, 1)), (0, b"k" * 60_000, field(1, 7))]
     entries += [(60_000 + i, b"k", field(1, 7)) for i in range(30_000)]
     (tmp_path / "x.index").write_bytes(table(entries))
-    refused(foreign.read, tmp_path / "x.index", "the names of its tensors would take more|no text of at most")
+    refused(formats.read, tmp_path / "x.index", "the names of its tensors would take more|no text of at most")
 
 
 def test_values_that_are_taken_again_and_again_are_refused(tmp_path):
@@ -186,7 +187,7 @@ def test_values_that_are_taken_again_and_again_are_refused(tmp_path):
     (tmp_path / "x.index").write_bytes(table(entries))
     (tmp_path / "x.data-00000-of-00001").write_bytes(bytes(4 * count))
     with pytest.raises(WeightsError, match=r"the values of .* would take more"):
-        foreign.read(tmp_path / "x")
+        formats.read(tmp_path / "x")
 
 
 def test_the_two_versions_of_a_checkpoint_are_read(tmp_path):
@@ -237,7 +238,7 @@ def test_no_other_file_is_read(h5py, tmp_path, reach):
         file["secret"] = np.arange(4, dtype=np.float32)
         file["kernel:0"] = np.arange(4, dtype=np.float32)
     path = keras_file(h5py, tmp_path / "x.h5", lambda group, file: reach(group, other))
-    refused(foreign.read, path, "does not lie in one piece|link to elsewhere")
+    refused(formats.read, path, "does not lie in one piece|link to elsewhere")
 
 
 def _external(other, place):
@@ -256,7 +257,7 @@ def test_no_other_file_is_read_by_way_of_the_root(h5py, tmp_path):
             file.attrs["layer_names"] = [b"away/conv"]
             for link, place in content.items():
                 file[link] = _external(str(tmp_path / "other.h5"), place)
-        refused(foreign.read, tmp_path / f"{name}.h5", "missing or a link to elsewhere")
+        refused(formats.read, tmp_path / f"{name}.h5", "missing or a link to elsewhere")
 
 
 def test_the_child_can_open_no_file_and_take_no_more_memory(h5py, tmp_path):
@@ -288,7 +289,7 @@ def test_a_child_that_hangs_or_crashes_is_a_refusal(tmp_path, monkeypatch, progr
     (tmp_path / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
     monkeypatch.setattr(hdf5, "CHILD", tmp_path / "child.py")
     monkeypatch.setattr(hdf5, "SECONDS", 1 if "sleep" in program else 60)
-    refused(foreign.read, tmp_path / "x.h5", message)
+    refused(formats.read, tmp_path / "x.h5", message)
 
 
 def test_arrays_over_the_same_bytes_and_packed_ones_are_refused(h5py, tmp_path):
@@ -300,23 +301,23 @@ def test_arrays_over_the_same_bytes_and_packed_ones_are_refused(h5py, tmp_path):
         for i in range(1, 200):
             group[str(i)] = group["0"]  # another name of the same array
         group.attrs["weight_names"] = [str(i) for i in range(200)]
-    refused(foreign.read, path, "would take more")
+    refused(formats.read, path, "would take more")
     zeros = np.zeros(1 << 24, np.float32)
     keras_file(h5py, path, lambda group, file: group.create_dataset("conv/kernel:0", data=zeros, compression="gzip"))
-    refused(foreign.read, path, "does not lie in one piece")
+    refused(formats.read, path, "does not lie in one piece")
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_names_of_fixed_and_of_variable_length_are_read(h5py, tmp_path, number):
     (tmp_path / "x.h5").write_bytes(fuzz_readers.seeds("h5", tmp_path)[number])
-    assert sorted(foreign.read(tmp_path / "x.h5").arrays) == ["bn/gamma", "conv/bias", "conv/kernel"]
+    assert sorted(formats.read(tmp_path / "x.h5").arrays) == ["bn/gamma", "conv/bias", "conv/kernel"]
 
 
 # --- files of every kind
 
 
 @pytest.mark.parametrize(
-    "read", [foreign.read, pth.read, safetensors.read, tf_checkpoint.read, hdf5.read, weights.inspect]
+    "read", [formats.read, pth.read, safetensors.read, tf_checkpoint.read, hdf5.read, weights.inspect]
 )
 def test_a_pipe_is_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "x")
@@ -395,7 +396,6 @@ def test_a_folder_whose_name_is_no_utf_8_is_refused_when_it_is_read(tmp_path):
 
 
 def test_a_manifest_of_two_billion_classes_builds_nothing(tmp_path):
-    from kvision import zoo
 
     with_manifest = fuzz_readers.seeds("weights_npz", tmp_path)[1]
     (tmp_path / "sound.npz").write_bytes(with_manifest)
@@ -404,13 +404,13 @@ def test_a_manifest_of_two_billion_classes_builds_nothing(tmp_path):
     manifest["arguments"] = {"classes": 2_000_000_000, "input_shape": [32, 32, 3]}
     text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     np.savez(tmp_path / "x.npz", __manifest__=text, a=np.zeros(2, np.float32))
-    for read in (weights.verify, lambda path: zoo.create_model("resnet20", weights=path)):
+    for read in (convert.verify, lambda path: create_model("resnet20", weights=path)):
         with pytest.raises(ValueError, match="larger than the file of its weights"):
             read(tmp_path / "x.npz")
 
 
 def test_bfloat16_and_a_pickle_of_code_are_still_what_they_were(tmp_path):
     pth.write(tmp_path / "x.pth", {"a": np.ones(3, ml_dtypes.bfloat16)})
-    assert foreign.read(tmp_path / "x.pth").arrays["a"].dtype == ml_dtypes.bfloat16
+    assert formats.read(tmp_path / "x.pth").arrays["a"].dtype == ml_dtypes.bfloat16
     (tmp_path / "y.pth").write_bytes(pickle.dumps(os.getcwd))
-    refused(foreign.read, tmp_path / "y.pth", "is of no kind known|it was not executed|no readable")
+    refused(formats.read, tmp_path / "y.pth", "is of no kind known|it was not executed|no readable")

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 import kvision.weights as weights
+from kvision import convert
+from kvision.convert.cli import add_commands
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights import WeightsError, archive
-from kvision.weights.cli import add_commands
 
 # Keras 3.15 turns torch tensors into arrays by `np.array(tensor)`, of which NumPy 2.4 and PyTorch 2.13 disapprove.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -583,7 +584,7 @@ def test_the_good_file_put_together_again_is_not_refused(saved, trained, target)
         assert same(values(target), values(trained))
 
 
-@pytest.mark.parametrize("call", [weights.inspect, weights.verify, lambda path: weights.load(None, path)])
+@pytest.mark.parametrize("call", [weights.inspect, convert.verify, lambda path: weights.load(None, path)])
 def test_what_is_no_file_is_refused(tmp_path, call):
     with pytest.raises(WeightsError, match="no such file"):
         call(tmp_path / "none.npz")
@@ -677,11 +678,11 @@ def zoo(monkeypatch):
             raise ValueError(f"unknown model {name!r}")
         return tiny(name, tuple(input_shape), classes)
 
-    monkeypatch.setattr("kvision.zoo.create_model", create_model)
+    monkeypatch.setattr("kvision.zoo.build_model", create_model)
 
 
 def test_verify_finds_a_sound_file_sound(saved, zoo):
-    result = weights.verify(saved)
+    result = convert.verify(saved)
     assert result.ok and result.difference < 1e-6
     assert (result.architecture, result.parameters) == ("tiny", 9 * 3 * 4 + 4 + 4 * 4 + 4 * 4 + 4)
     assert str(result).startswith(f"{saved}: ok, tiny, 148 parameters, probe logits off by")
@@ -690,11 +691,11 @@ def test_verify_finds_a_sound_file_sound(saved, zoo):
 def test_verify_finds_a_changed_weight(saved, zoo, tmp_path):
     good, path = Good(saved), tmp_path / "x.npz"
     path.write_bytes(good.honest(**{KERNEL: good.spoiled(5, 3.0)}))
-    result = weights.verify(path)
+    result = convert.verify(path)
     assert not result.ok and result.difference > 1e-3 and "WRONG" in str(result)
     path.write_bytes(good.kernel(npy(good.spoiled(5, 3.0))))
     with pytest.raises(WeightsError, match="does not match its sha256"):
-        weights.verify(path)
+        convert.verify(path)
 
 
 @pytest.mark.parametrize(
@@ -717,34 +718,34 @@ def test_verify_refuses_what_it_cannot_rebuild(saved, zoo, tmp_path, fields, mes
     path = tmp_path / "x.npz"
     path.write_bytes(Good(saved).stating(**fields))
     with pytest.raises(WeightsError, match=message) as caught:
-        weights.verify(path)
+        convert.verify(path)
     assert str(caught.value).isprintable()
 
 
 def test_verify_rebuilds_a_network_of_the_zoo(tmp_path):
-    from kvision.zoo import create_model
+    from kvision.convert import create_model
 
     model = create_model("softmax", input_shape=(8, 8, 1), classes=3)
     weights.save(model, tmp_path / "softmax.npz")
-    assert weights.verify(tmp_path / "softmax.npz").ok
+    assert convert.verify(tmp_path / "softmax.npz").ok
 
 
 def test_diff_tells_what_differs(saved, tmp_path):
     good, path = Good(saved), tmp_path / "x.npz"
-    assert weights.diff(saved, saved).equal
+    assert convert.diff(saved, saved).equal
     kernel = good.arrays[KERNEL].copy()
     kernel.flat[[3, 7]] += np.float32([0.25, -2])
     path.write_bytes(good.honest(**{KERNEL: kernel, "conv/bias": None, "more": np.ones(2), "norm/beta": np.ones(9)}))
-    found = weights.diff(saved, path)
+    found = convert.diff(saved, path)
     assert not found.equal
     assert (found.only_a, found.only_b) == (["conv/bias"], ["more"])
     assert found.shapes == {"norm/beta": ((4,), (9,))}
     assert found.largest[KERNEL] == pytest.approx(2, abs=1e-6)
     assert {key for key, value in found.largest.items() if value} == {KERNEL}
     path.write_bytes(good.stating(architecture="other", dataset="else"))
-    assert weights.diff(saved, path).manifest == {"architecture": ("tiny", "other")}
+    assert convert.diff(saved, path).manifest == {"architecture": ("tiny", "other")}
     path.write_bytes(good.honest(**{KERNEL: good.spoiled(0, np.nan)}))
-    assert weights.diff(saved, path).largest[KERNEL] == np.inf and weights.diff(path, path).equal
+    assert convert.diff(saved, path).largest[KERNEL] == np.inf and convert.diff(path, path).equal
 
 
 def test_inspect_reads_headers_and_manifest(saved, tmp_path):
@@ -829,8 +830,7 @@ def test_table_of_a_folder_is_made_from_the_manifests(saved, trained, tmp_path, 
 
 
 def test_reading_a_manifest_starts_no_backend(saved):
-    code = (
-        "import sys, kvision.weights as w; w.inspect(sys.argv[1]); w.diff(*sys.argv[1:]); print('keras' in sys.modules)"
-    )
+    read = "weights.inspect(sys.argv[1]); convert.diff(*sys.argv[1:]); print('keras' in sys.modules)"
+    code = f"import sys; from kvision import convert, weights; {read}"
     done = subprocess.run([sys.executable, "-c", code, saved, saved], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import kvision
-from kvision import engine, evaluation, weights, zoo
+from kvision import convert, engine, evaluation, weights, zoo
 from kvision.__main__ import main
+from kvision.convert import create_model, formats, hdf5, pth, safetensors, tf_checkpoint, timm
 from kvision.data import load
-from kvision.layers import blank
-from kvision.weights import WeightsError, foreign, hdf5, pth, safetensors, tf_checkpoint, timm
-from kvision.weights.initial import initialize
+from kvision.layers import skip_init
+from kvision.weights import WeightsError
+from kvision.weights.initialization import initialize
 from tests import fuzz_weights
 from tests.arrays import values
 
@@ -51,7 +52,7 @@ def test_what_is_written_is_read(form, arrays, tmp_path):
     form.write(tmp_path / "one", arrays)
     form.write(tmp_path / "two", arrays)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    found = foreign.read(tmp_path / "one")
+    found = formats.read(tmp_path / "one")
     assert found.format == form.__name__.rsplit(".", 1)[-1]
     assert same(found.arrays, arrays)
     assert all(array.flags.writeable for array in found.arrays.values())
@@ -66,9 +67,9 @@ def test_the_seeds_of_the_fuzzer_are_read(tmp_path):
         (tmp_path / kind).write_bytes(blob)
         if kind == "canary":
             with pytest.raises(WeightsError, match=r"a call of '\w+\.mkdir'; it was not executed"):
-                foreign.read(tmp_path / kind)
+                formats.read(tmp_path / kind)
             continue
-        found = foreign.read(tmp_path / kind).arrays
+        found = formats.read(tmp_path / kind).arrays
         if kind == "legacy":
             np.testing.assert_array_equal(found["w"], np.arange(6).reshape(2, 3))
         elif kind == "checkpoint":
@@ -102,12 +103,12 @@ def test_pytorch_agrees(arrays, tmp_path):
     for zipped in (True, False):
         for saved in (state, {"state_dict": state, "epoch": 3, "best": 0.5}):
             torch.save(saved, tmp_path / "theirs.pth", _use_new_zipfile_serialization=zipped)
-            found = foreign.read(tmp_path / "theirs.pth")
+            found = formats.read(tmp_path / "theirs.pth")
             assert found.ignored == [key for key in saved if key in ("epoch", "best")]
             assert same(found.arrays, {key: tensor.detach().numpy() for key, tensor in state.items()})
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(WeightsError, match="it was not executed"):
-        foreign.read(tmp_path / "module.pth")
+        formats.read(tmp_path / "module.pth")
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own writer is TensorFlow's")
@@ -128,7 +129,7 @@ def test_tensorflow_agrees(version, tmp_path):
         variables = [tf.Variable(value, name=name) for name, value in given.items()]
         session.run([variable.initializer for variable in variables])
         tf.compat.v1.train.Saver(variables, write_version=version).save(session, str(tmp_path / "model.ckpt"))
-    found = foreign.read(tmp_path / "model.ckpt")
+    found = formats.read(tmp_path / "model.ckpt")
     assert (found.format, found.ignored) == ("tf_checkpoint", [])
     assert same(found.arrays, {key: np.asarray(value) for key, value in sorted(given.items())})
     (tmp_path / "cut").write_bytes(
@@ -158,7 +159,7 @@ def test_old_names_of_keras(tmp_path):
 
 @pytest.fixture(scope="module")
 def small():
-    model = zoo.create_model("resnet20", (9, 8, 3), 4, depth=8)
+    model = zoo.build_model("resnet20", (9, 8, 3), 4, depth=8)
     initialize(model, 0)
     return model
 
@@ -182,7 +183,7 @@ def test_the_command_goes_both_ways(small, tmp_path, capsys):
         ]
         assert main(["weights", "convert", str(there), "-o", str(back), *arguments]) == 0
         assert f"({lineage})" in capsys.readouterr().out
-        model = zoo.create_model("resnet20", weights=back)
+        model = create_model("resnet20", weights=back)
         assert model.output_shape == (None, 4)  # read off the file
         assert same(values(model), values(small))
         manifest = weights.inspect(back)["manifest"]
@@ -191,28 +192,28 @@ def test_the_command_goes_both_ways(small, tmp_path, capsys):
 
 
 def test_counters_come_back(small, tmp_path):
-    arrays = weights.export_arrays(small, "torchvision")
+    arrays = convert.export_arrays(small, "torchvision")
     counters = [key for key in arrays if key.endswith("num_batches_tracked")]
     assert counters and all(arrays[key] == 0 for key in counters)
     arrays[counters[0]] = np.array(391, np.int64)
     pth.write(tmp_path / "in.pth", {f"module.{key}": array for key, array in arrays.items()})
-    weights.convert(
+    convert.convert(
         tmp_path / "in.pth", tmp_path / "ours.npz", "resnet20", input_shape=(9, 8, 3), arguments={"depth": 8}
     )
-    weights.convert(tmp_path / "ours.npz", tmp_path / "out.pth")
+    convert.convert(tmp_path / "ours.npz", tmp_path / "out.pth")
     assert same(pth.read(tmp_path / "out.pth")[0], arrays)
 
 
 def test_what_does_not_fit_is_named(small, tmp_path):
-    arrays = weights.export_arrays(small, "torchvision")
+    arrays = convert.export_arrays(small, "torchvision")
     before = values(small)
     odd = {**arrays, "extra.weight": np.zeros(3, np.float32)}
     del odd["linear.bias"], odd["layer1.0.conv1.weight"]
     with pytest.raises(
         WeightsError, match=r"2 of \d+ variables get no array: .*layer1\.0\.conv1\.weight.*extra\.weight"
     ):
-        weights.import_arrays(small, odd, "torchvision")
-    count, skipped, _ = weights.import_arrays(
+        convert.import_arrays(small, odd, "torchvision")
+    count, skipped, _ = convert.import_arrays(
         small, odd, "torchvision", skip=["extra.*", "logits/bias", "stage1_block1_1_conv/kernel"]
     )
     assert len(skipped) == 3 and count == len(before) - 2
@@ -225,7 +226,7 @@ def test_what_does_not_fit_is_named(small, tmp_path):
         ("linear.bias", np.full(4, np.nan, np.float32), "linear.bias holds NaN or infinite values"),
     ):
         with pytest.raises(WeightsError, match=message):
-            weights.import_arrays(small, arrays | {key: array}, "torchvision")
+            convert.import_arrays(small, arrays | {key: array}, "torchvision")
     assert same(values(small), before)
     pth.write(tmp_path / "a.pth", arrays)
     for arguments, message in (
@@ -234,12 +235,12 @@ def test_what_does_not_fit_is_named(small, tmp_path):
         (("softmax",), "torchvision has no softmax"),
     ):
         with pytest.raises(ValueError, match=message):
-            weights.convert(tmp_path / "a.pth", tmp_path / "b.npz", *arguments)
+            convert.convert(tmp_path / "a.pth", tmp_path / "b.npz", *arguments)
     with pytest.raises(WeightsError, match="no such file"):
-        weights.convert(tmp_path / "missing.pth", tmp_path / "b.npz", "resnet20")
+        convert.convert(tmp_path / "missing.pth", tmp_path / "b.npz", "resnet20")
     (tmp_path / "text").write_text("hello, I am no weights file at all")
     with pytest.raises(WeightsError, match="is of no kind known here"):
-        foreign.read(tmp_path / "text")
+        formats.read(tmp_path / "text")
     assert not (tmp_path / "b.npz").exists()
 
 
@@ -279,12 +280,12 @@ def test_what_does_not_fit_is_named(small, tmp_path):
 )
 def test_timms_names(name, own, theirs):
     """Names and shapes from timm 1.0.31, whose logits these were compared with by hand (within 2.2e-6)."""
-    with blank():
-        model = zoo.create_model(name, (64, 64, 3), 10, **own)
+    with skip_init():
+        model = zoo.build_model(name, (64, 64, 3), 10, **own)
     found = {place.key: place.shape for place in timm.find(model).values()}
     assert theirs.items() <= found.items()
     assert len(found) == len(model.weights)
-    for key, array in weights.export_arrays(model, "timm").items():
+    for key, array in convert.export_arrays(model, "timm").items():
         assert array.shape == found.get(key, ())
 
 
@@ -295,10 +296,10 @@ def test_half_precision(dtype, small, tmp_path):
     weights.save(small, tmp_path / "full.npz", arguments={"depth": 8})
     assert same(values(small), before)
     assert (tmp_path / "half.npz").stat().st_size < 0.75 * (tmp_path / "full.npz").stat().st_size
-    model = zoo.create_model("resnet20", weights=tmp_path / "half.npz")
+    model = create_model("resnet20", weights=tmp_path / "half.npz")
     narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
     assert same(values(model), {key: array.astype(narrow).astype(np.float32) for key, array in before.items()})
-    assert weights.verify(tmp_path / "half.npz").ok
+    assert convert.verify(tmp_path / "half.npz").ok
     small.get_layer("logits").bias.assign(np.full(4, 1e6, np.float32))
     if dtype == "float16":
         with pytest.raises(WeightsError, match=r"logits/bias reaches 1e\+06, beyond what float16 holds"):
@@ -309,7 +310,7 @@ def test_half_precision(dtype, small, tmp_path):
 @pytest.mark.skipif(not CIFAR_RESNET.is_file(), reason="KVISION_DATA names no folder with Idelbayev's weights")
 def test_published_weights_score_what_they_are_known_for(tmp_path):
     """https://github.com/akamaster/pytorch_resnet_cifar10: an error of 8.27 % on CIFAR-10."""
-    weights.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", licence="BSD-2-Clause")
+    convert.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", licence="BSD-2-Clause")
     model = kvision.create_model("resnet20", weights=tmp_path / "resnet20.npz")
     dataset = load("cifar10", CIFAR_RESNET.parent)
     logits = evaluation.predict(engine.create(model), dataset.x_test, kvision.preprocess(tmp_path / "resnet20.npz"))

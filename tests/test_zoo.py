@@ -13,9 +13,9 @@ from keras import ops
 
 import kvision
 from kvision import engine, weights, zoo
-from kvision.layers import blank
+from kvision.layers import skip_init
 from kvision.tasks.classification import cross_entropy
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests import zoo_logits
 from tests.arrays import values
 from tests.zoo_logits import small_form
@@ -140,8 +140,8 @@ WIRINGS = wirings()
 
 
 def build(name, shape, classes, **own):
-    with blank():
-        return zoo.create_model(name, shape, classes, **own)
+    with skip_init():
+        return zoo.build_model(name, shape, classes, **own)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -312,13 +312,13 @@ def test_every_weight_has_a_gradient(floor):
 )
 def test_what_cannot_be_built_is_said(name, options, message):
     with pytest.raises(ValueError, match=message):
-        zoo.create_model(name, **options)
+        zoo.build_model(name, **options)
 
 
 def test_the_smallest_images_that_fit():
-    assert zoo.create_model("airbench_small", (9, 9, 3)).output_shape == (None, 10)
-    assert zoo.create_model("vgg11", (32, 32, 1), 10, hidden=4).output_shape == (None, 10)
-    assert zoo.create_model("resnet20", (1, 1, 1)).output_shape == (None, 10)
+    assert zoo.build_model("airbench_small", (9, 9, 3)).output_shape == (None, 10)
+    assert zoo.build_model("vgg11", (32, 32, 1), 10, hidden=4).output_shape == (None, 10)
+    assert zoo.build_model("resnet20", (1, 1, 1)).output_shape == (None, 10)
 
 
 def test_listing_and_arguments():
@@ -331,7 +331,7 @@ def test_listing_and_arguments():
 
 
 def test_arguments_may_come_from_json():
-    widths = [variable.shape[-1] for variable in zoo.create_model("mlp", (2, 2, 1), 3, hidden=[5, 6]).weights]
+    widths = [variable.shape[-1] for variable in zoo.build_model("mlp", (2, 2, 1), 3, hidden=[5, 6]).weights]
     assert widths == [5, 5, 6, 6, 3, 3]
 
 
@@ -339,10 +339,10 @@ def test_dropout_is_where_the_rate_says():
     def dropouts(model):
         return [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
 
-    assert dropouts(zoo.create_model("cifar_cnn", (10, 10, 3), dropout_rate=0.2)) == [0.2, 0.2, 0.4]
-    assert dropouts(zoo.create_model("cifar_cnn", (10, 10, 3), dropout_rate=0.0)) == []
-    assert dropouts(zoo.create_model("vgg11", (32, 32, 3), hidden=4)) == [0.5, 0.5]
-    assert dropouts(zoo.create_model("wide_resnet_16_4", (8, 8, 3), dropout_rate=0.3, width=1)) == [0.3] * 6
+    assert dropouts(zoo.build_model("cifar_cnn", (10, 10, 3), dropout_rate=0.2)) == [0.2, 0.2, 0.4]
+    assert dropouts(zoo.build_model("cifar_cnn", (10, 10, 3), dropout_rate=0.0)) == []
+    assert dropouts(zoo.build_model("vgg11", (32, 32, 3), hidden=4)) == [0.5, 0.5]
+    assert dropouts(zoo.build_model("wide_resnet_16_4", (8, 8, 3), dropout_rate=0.3, width=1)) == [0.3] * 6
 
 
 def test_the_shortcut_without_parameters():

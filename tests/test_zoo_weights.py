@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 import kvision
-from kvision import engine, weights, zoo
+from kvision import convert, engine, weights, zoo
 from kvision.__main__ import main
 from kvision.data.preprocessing import Preprocessing
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 from tests.arrays import noise, values
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A file of resnet20's short form, for 8x8 images of 3 channels and 4 classes."""
-    model = zoo.create_model("resnet20", (8, 8, 3), 4, depth=8)
+    model = zoo.build_model("resnet20", (8, 8, 3), 4, depth=8)
     initialize(model, 0)
     path = tmp_path_factory.mktemp("weights") / "resnet20.shapes.npz"
     weights.save(
@@ -64,10 +64,10 @@ def test_weights_for_other_channels(stored):
 
 
 def test_weights_by_name():
-    assert weights.find("airbench_small.cifar10") == weights.shipped()["airbench_small.cifar10"]
-    assert weights.find("softmax.mnist.npz").name == "softmax.mnist.npz"
+    assert convert.find("airbench_small.cifar10") == convert.shipped()["airbench_small.cifar10"]
+    assert convert.find("softmax.mnist.npz").name == "softmax.mnist.npz"
     with pytest.raises(weights.WeightsError, match=r"airbench_smal\.cifar10: .* did you mean airbench_small\.cifar10"):
-        weights.find("airbench_smal.cifar10")
+        convert.find("airbench_smal.cifar10")
     model = kvision.create_model("softmax", weights="softmax.mnist")
     assert model.input_shape == (None, 28, 28, 1)
     prepare = kvision.preprocess("softmax.mnist")

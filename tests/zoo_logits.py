@@ -100,7 +100,7 @@ def main() -> None:
     made = {}
     for name in zoo.list_models():
         shape, own, *_ = small_form(name)
-        model = zoo.create_model(name, shape, 10, **own)
+        model = zoo.build_model(name, shape, 10, **own)
         fill(model)
         made[name] = engine.create(model).predict(images(model)).tolist()
     rows = (f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())

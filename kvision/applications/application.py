@@ -7,7 +7,8 @@ import keras
 import numpy as np
 
 from kvision import zoo
-from kvision.weights import WeightsError, find, inspect, keras_applications, preprocess, published_preprocessing
+from kvision.convert import create_model, find, keras_applications, preprocess, published_preprocessing
+from kvision.weights import WeightsError, inspect
 
 
 class Application:
@@ -64,7 +65,7 @@ class Application:
         if input_shape is not None:
             self._check(input_shape, include_top)
         architecture = self.architecture if weights is None else self._of(weights)
-        model = zoo.create_model(architecture, input_shape, classes if include_top else 0, weights, **own)
+        model = create_model(architecture, input_shape, classes if include_top else 0, weights, **own)
         outputs = model.outputs[0]  # auxiliary heads have no place behind this door
         if include_top and classifier_activation is not None:
             outputs = keras.layers.Activation(classifier_activation, name="predictions")(outputs)

@@ -2,11 +2,11 @@
 
 from kvision.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 from kvision.data.dataset import DataError, Dataset, DataUnavailable
-from kvision.data.find import NAMES, keras_cache, load
 from kvision.data.folder import read_image_folder
 from kvision.data.mnist import FASHION_CLASSES
 from kvision.data.npz import read_npz
 from kvision.data.preprocessing import as_uint8
+from kvision.data.registry import NAMES, keras_cache, load
 
 __all__ = [
     "CIFAR10_CLASSES",

@@ -115,7 +115,7 @@ class Batches:
 
         The rows are its number, the corner of the window that is cut out of it with its border around it (row, column),
         whether the window is mirrored, and the corner of the square that is blanked. What no augmentation asks for is
-        0. `show` makes images of them, `kvision.engine.pictures` the same ones on a device.
+        0. `show` makes images of them, `kvision.data.device` the same ones on a device.
 
         Args:
             start: the step to begin with; the former ones are not drawn.

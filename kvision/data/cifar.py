@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.data.archive import read_tar
 from kvision.data.dataset import DataError, Dataset
+from kvision.data.tar import read_tar
 from kvision.data.unpickle import unpickle
-from kvision.data.untrusted import open_regular
+from kvision.untrusted import open_regular
 
 CIFAR10_CLASSES = (
     "airplane",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvision.data.untrusted import name_fault, printable
+from kvision.untrusted import name_fault, printable
 
 # The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
 RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")

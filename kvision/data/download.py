@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvision.data.archive import unpack_tar
 from kvision.data.dataset import DataError, DataUnavailable
+from kvision.data.tar import unpack_tar
 
 try:
     import fcntl

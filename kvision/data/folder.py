@@ -11,7 +11,7 @@ import numpy as np
 
 from kvision.data.dataset import DataError, Dataset, balanced, check_classes, own_name, part_of
 from kvision.data.images import read_fitted, size_of
-from kvision.data.untrusted import printable
+from kvision.untrusted import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 TEST_SHARE = 0.2

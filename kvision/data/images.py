@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from kvision.data.dataset import DataError
 from kvision.data.preprocessing import centred, covering
-from kvision.data.untrusted import Budget, open_regular
+from kvision.untrusted import Budget, open_regular
 
 # By content, not by suffix: Pillow knows more formats, and one of them (EPS) starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

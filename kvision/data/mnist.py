@@ -15,7 +15,7 @@ import numpy as np
 
 from kvision.data.dataset import MAX_BYTES, DataError, Dataset, own_name
 from kvision.data.npz import read_npz
-from kvision.data.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, border, open_regular
 
 DIGITS = tuple("0123456789")
 FASHION_CLASSES = (

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from kvision.data.untrusted import MALFORMED
+from kvision.untrusted import MALFORMED
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000  # bytes of an array's header; NumPy's own bound

@@ -12,7 +12,7 @@ import numpy as np
 from kvision.data import zipped
 from kvision.data.dataset import MAX_BYTES, MAX_CLASSES, DataError, Dataset, own_name
 from kvision.data.npy import MAX_HEADER, parse_header
-from kvision.data.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, border, open_regular
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 

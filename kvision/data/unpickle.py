@@ -1,6 +1,6 @@
 """Reading CIFAR's pickles without unpickling them: dictionaries, strings, numbers and one NumPy array.
 
-`kvision.data.opcodes` interprets them; the array is rebuilt here from its bytes.
+`kvision.safe_pickle` interprets them; the array is rebuilt here from its bytes.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from kvision.data.dataset import DataError
-from kvision.data.opcodes import BROKEN, Refused, expect, interpret, raw, text
-from kvision.data.untrusted import Budget
+from kvision.safe_pickle import BROKEN, Refused, expect, interpret, raw, text
+from kvision.untrusted import Budget
 
 _DTYPES = ("u1", "i4", "i8")
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kvision.data.untrusted import MALFORMED, Budget, read_exactly
+from kvision.untrusted import MALFORMED, Budget, read_exactly
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Bits of a member's flags that change nothing here: deflate's effort (1, 2), sizes written behind (3), UTF-8 (11).

@@ -8,7 +8,7 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
   (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
 - `train_steps(pictures, draws) -> (losses, correct)`: one step for each of `draws`, int32 (k, 6, n), of
-  `kvision.engine.pictures.Pictures`; both have k values, still on the device. On an accelerator they are one program.
+  `kvision.data.device.Pictures`; both have k values, still on the device. On an accelerator they are one program.
 - `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
   `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
   scales the loss scales these gradients.
@@ -23,7 +23,7 @@ Each floor has a class `Engine` with the same methods, so that nothing above kno
   between steps (JAX), they cannot be read until then. What is assigned to a variable after it counts in the next step.
 
 And a function `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train together, for
-`kvision.regularizers.batch_norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
+`kvision.layers.norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
 `torch.distributed`; on JAX the tensor itself, because a program on a sharded batch is one program.
 """
 

@@ -28,7 +28,7 @@ from kvision.engine.keras_internals import (
     standardize_inputs,
     takes_training,
 )
-from kvision.layers import Border
+from kvision.layers import ConstantPad2D
 
 CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 
@@ -44,7 +44,7 @@ KNOWN = {
     keras.layers.ReLU: "max_value negative_slope threshold",
     keras.layers.Add: "",
     keras.layers.ZeroPadding2D: "padding data_format",
-    Border: "pads value",
+    ConstantPad2D: "pads value",
 }
 VALUES = ("_initializer", "_regularizer", "_constraint")  # of variables: no part of a call
 
@@ -212,7 +212,7 @@ def _is_relu(layer: keras.layers.Layer) -> bool:
 
 def _pads(layer) -> tuple | None:
     """The zeros that a layer puts around its input, where it does no more."""
-    if type(layer) is Border and layer.value == 0:
+    if type(layer) is ConstantPad2D and layer.value == 0:
         return layer.pads
     if type(layer) is keras.layers.ZeroPadding2D and is_channels_last(layer):
         return layer.padding

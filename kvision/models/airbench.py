@@ -15,7 +15,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Identity, Variance, activation, batch_norm, conv, least_side, logits, max_pool
+from kvision.layers import Dirac, VarianceScaling, activation, batch_norm, conv, least_side, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper("94% on CIFAR-10 in 3.29 seconds on a single GPU", "Jordan", 2024, "https://arxiv.org/abs/2404.00498")
@@ -49,16 +49,16 @@ def airbench(
     x = conv(8 * input_shape[-1], 2, name="whiten_conv", padding="valid", **(bias if whiten_bias else {}))(inputs)
     x = activation("gelu", name="whiten")(x)
     for i, filters in enumerate(widths, start=1):
-        x = conv(filters, 3, name=f"stage{i}_1_conv", initializer=Identity())(x)
+        x = conv(filters, 3, name=f"stage{i}_1_conv", initializer=Dirac())(x)
         x = max_pool(2, name=f"stage{i}_pool")(x)
         x = norm(name=f"stage{i}_1_bn")(x)
         x = activation("gelu", name=f"stage{i}_1_gelu")(x)
-        x = conv(filters, 3, name=f"stage{i}_2_conv", initializer=Identity())(x)
+        x = conv(filters, 3, name=f"stage{i}_2_conv", initializer=Dirac())(x)
         x = norm(name=f"stage{i}_2_bn")(x)
         x = activation("gelu", name=f"stage{i}")(x)
     x = keras.layers.GlobalMaxPooling2D(name="pool")(x)
     x = keras.layers.Rescaling(1 / 9, name="pool_scale")(x)
-    outputs = logits(classes, use_bias=False, initializer=Variance(1 / 3, "in", "uniform"))(x) if classes else x
+    outputs = logits(classes, use_bias=False, initializer=VarianceScaling(1 / 3, "in", "uniform"))(x) if classes else x
     return keras.Model(inputs, outputs, name=name)
 
 

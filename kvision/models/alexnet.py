@@ -19,10 +19,10 @@ from functools import partial
 import keras
 
 from kvision.layers import (
-    AdaptivePool,
-    Border,
+    AdaptiveAveragePooling2D,
+    ConstantPad2D,
     LocalResponseNorm,
-    Variance,
+    VarianceScaling,
     activation,
     conv,
     dense,
@@ -77,8 +77,8 @@ def alexnet(
             f"{name} needs images of at least {least}x{least} pixels, got {input_shape[0]}x{input_shape[1]}"
         )
     inputs = keras.Input(input_shape, name="image")
-    x = inputs if towers == 2 else Border(((2, 2), (2, 2)), name="stage1_1_conv_pad")(inputs)
-    convolution, widths = partial(conv, use_bias=True, initializer=Variance(2.0, "in")), iter(filters)
+    x = inputs if towers == 2 else ConstantPad2D(((2, 2), (2, 2)), name="stage1_1_conv_pad")(inputs)
+    convolution, widths = partial(conv, use_bias=True, initializer=VarianceScaling(2.0, "in")), iter(filters)
     for i, convolutions in enumerate(STAGES, start=1):
         for j, (size, parted) in enumerate(convolutions, start=1):
             strides, padding = (4, "valid") if size == 11 else (1, "same")
@@ -91,7 +91,7 @@ def alexnet(
     if not classes:
         return keras.Model(inputs, global_pool()(x), name=name)
     if x.shape[1:3] != (6, 6):
-        x = AdaptivePool((6, 6), name="head_pool")(x)
+        x = AdaptiveAveragePooling2D((6, 6), name="head_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i in (1, 2):
         if towers == 1:

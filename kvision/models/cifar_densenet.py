@@ -12,7 +12,17 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, dropout, global_pool, least_side, logits
+from kvision.layers import (
+    VarianceScaling,
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    dropout,
+    global_pool,
+    least_side,
+    logits,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -27,7 +37,7 @@ def activated_conv(x, filters: int, size: int, dropout_rate: float, *, name: str
     """Batch norm, ReLU, convolution, dropout."""
     x = batch_norm(name=f"{name}_bn")(x)
     x = activation("relu", name=f"{name}_relu")(x)
-    x = conv(filters, size, name=f"{name}_conv", initializer=Variance(2.0, "in"))(x)
+    x = conv(filters, size, name=f"{name}_conv", initializer=VarianceScaling(2.0, "in"))(x)
     return dropout(dropout_rate, name=f"{name}_dropout")(x)
 
 
@@ -59,7 +69,7 @@ def cifar_densenet(
     count = (depth - 4) // step
     inputs = keras.Input(input_shape, name="image")
     filters = 2 * growth if compressed else 16
-    x = conv(filters, 3, name="stem_conv", initializer=Variance(2.0, "in"))(inputs)
+    x = conv(filters, 3, name="stem_conv", initializer=VarianceScaling(2.0, "in"))(inputs)
     for i in (1, 2, 3):
         if i > 1:
             filters = x.shape[-1] // 2 if compressed else x.shape[-1]

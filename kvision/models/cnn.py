@@ -12,7 +12,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, conv, dense, dropout, logits, max_pool
+from kvision.layers import VarianceScaling, activation, conv, dense, dropout, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -45,7 +45,7 @@ def convolutional_network(
         ValueError: the images are too small for the stages' poolings.
     """
     inputs = keras.Input(input_shape, name="image")
-    glorot = Variance(1.0, "average", "uniform")
+    glorot = VarianceScaling(1.0, "average", "uniform")
     x = inputs
     for i, filters in enumerate(stages, start=1):
         for j, width in enumerate(filters, start=1):

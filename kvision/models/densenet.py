@@ -10,7 +10,17 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, avg_pool, batch_norm, conv, global_pool, least_side, logits, max_pool
+from kvision.layers import (
+    VarianceScaling,
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    global_pool,
+    least_side,
+    logits,
+    max_pool,
+)
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -22,7 +32,7 @@ PAPER = Paper(
     classes=1000,
 )
 
-convolution = partial(conv, initializer=Variance(2.0, "in"))
+convolution = partial(conv, initializer=VarianceScaling(2.0, "in"))
 
 
 def layer(x, growth: int, norm, *, name: str, tap: str):

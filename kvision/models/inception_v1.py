@@ -12,7 +12,7 @@ a 1x1 before a 5x5, and a 1x1 after a 3x3 max pooling. The stages have the paper
 - `inception_v1_tf`: TF-Slim's `inception_v1`: the same with TensorFlow's padding, batch norms without scale and, in its
   published weights, no auxiliary heads; built here they are the paper's.
 
-torchvision's `transform_input` is part of the preprocessing here, see `kvision.weights.torchvision.preprocessing`.
+torchvision's `transform_input` is part of the preprocessing here, see `kvision.convert.torchvision.preprocessing`.
 """
 
 from functools import partial
@@ -20,9 +20,9 @@ from functools import partial
 import keras
 
 from kvision.layers import (
-    AdaptivePool,
+    AdaptiveAveragePooling2D,
     LocalResponseNorm,
-    Variance,
+    VarianceScaling,
     activation,
     avg_pool,
     batch_norm,
@@ -108,7 +108,7 @@ def inception_v1(
     scaled = lambda filters: max(1, int(filters * width))  # noqa: E731
 
     def unit(x, filters, size, strides=1, *, name, tap=None):
-        initializer = Variance(2.0, "in")
+        initializer = VarianceScaling(2.0, "in")
         options = {"use_bias": norm is None, "padding": padding, "initializer": initializer}
         x = conv(scaled(filters), size, strides, name=f"{name}_conv", **options)(x)
         if norm:
@@ -129,7 +129,7 @@ def inception_v1(
 
     def head(x, *, name):
         """Logits of an auxiliary head."""
-        pool = partial(AdaptivePool, (4, 4)) if wiring == "torchvision" else partial(avg_pool, 5, 3)
+        pool = partial(AdaptiveAveragePooling2D, (4, 4)) if wiring == "torchvision" else partial(avg_pool, 5, 3)
         x = unit(pool(name=f"{name}_pool")(x), 128, 1, name=name)
         x = keras.layers.Flatten(name=f"{name}_flatten")(x)
         x = dense(scaled(1024), name=f"{name}_dense")(x)

@@ -20,8 +20,8 @@ from functools import partial
 import keras
 
 from kvision.layers import (
-    Border,
-    Variance,
+    ConstantPad2D,
+    VarianceScaling,
     activation,
     avg_pool,
     batch_norm,
@@ -100,7 +100,7 @@ def inception_v2(
     scaled = lambda filters: max(1, int(filters * width))  # noqa: E731
 
     def unit(x, filters, size, strides=1, *, name, tap=None):
-        initializer = Variance(2.0, "in")
+        initializer = VarianceScaling(2.0, "in")
         x = conv(scaled(filters), size, strides, name=f"{name}_conv", padding=padding, initializer=initializer)(x)
         x = norm(name=f"{name}_bn")(x)
         return activation("relu", name=tap or f"{name}_relu")(x)
@@ -112,7 +112,7 @@ def inception_v2(
         # Caffe's windows start on the map and reach over its end; odd sides would come out one pixel short of the
         # convolutions', and Caffe stops. So there they start one pixel before the map, as the convolutions do.
         pads = tuple((side % 2, 1) for side in x.shape[1:3])
-        return max_pool(3, 2, name=name)(Border(pads, -math.inf, name=f"{name}_pad")(x))
+        return max_pool(3, 2, name=name)(ConstantPad2D(pads, -math.inf, name=f"{name}_pad")(x))
 
     def module(x, row, *, name, tap):
         """The branches of a row of figure 5; `tap` names their concatenation."""
@@ -135,7 +135,7 @@ def inception_v2(
     if wiring == "slim":
         ways = max(1, min(8, scaled(64) // 3))
         x = depthwise_conv(7, 2, name="stage1_depthwise_conv", padding=padding, depth_multiplier=ways)(x)
-        x = conv(scaled(64), 1, name="stage1_conv", use_bias=True, initializer=Variance(2.0, "in"))(x)
+        x = conv(scaled(64), 1, name="stage1_conv", use_bias=True, initializer=VarianceScaling(2.0, "in"))(x)
         x = activation("relu", name="stage1")(x)
     else:
         x = unit(x, 64, 7, 2, name="stage1", tap="stage1")

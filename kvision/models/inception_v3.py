@@ -10,7 +10,7 @@ and TF-Slim are `stage3_a`, `stage4_a` and `stage5_a` here.
 - `inception_v3_tf`: that of `keras.applications` and TF-Slim. Only the image's own pixels count there, and batch norms
   have no scale. The auxiliary head is TF-Slim's.
 
-torchvision's `transform_input` is part of the preprocessing here, see `kvision.weights.torchvision.preprocessing`.
+torchvision's `transform_input` is part of the preprocessing here, see `kvision.convert.torchvision.preprocessing`.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from functools import partial
 import keras
 
 from kvision.layers import (
-    Variance,
+    VarianceScaling,
     activation,
     avg_pool,
     batch_norm,
@@ -129,7 +129,9 @@ def inception_v3(
 
     def unit(x, filters, size, strides=1, *, name, padding="same", tap=None):
         filters, padding = max(1, int(filters * width)), "valid" if strides == 2 else padding
-        x = conv(filters, size, strides, name=f"{name}_conv", padding=padding, initializer=Variance(2.0, "in"))(x)
+        x = conv(filters, size, strides, name=f"{name}_conv", padding=padding, initializer=VarianceScaling(2.0, "in"))(
+            x
+        )
         x = norm(name=f"{name}_bn")(x)
         return activation("relu", name=tap or f"{name}_relu")(x)
 
@@ -161,7 +163,7 @@ def inception_v3(
         x = unit(x, 128, 1, name="aux1_1")
         x = unit(x, 768, tuple(min(5, side) for side in x.shape[1:3]), name="aux1_2", padding="valid")
         x = global_pool(name="aux1_global_pool")(x)
-        return logits(classes, name="aux1_logits", initializer=Variance(0.001**2 * x.shape[-1], "in"))(x)
+        return logits(classes, name="aux1_logits", initializer=VarianceScaling(0.001**2 * x.shape[-1], "in"))(x)
 
     inputs = keras.Input(input_shape, name="image")
     x = unit(inputs, 32, 3, 2, name="stage1_1")

@@ -10,7 +10,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, batch_norm, conv, depthwise_conv, dropout, global_pool, logits
+from kvision.layers import VarianceScaling, activation, batch_norm, conv, depthwise_conv, dropout, global_pool, logits
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -83,7 +83,7 @@ def mnasnet(
     x = global_pool()(x)
     if classes:
         x = dropout(dropout_rate, name="head_dropout")(x)
-        x = logits(classes, initializer=Variance(1.0, "out", "uniform"))(x)
+        x = logits(classes, initializer=VarianceScaling(1.0, "out", "uniform"))(x)
     return keras.Model(inputs, x, name=name)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, batch_norm, conv, depthwise_conv, dropout, global_pool, logits
+from kvision.layers import VarianceScaling, activation, batch_norm, conv, depthwise_conv, dropout, global_pool, logits
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -94,7 +94,9 @@ def mobilenet_v2(
     x = global_pool()(x)
     if classes:
         x = dropout(dropout_rate, name="head_dropout")(x)
-        x = logits(classes, initializer=Variance(0.01**2 * x.shape[-1], "in"))(x)  # torchvision's deviation is 0.01
+        x = logits(classes, initializer=VarianceScaling(0.01**2 * x.shape[-1], "in"))(
+            x
+        )  # torchvision's deviation is 0.01
     return keras.Model(inputs, x, name=name)
 
 

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kvision.layers import Variance, activation, avg_pool, conv, dense, logits, max_pool
+from kvision.layers import VarianceScaling, activation, avg_pool, conv, dense, logits, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -182,7 +182,7 @@ class SpatialTransformer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kvision")
-class AffineIdentity(Variance):
+class AffineIdentity(VarianceScaling):
     """The bias of a layer that gives affine parameters: the identity."""
 
     def __init__(self):
@@ -207,7 +207,7 @@ def localisation(x, kind: str):
     x = dense(20, name="locate_hidden_dense")(x)
     x = activation("relu", name="locate_hidden")(x)
     outputs, bias = (6, AffineIdentity()) if kind == "affine" else (32, "zeros")
-    small = Variance(1e-4, "in")
+    small = VarianceScaling(1e-4, "in")
     options = {"bias_initializer": bias, "dtype": keras.config.floatx()}  # in full precision under a mixed policy too
     return dense(outputs, name="locate_theta", initializer=small, **options)(x)
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import Variance, activation, conv, dropout, global_pool, least_side, max_pool
+from kvision.layers import VarianceScaling, activation, conv, dropout, global_pool, least_side, max_pool
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -27,7 +27,7 @@ PAPER = Paper(
     classes=1000,
 )
 
-convolution = partial(conv, use_bias=True, initializer=Variance(2.0, "in", "uniform"))
+convolution = partial(conv, use_bias=True, initializer=VarianceScaling(2.0, "in", "uniform"))
 
 
 def fire(x, squeeze: int, expand: int, *, name: str, tap: str):
@@ -77,7 +77,7 @@ def squeezenet(
         return keras.Model(inputs, global_pool()(x), name=name)
     x = dropout(dropout_rate, name="head_dropout")(x)
     # Its published deviation is 0.01. The head computes in full precision, as every network's.
-    dtype, initializer = keras.config.floatx(), Variance(0.01**2 * x.shape[-1], "in")
+    dtype, initializer = keras.config.floatx(), VarianceScaling(0.01**2 * x.shape[-1], "in")
     x = conv(classes, 1, name="logits", use_bias=True, initializer=initializer, dtype=dtype)(x)
     x = keras.layers.ReLU(name="logits_relu", dtype=dtype)(x)
     outputs = keras.layers.GlobalAveragePooling2D(name="logits_pool", dtype=dtype)(x)

@@ -15,8 +15,8 @@ from functools import partial
 import keras
 
 from kvision.layers import (
-    AdaptivePool,
-    Variance,
+    AdaptiveAveragePooling2D,
+    VarianceScaling,
     activation,
     batch_norm,
     conv,
@@ -83,13 +83,13 @@ def vgg(
         return keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name=name)
     maps = maps or head_maps(input_shape)
     if tuple(x.shape[1:3]) != tuple(maps):
-        x = AdaptivePool(maps, name="head_pool")(x)
+        x = AdaptiveAveragePooling2D(maps, name="head_pool")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i in (1, 2):
         x = dense(hidden, name=f"head_{i}_dense")(x)
         x = activation("relu", name=f"head_{i}_relu")(x)
         x = dropout(dropout_rate, name=f"head_{i}_dropout")(x)
-    return keras.Model(inputs, logits(classes, initializer=Variance(1.0, "average"))(x), name=name)
+    return keras.Model(inputs, logits(classes, initializer=VarianceScaling(1.0, "average"))(x), name=name)
 
 
 CONFIGURATIONS = {

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from kvision.children import StoppedError
+from kvision.convert.cli import assignments
 from kvision.engine import FLOORS
 from kvision.files import write_json
 from kvision.flags import UsageError
@@ -13,7 +14,6 @@ from kvision.parity.parent import HOUR, compare
 from kvision.parity.question import Question
 from kvision.parity.report import text
 from kvision.parity.verdict import LIMITS
-from kvision.weights.cli import assignments
 
 
 def finite(value):

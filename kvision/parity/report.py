@@ -89,7 +89,7 @@ def _layer_reasons(fault: dict) -> list[str]:
         lines.append(f"its inputs ({names}) {agreed}, so the fault lies in this layer")
     if fault["random"]:
         lines.append(
-            f"Keras's {fault['type']} draws from the backend's generator; kvision.regularizers.{fault['type']} "
+            f"Keras's {fault['type']} draws from the backend's generator; kvision.layers.{fault['type']} "
             "draws the same on each"
         )
     return lines

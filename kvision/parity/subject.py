@@ -16,10 +16,10 @@ from kvision import zoo
 from kvision.data import load
 from kvision.engine.graph import is_graph
 from kvision.flags import UsageError
-from kvision.layers import Variance, blank
+from kvision.layers import VarianceScaling, skip_init
 from kvision.parity.question import Question
 from kvision.random import stream
-from kvision.weights.initial import initialize
+from kvision.weights.initialization import initialize
 
 
 def in_double(path: Path, dtype: str, folder: Path) -> Path:
@@ -97,8 +97,8 @@ def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:
         model = _call_function(question)
     else:
         try:
-            with blank():
-                model = zoo.create_model(question.model, question.input_shape, question.classes, **question.own)
+            with skip_init():
+                model = zoo.build_model(question.model, question.input_shape, question.classes, **question.own)
         except ValueError as error:
             raise UsageError(str(error)) from None
     if isinstance(model, keras.Sequential):
@@ -134,7 +134,7 @@ def start(model, question: Question) -> None:
         for variable, value in weights:
             if value.size and (value != value.flat[0]).any():
                 generator = stream(question.seed, "initial", variable.path)
-                variable.assign(Variance(1.0, "in").draw(value.shape, generator))
+                variable.assign(VarianceScaling(1.0, "in").draw(value.shape, generator))
         for i, variable in enumerate(v for v in model.variables if v.dtype in ("uint32", "int32", "int64")):
             if tuple(variable.shape) == (2,):
                 variable.assign(np.array([stream(question.seed, "generator", i).integers(2**31), 0], np.uint32))

@@ -213,7 +213,7 @@ def write_report(
             learning_rate, seconds, images_per_second. Accuracies are shares from 0 to 1. Missing and None are
             left out.
         result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, views and views_accuracy (0 to 1),
-            the name in `kvision.data.views` and the accuracy on them, train_seconds, images_per_second,
+            the name in `kvision.data.tta` and the accuracy on them, train_seconds, images_per_second,
             seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed, weights_sha256, versions and
             hardware (dictionaries), command, note. Other entries are listed as they are.
         confusion: counts on the test images, shape (k, k), row true class, column predicted class; or {(true,

@@ -25,8 +25,8 @@ import numpy as np
 
 from kvision.data import zipped
 from kvision.data.npy import MAGIC, MAX_HEADER, PLAIN_NUMBERS, parse_header
-from kvision.data.untrusted import Budget, open_regular, printable
 from kvision.files import atomic_write
+from kvision.untrusted import Budget, open_regular, printable
 
 MAX_KEY = 1_000  # characters
 

@@ -11,7 +11,7 @@ from types import NoneType
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.data.untrusted import MALFORMED, Budget, name_fault, unique
+from kvision.untrusted import MALFORMED, Budget, name_fault, unique
 from kvision.weights.archive import Archive, WeightsError, listed, refusal
 
 FORMAT = "kvision-npz"

@@ -14,8 +14,8 @@ import numpy as np
 
 from kvision import engine
 from kvision.data.preprocessing import Preprocessing
-from kvision.weights.adapt import adapt_kernel, adaptable
 from kvision.weights.archive import Archive, digest, dtype_fault, listed, refusal, write
+from kvision.weights.input_channels import adapt_kernel, adaptable
 from kvision.weights.manifest import FORMAT, FORMAT_VERSION, MANIFEST, STATED, check_fields, plain, read_manifest
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -111,7 +111,7 @@ def save(
     manifest:
 
         architecture: name of the network; the default is `model.name`.
-        arguments: what `kvision.zoo.create_model` needs to build it again; `input_shape` and `classes` are
+        arguments: what `kvision.zoo.build_model` needs to build it again; `input_shape` and `classes` are
             filled in from the model's shapes, and what is given here replaces them (a network without head
             needs `{"classes": 0}`).
         classes: names of the classes in the order of the logits.

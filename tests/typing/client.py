@@ -22,7 +22,7 @@ ready = kvision.preprocess("resnet20.cifar10")(images)
 
 kvision.weights.save(model, folder / "model.npz", dataset="cifar10")
 kvision.weights.load(model, folder / "model.npz", adapt_input=False)
-report: kvision.weights.Verification = kvision.weights.verify(folder / "model.npz")
+report: kvision.convert.Verification = kvision.convert.verify(folder / "model.npz")
 good: bool = report.ok
 
 dataset: kvision.data.Dataset = kvision.data.load("cifar10")

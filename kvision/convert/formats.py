@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
+from kvision.convert import hdf5, pth, safetensors, tf_checkpoint
 from kvision.data import zipped
-from kvision.data.untrusted import Budget, border, open_regular
-from kvision.weights import hdf5, pth, safetensors, tf_checkpoint
+from kvision.untrusted import Budget, border, open_regular
 from kvision.weights.archive import Archive, WeightsError, refusal
 from kvision.weights.manifest import MANIFEST
 

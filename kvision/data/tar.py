@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from kvision.data.dataset import DataError
-from kvision.data.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, border, open_regular
 
 # CIFAR's archives unpack to 178 MB, in 8 members.
 MAX_UNPACKED = 600 << 20

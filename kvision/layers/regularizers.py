@@ -3,8 +3,8 @@
 Model files hold none of them. Every function takes `pattern`, a regular expression that must match the whole path of a
 variable ("stage1_conv/kernel"); the default takes each kernel and leaves biases and batch norms free.
 
-L1, L2 and elastic net are Keras's: `attach(model, keras.regularizers.L1L2(1e-5, 1e-4), ".*_conv/kernel")`. Two are not:
-`keras.regularizers.OrthogonalRegularizer` takes matrices alone, and `keras.constraints.MaxNorm` wants to be told the
+L1, L2 and elastic net are Keras's: `add_regularizer(model, keras.regularizers.L1L2(1e-5, 1e-4), ".*_conv/kernel")`.
+Two are not: `keras.regularizers.OrthogonalRegularizer` takes matrices only, and `keras.constraints.MaxNorm` needs the
 axes for each rank of kernel and shrinks a weight that is within the bound, too, a little at every step.
 """
 
@@ -30,7 +30,7 @@ def match(model: keras.Model, pattern: str = KERNELS) -> list[keras.Variable]:
     return matched
 
 
-def attach(model: keras.Model, regularizer, pattern: str = KERNELS) -> list[str]:
+def add_regularizer(model: keras.Model, regularizer, pattern: str = KERNELS) -> list[str]:
     """Add `regularizer` (a `keras.regularizers.Regularizer`) to the loss, for each variable whose path matches.
 
     A penalty that is already there stays.
@@ -48,7 +48,7 @@ def attach(model: keras.Model, regularizer, pattern: str = KERNELS) -> list[str]
     return [variable.path for variable in matched]
 
 
-def constrain(model: keras.Model, constraint, pattern: str = KERNELS) -> list[str]:
+def add_constraint(model: keras.Model, constraint, pattern: str = KERNELS) -> list[str]:
     """Let the optimizer apply `constraint` (a `keras.constraints.Constraint`) after every step to matching variables.
 
     Returns:
@@ -66,7 +66,9 @@ def constrain(model: keras.Model, constraint, pattern: str = KERNELS) -> list[st
     return [variable.path for variable in matched]
 
 
-def decay(model: keras.Model, optimizer: keras.optimizers.Optimizer, pattern: str = KERNELS) -> list[str]:
+def set_weight_decay_mask(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, pattern: str = KERNELS
+) -> list[str]:
     """Let the optimizer's decoupled weight decay reach the matching variables alone.
 
     Decoupled: each step takes `learning_rate * weight_decay` of the weight itself away, whatever the optimizer makes of

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvision.data.untrusted import MALFORMED
+from kvision import zoo
+from kvision.untrusted import MALFORMED
 from kvision.weights.archive import Archive, refusal
 from kvision.weights.manifest import MANIFEST, read_manifest, room_for
 from kvision.weights.npz import load, probe_logits
@@ -74,13 +75,12 @@ def rebuild(path: str | os.PathLike, manifest: dict):
         WeightsError: there is no such network, it takes no such arguments, or they make it larger than the file's
             arrays are together.
     """
-    from kvision.layers import blank
-    from kvision.zoo import create_model  # here, because the zoo loads weights
+    from kvision.layers import skip_init  # here, because it imports Keras
 
     parameters = sum(math.prod(entry["shape"]) for entry in manifest["arrays"].values())
     try:
-        with blank(room_for(parameters)):
-            return create_model(manifest["architecture"], **manifest["arguments"])
+        with skip_init(room_for(parameters)):
+            return zoo.build_model(manifest["architecture"], **manifest["arguments"])
     except MALFORMED as error:
         reason = str(error) or type(error).__name__
         message = f"{manifest['architecture']} cannot be rebuilt from the manifest's arguments: {reason}"

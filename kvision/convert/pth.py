@@ -2,7 +2,7 @@
 
 A `.pth` is a pickle that describes the tensors, and the bytes of their storages: since PyTorch 1.6 both in a zip file
 (serialization.py of https://github.com/pytorch/pytorch), before in one file, one after the other. The pickle's opcodes
-are interpreted (`kvision.data.opcodes`); what it may name is what a `state_dict` of plain tensors needs.
+are interpreted (`kvision.safe_pickle`); what it may name is what a `state_dict` of plain tensors needs.
 """
 
 import math
@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from kvision.data import zipped
-from kvision.data.opcodes import Refused, copied, expect, interpret, text
-from kvision.data.untrusted import Budget, border, open_regular, read_exactly
+from kvision.safe_pickle import Refused, copied, expect, interpret, text
+from kvision.untrusted import Budget, border, open_regular, read_exactly
 from kvision.weights.archive import plain_bytes, refusal, write_zip
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before the zip format

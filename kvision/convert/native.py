@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from kvision.convert.mapping import Place
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.npz import named_variables
-from kvision.weights.places import Place
 
 
 def find(model) -> dict[str, Place]:

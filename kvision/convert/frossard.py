@@ -6,9 +6,9 @@ red, green and blue less ImageNet's mean.
 
 import numpy as np
 
+from kvision.convert.mapping import Place, places, same_place
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
-from kvision.weights.places import Place, places, same_place
 
 LEAVES = {"kernel": "W", "bias": "b"}
 ROWS = (

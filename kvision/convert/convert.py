@@ -15,12 +15,25 @@ from types import ModuleType
 
 import numpy as np
 
-from kvision.weights import foreign, frossard, hdf5, keras_applications, own, pth, safetensors, slim, timm, torchvision
+from kvision import zoo
+from kvision.convert import (
+    formats,
+    frossard,
+    hdf5,
+    keras_applications,
+    native,
+    pth,
+    safetensors,
+    slim,
+    timm,
+    torchvision,
+)
+from kvision.convert.pretrained import create_model
+from kvision.convert.reference import difference_from_peer
+from kvision.convert.verify import rebuild
 from kvision.weights.archive import Archive, WeightsError, listed, refusal
 from kvision.weights.manifest import read_manifest
 from kvision.weights.npz import load, named_variables, save
-from kvision.weights.peers import difference_from_peer
-from kvision.weights.verify import rebuild
 
 # Whose names a file has. Each module has `find`, `prepare`, `extras` and `preprocessing`.
 LINEAGES: dict[str, ModuleType] = {
@@ -29,7 +42,7 @@ LINEAGES: dict[str, ModuleType] = {
     "keras": keras_applications,
     "slim": slim,
     "frossard": frossard,
-    "kvision": own,
+    "kvision": native,
 }
 # What a suffix stands for when ours go out: the format's writer, and the lineage unless another is named.
 WRITERS = {
@@ -202,15 +215,16 @@ def export_arrays(model, lineage: str, extras: Mapping[str, np.ndarray] | None =
 
 def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shape, classes, arguments: dict, skip):
     """The network that arrays are of, and its arguments: its classes and auxiliary heads are read off them."""
-    from kvision import zoo
-    from kvision.layers import blank
+    from kvision.layers import skip_init  # here, because it imports Keras
 
     table = LINEAGES[lineage]
 
     def placed(*shape, **options) -> tuple[dict, dict[str, np.ndarray]]:
         """Where the variables of such a network lie, and the arrays by those names."""
-        with blank():
-            places = table.find(zoo.create_model(name, *shape, **options))
+        from kvision.layers import skip_init  # here, because it imports Keras
+
+        with skip_init():
+            places = table.find(zoo.build_model(name, *shape, **options))
         return places, unwrapped(table.prepare(name, dict(arrays)), [place.key for place in places.values()])
 
     if "auxiliary" in zoo.arguments(name) and "auxiliary" not in arguments:
@@ -234,22 +248,21 @@ def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shap
             body = {item.key for item in placed(input_shape, 0, **arguments)[0].values()}
             head = {item.key for item in places.values()} - body
             classes = 0 if head.isdisjoint(given) and not body.isdisjoint(given) else None
-    with blank():
-        model = zoo.create_model(name, input_shape, classes, **arguments)
+    with skip_init():
+        model = zoo.build_model(name, input_shape, classes, **arguments)
     return model, arguments if classes != 0 else {**arguments, "classes": 0}
 
 
 def _sister(name: str, arrays: Mapping[str, np.ndarray]) -> str:
     """A hint at the network of the same paper that arrays fit, or nothing."""
-    from kvision import zoo
-    from kvision.layers import blank
+    from kvision.layers import skip_init  # here, because it imports Keras
 
     for other in zoo.list_models():
         if other == name or zoo.paper(other) != zoo.paper(name):
             continue
         gc.collect()  # some take half a gigabyte
-        with blank():
-            model = zoo.create_model(other, **({"auxiliary": False} if "auxiliary" in zoo.arguments(other) else {}))
+        with skip_init():
+            model = zoo.build_model(other, **({"auxiliary": False} if "auxiliary" in zoo.arguments(other) else {}))
         for lineage, table in LINEAGES.items():
             try:
                 places = table.find(model)
@@ -279,7 +292,7 @@ def convert(
     """Convert a weights file, into or out of the library's `.npz`.
 
     Args:
-        source: a foreign file, see `kvision.weights.foreign.read`; or an `.npz` of ours, which goes out.
+        source: a foreign file, see `kvision.convert.formats.read`; or an `.npz` of ours, which goes out.
         out: an `.npz` for a foreign source; else a `.pth`, `.safetensors` or `.h5`.
         model: the network that the weights are of; an `.npz` of ours says it itself.
         lineage: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The
@@ -293,8 +306,7 @@ def convert(
         WeightsError: the source is damaged, or does not fit the network; nothing is written then.
         ValueError: an unknown network or argument.
     """
-    from kvision import zoo
-    from kvision.layers import blank
+    from kvision.layers import skip_init  # here, because it imports Keras
 
     suffix = os.path.splitext(os.fspath(out))[1]
     if os.path.splitext(os.fspath(source))[1] == ".npz" and suffix != ".npz":
@@ -304,7 +316,7 @@ def convert(
     if model is None:
         raise refusal(source, "does not say of which network it is: name it (--model)")
     zoo.arguments(model)  # an unknown name ends here
-    found = foreign.read(source)
+    found = formats.read(source)
     lineage = _lineage(lineage, found.arrays, found.format)
     table = LINEAGES[lineage]
     try:
@@ -329,8 +341,8 @@ def convert(
     left = found.arrays.keys() - table.prepare(model, dict(found.arrays)).keys() if lineage == "slim" else ()
     difference = None
     if compare and not skipped:  # what was written, in a network built from it
-        with blank():
-            again = zoo.create_model(model, weights=out)
+        with skip_init():
+            again = create_model(model, weights=out)
         arrays = unwrapped(found.arrays, [place.key for place in table.find(again).values()])
         difference = difference_from_peer(again, lineage, arrays)
     ignored = [*found.ignored, *sorted(left)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from kvision.data.untrusted import MALFORMED, Budget
+from kvision.untrusted import MALFORMED, Budget
 
 MAX_OPCODES = 1_000_000  # about two seconds; a state_dict takes 40 for each tensor, CIFAR's batches 50,000
 _OBJECT = 64  # bytes that an opcode's object takes, with its place on the stack

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.data.untrusted import BASE, Budget, border, open_regular, read_exactly
+from kvision.untrusted import BASE, Budget, border, open_regular, read_exactly
 from kvision.weights.archive import listed, refusal, whole
 
 # The variables' last names in files of Keras 1 and 2, and ours.
@@ -39,7 +39,7 @@ def _leaf(name: str) -> str:
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a file, by "layer/variable": {"block1_conv1/kernel": ...}.
 
-    The HDF5 library runs in a process apart, `kvision/weights/hdf5_child.py`, which says where the arrays lie.
+    The HDF5 library runs in a process apart, `kvision/convert/hdf5_child.py`, which says where the arrays lie.
 
     Raises:
         WeightsError: the file is damaged, links to other files, or asks for more time or

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from kvision.layers import Variance
+from kvision.layers import VarianceScaling
 from kvision.random import stream
 
 # Keras's own initialisers, drawn by NumPy instead of the backend.
@@ -13,15 +13,15 @@ _DISTRIBUTIONS = {"truncated_normal": "truncated", "untruncated_normal": "normal
 
 def _draw(initializer, shape: tuple[int, ...], generator: np.random.Generator, key: str) -> np.ndarray:
     known = keras.initializers
-    if isinstance(initializer, Variance):
+    if isinstance(initializer, VarianceScaling):
         return initializer.draw(shape, generator)
     if isinstance(initializer, known.VarianceScaling):
         fan, distribution = _FANS[initializer.mode], _DISTRIBUTIONS[initializer.distribution]
-        return Variance(initializer.scale, fan, distribution).draw(shape, generator)
+        return VarianceScaling(initializer.scale, fan, distribution).draw(shape, generator)
     if isinstance(initializer, known.RandomUniform):
         return generator.uniform(initializer.minval, initializer.maxval, shape)
     if isinstance(initializer, known.TruncatedNormal):
-        unit = Variance(0.87962566103423978**2, "in", "truncated").draw((1, int(np.prod(shape))), generator)
+        unit = VarianceScaling(0.87962566103423978**2, "in", "truncated").draw((1, int(np.prod(shape))), generator)
         return initializer.mean + initializer.stddev * unit.reshape(shape)
     if isinstance(initializer, known.RandomNormal):
         return initializer.mean + initializer.stddev * generator.standard_normal(shape)
@@ -30,8 +30,9 @@ def _draw(initializer, shape: tuple[int, ...], generator: np.random.Generator, k
     if isinstance(initializer, known.Constant) and np.isscalar(initializer.value):
         return np.full(shape, initializer.value, np.float32)
     raise ValueError(
-        f"cannot draw {key} in NumPy: its initialiser is {type(initializer).__name__}; use kvision.layers.Variance or "
-        "a VarianceScaling, RandomNormal, RandomUniform, TruncatedNormal, Zeros, Ones or Constant of Keras"
+        f"cannot draw {key} in NumPy: its initializer is {type(initializer).__name__}; use "
+        "kvision.layers.VarianceScaling or Keras's VarianceScaling, RandomNormal, RandomUniform, TruncatedNormal, "
+        "Zeros, Ones or Constant"
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from kvision.data.untrusted import Budget, border, open_regular, read_exactly, unique
+from kvision.untrusted import Budget, border, open_regular, read_exactly, unique
 from kvision.weights.archive import plain_bytes, refusal, whole
 
 DTYPES = {

@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 
+from kvision.convert import torchvision
+from kvision.convert.mapping import Place, flattened, places, torch_place
 from kvision.data.preprocessing import Preprocessing
-from kvision.weights import torchvision
 from kvision.weights.archive import WeightsError
-from kvision.weights.places import Place, flattened, places, torch_place
 
 LEAVES = torchvision.LEAVES
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from kvision.data.untrusted import Budget, border, open_regular, read_exactly
+from kvision.untrusted import Budget, border, open_regular, read_exactly
 from kvision.weights.archive import refusal
 
 MAGIC = 0xDB4775248B80FB57

@@ -10,13 +10,14 @@ At inference the layers pass their inputs on; shake-shake takes the mean of its 
 layer's compute dtype, so under bfloat16 and float16 the expectation holds to that type's rounding.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 
 import keras
 from keras import ops
 
-from kvision.random import bernoulli, normal, uniform
+from kvision.random import bernoulli, key, normal, uniform
 
 
 def _next(generator: keras.random.SeedGenerator):
@@ -248,3 +249,10 @@ class ShakeShake(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "seed": self.seed}
+
+
+def dropout(rate: float, *, name: str) -> Callable:
+    """`Dropout` whose seed is made of its name; no layer at all where the rate is 0."""
+    if not rate:
+        return lambda x: x
+    return Dropout(rate, seed=key(0, name), name=name)

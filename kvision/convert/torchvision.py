@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 
+from kvision.convert.mapping import Place, places, torch_place
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
-from kvision.weights.places import Place, places, torch_place
 
 LEAVES = {
     "kernel": "weight",

@@ -8,8 +8,8 @@ import importlib.util
 
 import numpy as np
 
+from kvision.convert.keras_applications import CONSTRUCTORS, prepare, renumbered
 from kvision.weights.archive import WeightsError
-from kvision.weights.keras_applications import CONSTRUCTORS, prepare, renumbered
 
 
 def difference_from_peer(model, lineage: str, arrays: dict[str, np.ndarray]) -> float | None:
@@ -39,7 +39,7 @@ def _torchvision(model, arrays, images) -> np.ndarray | None:
         return None
     if not hasattr(networks, model.name) or all(layer.name != "logits" for layer in model.layers):
         return None
-    from kvision.weights import torchvision
+    from kvision.convert import torchvision
 
     arrays = torchvision.prepare(model.name, arrays)
     heads = (

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from kvision.data.untrusted import printable
 from kvision.files import write_text
+from kvision.untrusted import printable
 from kvision.weights.archive import refusal
 from kvision.weights.npz import inspect
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from kvision.data import cifar, mnist
 from kvision.data.dataset import DataError, Dataset, DataUnavailable
-from kvision.data.digits import load_digits
 from kvision.data.download import REMOTES
 from kvision.data.download import download as fetch
-from kvision.data.drawn import load_drawn_digits, load_shapes10
 from kvision.data.folder import MEMORY, is_image_folder, read_image_folder
 from kvision.data.npz import read_npz
+from kvision.data.sklearn_digits import load_digits
+from kvision.data.synthetic import load_drawn_digits, load_shapes10
 
 PUBLISHED = ("cifar10", "cifar100", "mnist", "fashion_mnist")
 MADE: dict[str, Callable[[int], Dataset]] = {

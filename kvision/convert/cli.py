@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 
-from kvision.data.untrusted import printable
+from kvision.convert.convert import LINEAGES, convert
+from kvision.convert.verify import diff, verify
+from kvision.untrusted import printable
 from kvision.weights.archive import WeightsError
-from kvision.weights.convert import LINEAGES, convert
-from kvision.weights.folder import file_size, table, write_table
 from kvision.weights.npz import inspect
-from kvision.weights.verify import diff, verify
+from kvision.weights.table import file_size, table, write_table
 
 LINE = 1 << 20  # characters of a line at most
 TOLERANCE = 1e-4  # of the logits after a conversion, relative to the largest

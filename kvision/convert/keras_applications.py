@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from kvision.convert.mapping import Place, places, same_place
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
-from kvision.weights.places import Place, places, same_place
 
 LEAVES = {name: name for name in ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")}
 

@@ -1,7 +1,9 @@
-"""Batch norm's other forms: frozen, folded into the layer before it, synchronised over replicas, recalibrated.
+"""Normalization: batch norm, its other forms (frozen, fused into the layer before it, synchronized over replicas, with
+statistics of many images), and local response normalization.
 
-Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. What works on a model changes the layers of functional models,
-nested ones included where said.
+Batch norm is Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; `batch_norm` has PyTorch's defaults: epsilon
+1e-5, and 0.9 of its running statistics kept. Functions of a model change the layers of functional models, nested ones
+included where said.
 """
 
 from collections import Counter
@@ -10,6 +12,8 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 from keras import ops
+
+from kvision.layers.initializers import Constant
 
 BatchNorm = keras.layers.BatchNormalization
 FOLDABLE = (
@@ -21,13 +25,61 @@ FOLDABLE = (
 )
 
 
+def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **options) -> keras.layers.Layer:
+    """Batch normalisation over the last axis (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)."""
+    constants = {
+        "gamma_initializer": Constant(1.0),
+        "beta_initializer": Constant(),
+        "moving_mean_initializer": Constant(),
+        "moving_variance_initializer": Constant(1.0),
+    }
+    options = {"momentum": momentum, "epsilon": epsilon, **constants, **options}
+    return keras.layers.BatchNormalization(name=name, **options)
+
+
+@keras.saving.register_keras_serializable("kvision")
+class LocalResponseNorm(keras.layers.Layer):
+    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
+
+    Krizhevsky, Sutskever and Hinton 2012 (see `kvision.models.alexnet`), section 3.3, with its values as defaults.
+    Channels beyond the first and last count as 0. Caffe, PyTorch and cuDNN divide their alpha by `size` first: theirs
+    is `size` times the one here.
+
+    Args:
+        size: channels in a sum, the value's own in the middle; an odd number.
+
+    Raises:
+        ValueError: an even size.
+    """
+
+    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
+        super().__init__(**options)
+        if size % 2 == 0:
+            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
+        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
+
+    def call(self, x):
+        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
+        channels, reach = x.shape[-1], self.size // 2
+        squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
+        total = sum(squares[..., i : i + channels] for i in range(self.size))
+        return ops.cast(wide * (self.k + self.alpha * total) ** -self.beta, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
+        return {**super().get_config(), **own}
+
+
 def batch_norms(model: keras.Model) -> list[keras.layers.Layer]:
     """The batch norms of a model, nested models' too, in the network's order."""
     nested = [(layer, batch_norms(layer) if hasattr(layer, "layers") else []) for layer in model.layers]
     return [norm for layer, inner in nested for norm in ([layer] if isinstance(layer, BatchNorm) else inner)]
 
 
-def freeze(model: keras.Model) -> list[str]:
+def freeze_batch_norm(model: keras.Model) -> list[str]:
     """Freeze every batch norm: in training too it normalises with its running statistics and leaves them, its scale
     and its offset alone.
 
@@ -61,7 +113,7 @@ def _pairs(model: keras.Model) -> dict[str, keras.layers.Layer]:
     return pairs
 
 
-def fold(model: keras.Model) -> keras.Model:
+def fuse_conv_bn(model: keras.Model) -> keras.Model:
     """The same network for inference with each batch norm folded into the convolution or dense layer before it.
 
     With `scale = gamma / sqrt(variance + epsilon)` the kernel becomes `kernel * scale` and the bias
@@ -93,11 +145,11 @@ def fold(model: keras.Model) -> keras.Model:
             continue
         new, norm = folded.get_layer(layer.name), pairs.get(layer.name)
         new.trainable = layer.trainable
-        new.set_weights(_folded(layer, norm) if norm else layer.get_weights())
+        new.set_weights(_fused(layer, norm) if norm else layer.get_weights())
     return folded
 
 
-def _folded(layer, norm) -> list[np.ndarray]:
+def _fused(layer, norm) -> list[np.ndarray]:
     """Kernel and bias of `layer` with `norm` in them, float32."""
     kernel, *bias = (weights.astype(np.float64) for weights in layer.get_weights())
     read = lambda variable: np.asarray(ops.convert_to_numpy(variable.value), np.float64)  # noqa: E731
@@ -111,7 +163,7 @@ def _folded(layer, norm) -> list[np.ndarray]:
 
 
 @keras.saving.register_keras_serializable("kvision")
-class Moments(keras.layers.Layer):
+class BatchStatistics(keras.layers.Layer):
     """What a batch norm does to a batch in training, and the batch's mean and biased variance: three outputs."""
 
     def __init__(self, norm: BatchNorm, **options):
@@ -133,7 +185,7 @@ class Moments(keras.layers.Layer):
         return keras.KerasTensor(x.shape, x.dtype), *statistics
 
 
-def moments(model: keras.Model) -> keras.Model | None:
+def batch_statistics_model(model: keras.Model) -> keras.Model | None:
     """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels in the
     order of the layers, then the variances, where each batch norm before uses the batch's. All other layers work as at
     inference, dropout is off.
@@ -146,7 +198,7 @@ def moments(model: keras.Model) -> keras.Model | None:
     def call(layer, *arguments, **options):
         if not isinstance(layer, BatchNorm) or not layer.trainable:
             return layer(*arguments, **options)
-        y, *found[layer.name] = Moments(layer, name=f"{layer.name}_moments")(arguments[0])
+        y, *found[layer.name] = BatchStatistics(layer, name=f"{layer.name}_moments")(arguments[0])
         return y
 
     clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
@@ -157,7 +209,7 @@ def moments(model: keras.Model) -> keras.Model | None:
     return keras.Model(clone.inputs, ops.concatenate([*means, *variances], axis=-1))
 
 
-def recalibrate(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
+def update_bn(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
     """Set the running statistics to those of many images instead of the last few batches', as weights that were
     averaged need (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2).
 
@@ -165,7 +217,7 @@ def recalibrate(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
     2021, https://arxiv.org/abs/2105.07576).
 
     Args:
-        seen: what `moments(model)` predicts of batches of equal size.
+        seen: what `batch_statistics_model(model)` predicts of batches of equal size.
     """
     means, variances = np.split(np.concatenate(seen).astype(np.float64), 2, axis=1)
     mean = means.mean(axis=0)
@@ -180,7 +232,7 @@ def recalibrate(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
 
 
 @keras.saving.register_keras_serializable("kvision")
-class SynchronisedBatchNorm(BatchNorm):
+class SynchronizedBatchNorm(BatchNorm):
     """Batch norm over the images of all replicas, which must have equally many.
 
     Args:
@@ -201,18 +253,18 @@ class SynchronisedBatchNorm(BatchNorm):
         return mean, self.average(ops.mean(ops.square(apart), self._reduction_axes))
 
 
-def synchronise(model: keras.Model, average: Callable) -> keras.Model:
+def sync_batch_norm(model: keras.Model, average: Callable) -> keras.Model:
     """The same network, weights included, whose batch norms take their moments over all replicas.
 
     Args:
-        average: see `SynchronisedBatchNorm`; `kvision.engine.floor().mean_over_replicas` for replicas under PyTorch's
+        average: see `SynchronizedBatchNorm`; `kvision.engine.floor().mean_over_replicas` for replicas under PyTorch's
             `torch.distributed` or TensorFlow's `MirroredStrategy`. A JAX program on a sharded batch is one program,
             whose batch norms see the whole batch anyhow.
     """
 
     def clone(layer):
         if isinstance(layer, BatchNorm):
-            return SynchronisedBatchNorm(average, **layer.get_config())
+            return SynchronizedBatchNorm(average, **layer.get_config())
         return type(layer).from_config(layer.get_config())
 
     synchronised = keras.models.clone_model(model, clone_function=clone)
