@@ -10,7 +10,7 @@ on six views of each test image (JAX, ten runs; 94.04 % on PyTorch), in seconds,
 import sys
 
 from kvision.config import Config
-from kvision.run import classify, command
+from kvision.experiment import classify, command
 
 DATASETS = ("cifar10", "shapes10")
 

@@ -3,7 +3,7 @@
 import sys
 
 from kvision.config import Config
-from kvision.run import classify, command
+from kvision.experiment import classify, command
 
 DATASETS = ("mnist", "digits", "drawn_digits")
 

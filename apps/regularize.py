@@ -36,16 +36,17 @@ from pathlib import Path
 import keras
 
 from kvision import engine as floors
-from kvision import evaluation, files, flags, optimizers, run, run_data, training
+from kvision import experiment, files, flags, run_data
 from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool, norm
 from kvision.layers.noise import DropBlock, Dropout, GaussianNoise, ShakeShake, SpatialDropout, StochasticDepth
 from kvision.random import key
+from kvision.report import environment, page
+from kvision.report.run_report import column, shares_as_percent
+from kvision.report.svg import bar_chart, line_chart
 from kvision.tasks import classification
-from kvision.tracking import environment, page
-from kvision.tracking.charts import bar_chart, line_chart
-from kvision.tracking.report import column, shares_as_percent
+from kvision.training import evaluation, optimizers, trainer
 from kvision.weights.initialization import initialize
 
 DATASETS = ("cifar10", "shapes10")
@@ -171,13 +172,13 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     initialize(model, own.seed)
     preprocessing = run_data.preprocessing_of(dataset)
     row.prepare(model)
-    run.regularize_weights(own, model)
+    experiment.regularize_weights(own, model)
     part, validation = run_data.hold_out(dataset, HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
     batches = run_data.batches_of(own, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
-    history = training.fit(
+    history = trainer.fit(
         model,
-        run.optimizer_of(own, batches.steps, {}),
+        experiment.optimizer_of(own, batches.steps, {}),
         classification.cross_entropy(own.label_smoothing),
         batches,
         epochs=own.epochs,
@@ -185,7 +186,7 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
         also={"train": train},
         test_every=own.test_every,
         validation=validation,
-        early_stopping=training.EarlyStopping(own.early_stopping) if own.early_stopping else None,
+        early_stopping=trainer.EarlyStopping(own.early_stopping) if own.early_stopping else None,
         label=name,
     )
     engine = floors.create(model)
@@ -260,7 +261,7 @@ def write_report(folder: Path, result: dict) -> None:
 
 def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
     """Run the rows; the content of metrics.json, and the run's folder."""
-    with run.run_folder(config.of("none")) as folder:
+    with experiment.run_folder(config.of("none")) as folder:
         return train_rows(config, folder, log)
 
 
@@ -305,7 +306,7 @@ def command(argv=None) -> int:
     """The exit code."""
     prog = "python -m apps.regularize"
     given = flags.parse(RegularizeConfig, argv, prog=prog, description=__doc__, defaults=RegularizeConfig())
-    return flags.guard(prog, lambda: main(RegularizeConfig(**given)) and None, run.ERRORS)
+    return flags.guard(prog, lambda: main(RegularizeConfig(**given)) and None, experiment.ERRORS)
 
 
 if __name__ == "__main__":

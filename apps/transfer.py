@@ -15,13 +15,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvision import flags, transfer
+from kvision import flags
 from kvision.config import Config, flag
 from kvision.convert import find, shipped
 from kvision.data import Dataset
+from kvision.experiment import NEW_HEAD, command, run_folder, store_config, train
 from kvision.files import write_json
-from kvision.run import NEW_HEAD, command, run_folder, store_config, train
 from kvision.run_data import read_data
+from kvision.training import finetune
 from kvision.weights import inspect
 
 DATASETS = ("cifar10", "shapes10")
@@ -112,15 +113,15 @@ def train_all(config: TransferConfig, folder: Path) -> dict:
         folder / "head",
         note=note,
         skip=[NEW_HEAD],
-        prepare=lambda model: transfer.freeze(model, except_=HEAD),
+        prepare=lambda model: finetune.freeze(model, except_=HEAD),
     )
     best = top
     if config.unfreeze:
         print(f"3. {config.unfreeze} released, at {config.learning_rate_factor} of the learning rate")
 
         def release(model):
-            transfer.freeze(model, except_=HEAD)
-            transfer.unfreeze(model, config.unfreeze)
+            finetune.freeze(model, except_=HEAD)
+            finetune.unfreeze(model, config.unfreeze)
 
         best = train(
             replace(few, weights=str(folder / "head" / "weights.npz"), epochs=config.unfreeze_epochs, hidden=None),

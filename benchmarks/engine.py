@@ -55,7 +55,7 @@ from kvision.data import load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.data.synthetic import load_shapes10
-from kvision.tracking import environment
+from kvision.report import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_HAND = {"jax": "flax_peer", "tensorflow": "tensorflow_peer", "torch": "torch_peer"}
@@ -239,9 +239,10 @@ def train_engine(
         chunk: with input "device": steps in one program, a divisor of `steps`.
         compiled: with input "device" on PyTorch: whether the step is compiled.
     """
-    from kvision import optimizers, zoo
+    from kvision import zoo
     from kvision.layers import skip_init
     from kvision.tasks.classification import cross_entropy
+    from kvision.training import optimizers
     from kvision.weights.initialization import initialize
 
     engine.configure(dtype, compile_cache=cache)
@@ -363,7 +364,7 @@ def surroundings(backend: str, cache: Path) -> dict[str, str]:
 
 # A convolution too, because a GPU's libraries are read when the first one runs.
 WAKE = """
-import keras, numpy, kvision.training
+import keras, numpy, kvision.training.trainer
 from kvision import zoo
 zoo.list_models()
 zeros = [numpy.zeros(shape, "float32") for shape in ((1, 8, 8, 4), (3, 3, 4, 4))]

@@ -28,21 +28,22 @@ import numpy as np
 
 from apps.cifar10 import DATASETS, RECIPES
 from docs.update import put
-from kvision import engine, evaluation, flags, training, zoo
+from kvision import engine, flags, zoo
 from kvision.data.batches import FIELDS, Augmentation, Batches
 from kvision.data.device import Pictures
 from kvision.data.tta import VIEWS
+from kvision.experiment import build, optimizer_of
 from kvision.layers import skip_init, whitening_kernel_on_device
-from kvision.muon import Muon
-from kvision.optimizers import schedule
-from kvision.run import build, optimizer_of
+from kvision.report import environment
 from kvision.run_data import batches_of, preprocessing_of, read_data
 from kvision.tasks.classification import cross_entropy, log_probabilities, score
-from kvision.tracking import environment
+from kvision.training import evaluation, trainer
+from kvision.training.muon import Muon
+from kvision.training.optimizers import schedule
 from kvision.weights.initialization import initialize
 
 ROOT = Path(__file__).resolve().parent.parent
-WHITENED = 5000  # training images that the whitening layer is set from, as in `kvision.run`
+WHITENED = 5000  # training images that the whitening layer is set from, as in `kvision.experiment`
 UNSURE = 0.25  # share of the test images that are scored on all views
 
 # airbench94_muon, in the units of a mean loss and of features divided by 9.
@@ -139,7 +140,7 @@ class Course:
     """Everything that stays from run to run: images, network, compiled programs.
 
     Args:
-        recipe: a configuration of `kvision.run`.
+        recipe: a configuration of `kvision.experiment`.
         with_muon: whether its optimizer is `muon`'s.
         whiten_epochs: of it, epochs in which the whitening layer's bias is trained.
         unsure: share of the test images that are scored on the recipe's views, the others on the image alone.
@@ -162,19 +163,19 @@ class Course:
         steps = self.batches.steps
         self.optimizer = muon(recipe, steps, whiten_epochs) if with_muon else optimizer_of(recipe, steps, {})
         self.optimizer.build(self.model.trainable_variables)
-        self.fresh = training.values(self.optimizer.variables)
+        self.fresh = trainer.values(self.optimizer.variables)
         self.engine = engine.create(self.model, self.optimizer, cross_entropy(recipe.label_smoothing))
         self.pictures = Pictures(self.batches)
         self.whitened = keras.ops.convert_to_tensor(dataset.x_train[:WHITENED])
         border = Augmentation(shift=1, border="reflect")
         self.test = Pictures(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, border))
         self.total = recipe.epochs * steps
-        self.at_once = training.steps_at_once(steps)
+        self.at_once = trainer.steps_at_once(steps)
 
     def begin(self, seed: int) -> None:
         """Initial weights."""
         initialize(self.model, seed)
-        training.assign(self.optimizer.variables, self.fresh)
+        trainer.assign(self.optimizer.variables, self.fresh)
         self.batches.reseed(seed)
         keras.ops.convert_to_numpy(self.model.variables[-1].value)  # until they have come to the device
 

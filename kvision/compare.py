@@ -18,8 +18,8 @@ from kvision.children import Children, StoppedError, TimeLimitError
 from kvision.engine import FLOORS, installed
 from kvision.files import LOCK, FolderInUseError, locked, make_folder, new_folder, write_json
 from kvision.flags import UsageError
-from kvision.tracking.compare_report import advice, comparison_table, write_compare_report
-from kvision.tracking.environment import hardware, load_average
+from kvision.report.compare_report import advice, comparison_table, write_compare_report
+from kvision.report.environment import hardware, load_average
 
 APPS = ("cifar10", "mnist", "transfer")
 DAY = 24 * 3600.0  # seconds that a run may take

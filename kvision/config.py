@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from kvision import engine as floors
-from kvision import flags, memory, optimizers, training, zoo
+from kvision import flags, memory, zoo
 from kvision.convert import shipped
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
 from kvision.data.tta import VIEWS
+from kvision.training import optimizers, trainer
 
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
 
@@ -120,7 +121,7 @@ class Config:
         "auto",
         "host makes the images of each step in NumPy, device keeps all in its memory and makes them there; auto is the "
         "second where it can be",
-        choices=training.IMAGES_ON,
+        choices=trainer.IMAGES_ON,
     )
     steps_at_once: int | None = flag(
         None, "steps of images on the device in one program; none is about 50 on an accelerator, 1 on a CPU"

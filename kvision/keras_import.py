@@ -32,8 +32,14 @@ SERIALIZABLE = {
     "kvision.layers.regularizers": ("MaxNorm", "Orthogonal", "Sum"),
     "kvision.models.cifar_resnet": ("PaddedShortcut",),
     "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
-    "kvision.muon": ("Muon",),
-    "kvision.optimizers": ("ExponentialAverage", "LearningRateFactors", "Lookahead", "StochasticAverage", "WarmUp"),
+    "kvision.training.muon": ("Muon",),
+    "kvision.training.optimizers": (
+        "ExponentialAverage",
+        "LearningRateFactors",
+        "Lookahead",
+        "StochasticAverage",
+        "WarmUp",
+    ),
     "kvision.tasks.classification": ("CrossEntropy",),
 }
 

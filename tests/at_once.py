@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from kvision.files import sha256, write_json
-from kvision.tracking import environment
+from kvision.report import environment
 from kvision.weights.archive import Archive, digest
 from kvision.weights.npz import MANIFEST
 from tests.drawn import write_shapes
@@ -35,7 +35,7 @@ def words(data: Path, seed: int) -> list[str]:
 def alone(data: Path, folder: Path, runs: int) -> None:
     """The runs one after the other in this process, in `folder`/SEED."""
     from apps import cifar10
-    from kvision.run import command
+    from kvision.experiment import command
 
     for seed in range(runs):
         code = command(cifar10.main, cifar10.RECIPES, "", [*words(data, seed), "--out", str(folder / str(seed))])

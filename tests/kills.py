@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from kvision.data import Dataset, load
-from kvision.tracking import environment
+from kvision.report import environment
 from tests.drawn import real_data
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +41,11 @@ def child(folder: Path, epochs: int) -> None:
     """Train in `folder`, going on from its checkpoints, and write there what came of it (result.json)."""
     import keras
 
-    from kvision import optimizers, training
     from kvision.data.batches import Augmentation, Batches
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
     from kvision.tasks.classification import cross_entropy
+    from kvision.training import optimizers, trainer
     from kvision.weights.initialization import initialize
 
     warnings.filterwarnings("error", message=".*passed over")  # a kill breaks no checkpoint
@@ -72,14 +72,14 @@ def child(folder: Path, epochs: int) -> None:
 
     batches.draws = draws
     held = (x[IMAGES:], y[IMAGES:])
-    history = training.fit(
+    history = trainer.fit(
         model,
         optimizer,
         cross_entropy(0.1),
         batches,
         epochs=epochs,
         validation=held,
-        early_stopping=training.EarlyStopping(epochs),
+        early_stopping=trainer.EarlyStopping(epochs),
         callbacks=[keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True)],
         checkpoint=folder / "checkpoints",
         checkpoint_every=EVERY,

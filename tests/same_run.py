@@ -16,7 +16,7 @@ import numpy as np
 
 from kvision.compare import compare, passed
 from kvision.engine import FLOORS
-from kvision.tracking.compare_report import comparison_table
+from kvision.report.compare_report import comparison_table
 from tests.drawn import real_data, write_shapes
 
 

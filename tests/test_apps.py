@@ -18,10 +18,10 @@ from kvision import engine, flags
 from kvision.config import Config
 from kvision.convert import verify
 from kvision.data import load
+from kvision.experiment import command, optimizer_of
 from kvision.flags import UsageError
-from kvision.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
-from kvision.run import command, optimizer_of
 from kvision.run_data import batches_of, hold_out, preprocessing_of
+from kvision.training.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
 from kvision.weights import inspect
 from tests.drawn import real_data, write_shapes
 

@@ -12,7 +12,7 @@ import pytest
 from kvision import children, compare, parity
 from kvision.children import Children, TimeLimitError
 from kvision.flags import SAVED, UsageError
-from kvision.parity import parent
+from kvision.parity import launcher
 
 ROOT = Path(__file__).parent.parent
 # Starts one more process in its group, writes both numbers, and does not mind SIGTERM.
@@ -116,7 +116,7 @@ def program(tmp_path, monkeypatch):
         path = tmp_path / "program"
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
-        for module in (compare, parent):
+        for module in (compare, launcher):
             monkeypatch.setattr(module.sys, "executable", str(path))
             monkeypatch.setattr(module, "installed", lambda backend: True)
         monkeypatch.setattr(children, "GRACE", 0.2)

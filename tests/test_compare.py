@@ -13,7 +13,7 @@ from apps import compare as app_compare
 from kvision import compare
 from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
-from kvision.tracking.compare_report import advice
+from kvision.report.compare_report import advice
 
 
 def row(backend, losses, logits, accuracy, status="ok"):

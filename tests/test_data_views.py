@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from kvision import evaluation, training
 from kvision.data.preprocessing import Preprocessing
 from kvision.data.tta import VIEWS, views
 from kvision.layers import logits
+from kvision.training import evaluation, trainer
 from kvision.weights.initialization import initialize
 from tests.test_batches import mirrored
 
@@ -59,7 +59,7 @@ def test_predictions_are_mean_logits(pictures, name):
     outputs = logits(4)(keras.layers.Dense(6, "tanh")(keras.layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     initialize(model, 0)
-    engine, preprocessing = training.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
+    engine, preprocessing = trainer.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
     images, _ = pictures(8, 5, 7)
     found = evaluation.predict(engine, images, preprocessing, 3, views=name)
     expected = sum(

@@ -7,11 +7,11 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.graph import Graph
-from kvision.evaluation import predict
+from kvision.engine.fuse import Graph
 from kvision.layers import VarianceScaling, activation, batch_norm, conv, logits, max_pool, regularizers
-from kvision.optimizers import make_optimizer
 from kvision.tasks.classification import cross_entropy
+from kvision.training.evaluation import predict
+from kvision.training.optimizers import make_optimizer
 from tests.arrays import noise, value, values
 
 layers = keras.layers

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from kvision import engine, training
+from kvision import engine
+from kvision.training.trainer import trainer
 from tests.arrays import value
 
 BACKEND = keras.backend.backend()
@@ -128,12 +129,12 @@ class Unused(layers.Layer):
 
 class DoublesItsLogits(keras.Model):
     def call(self, inputs, training=None):
-        return 2 * super().call(inputs, training=training)
+        return 2 * super().call(inputs, training=trainer)
 
 
 class OwnLoss(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return 2 * super().compute_loss(x, y, y_pred, sample_weight, training)
+        return 2 * super().compute_loss(x, y, y_pred, sample_weight, trainer)
 
 
 class OwnStep(keras.Model):
@@ -154,7 +155,7 @@ class Subclass(keras.Model):
 
 class WithTraining(Subclass):
     def call(self, x, training=False):
-        return self.logits(self.noise(self.norm(self.hidden(x), training=training), training=training))
+        return self.logits(self.noise(self.norm(self.hidden(x), training=trainer), training=trainer))
 
 
 class WithoutTraining(Subclass):
@@ -582,7 +583,7 @@ def outputs_by_name():
 
 class DictionaryOutputs(WithTraining):
     def call(self, x, training=False):
-        return {"logits": super().call(x, training)}
+        return {"logits": super().call(x, trainer)}
 
 
 REFUSED_MODELS = {
@@ -654,4 +655,4 @@ class Pairs(keras.utils.PyDataset):
 def test_arguments_of_fit_that_are_not_taken_are_refused_in_a_line(changed, message):
     given = {"optimizer": keras.optimizers.SGD(0.1), "loss": keras.losses.MeanSquaredError(), "batches": None} | changed
     with pytest.raises(TypeError, match=message):
-        training.fit(Program(head(relu)).build(), *given.values(), epochs=1)
+        trainer.fit(Program(head(relu)).build(), *given.values(), epochs=1)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from kvision import files
-from kvision.checkpoints import Checkpoints, State
 from kvision.convert import hdf5, pth, safetensors
 from kvision.files import FolderInUseError
-from kvision.tracking.page import document
+from kvision.report.page import document
+from kvision.training.checkpoints import Checkpoints, State
 from kvision.weights import WeightsError, archive
 
 ROOT = Path(__file__).parent.parent

@@ -14,23 +14,18 @@ BACKENDS = {"jax", "tensorflow", "torch"}
 # From the cellar to the roof. A room reads rooms of lower storeys and itself; `kvision` is the package's own __init__.
 STOREYS = (
     {"keras_import"},
-    {"kvision", "random", "files", "untrusted"},
-    {"safe_pickle"},
+    {"kvision", "random", "files", "untrusted", "flags"},
+    {"safe_pickle", "report", "children"},
     {"data"},
     {"layers"},
     {"models"},
     {"engine"},
     {"zoo", "weights", "tasks"},
-    {"convert"},
-    {
-        *("tracking", "transfer", "optimizers", "muon", "flags", "applications", "checkpoints", "callbacks"),
-        *("interruption", "children"),
-    },
-    {"evaluation"},
-    {"training", "memory"},
+    {"convert", "training"},
+    {"applications", "memory"},
     {"config"},
     {"run_data", "run_folder"},
-    {"run", "compare", "parity"},
+    {"experiment", "compare", "parity"},
     {"__main__"},
     {"apps"},
 )
@@ -38,7 +33,7 @@ STOREY = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms
 # Each file of these rooms stands for itself.
 CELLS = {"models", "apps"}
 WITH_KERAS = {"kvision.data.device", "kvision.data.mixing"}  # they are about tensors
-WITHOUT_KERAS = {"data", "tracking", "random", "flags", "keras_import", "files", "untrusted", "safe_pickle"}
+WITHOUT_KERAS = {"data", "report", "random", "flags", "keras_import", "files", "untrusted", "safe_pickle"}
 
 
 def room_of(module: str) -> str:
@@ -141,16 +136,16 @@ def test_the_environment_is_left_alone(path):
         ("kvision.zoo", "from kvision.weights import load"),
         ("kvision.zoo", "def f():\n    from kvision.convert import create_model"),
         ("kvision.tasks.classification", "def f():\n    from kvision.weights import load"),
-        ("kvision.training", "from . import transfer"),
-        ("kvision.training", "from kvision.run import train"),
-        ("kvision.training", "import jax.numpy as jnp"),
-        ("kvision.transfer", "def f():\n    from torch import nn"),
+        ("kvision.training.trainer", "from . import muon"),
+        ("kvision.training.trainer", "from kvision.experiment import train"),
+        ("kvision.training.trainer", "import jax.numpy as jnp"),
+        ("kvision.training.finetune", "def f():\n    from torch import nn"),
         ("apps.mnist", "import tensorflow as tf"),
         ("apps.mnist", "from apps.cifar10 import RECIPES"),
         ("apps.mnist", "from apps import cifar10"),
         ("kvision.data.batches", "from keras import ops"),
-        ("kvision.tracking.page", "def f():\n    import keras"),
-        ("kvision.tracking.page", "from kvision.training import History"),
+        ("kvision.report.page", "def f():\n    import keras"),
+        ("kvision.report.page", "from kvision.training.trainer import History"),
         ("kvision", "if TYPE_CHECKING:\n    pass\nelse:\n    from kvision.convert import create_model"),
     ],
 )
@@ -162,10 +157,10 @@ def test_bad_imports_are_seen(module, source):
     ("module", "source"),
     [
         ("kvision.convert.verify", "from kvision import zoo\nimport kvision.weights.npz"),
-        ("kvision.training", "import keras\nfrom kvision import engine\nfrom kvision.tracking import progress"),
+        ("kvision.training.trainer", "import keras\nfrom kvision import engine\nfrom kvision.report import progress"),
         ("kvision.engine.jax", "import jax\nfrom jax import lax"),
-        ("kvision.tracking.page", "from kvision import __version__"),
-        ("apps.mnist", "from kvision.run import classify"),
+        ("kvision.report.page", "from kvision import __version__"),
+        ("apps.mnist", "from kvision.experiment import classify"),
         ("kvision", "if TYPE_CHECKING:\n    from kvision.convert import create_model"),
     ],
 )
@@ -211,7 +206,7 @@ def test_no_folder_is_named_like_a_backend():
     ("statement", "absent"),
     [
         ("import kvision", {"keras", "numpy", *BACKENDS}),
-        ("import kvision.data, kvision.data.batches, kvision.tracking, kvision.flags", {"keras", *BACKENDS}),
+        ("import kvision.data, kvision.data.batches, kvision.report, kvision.flags", {"keras", *BACKENDS}),
         ("import kvision.zoo, kvision.weights, kvision.convert.cli, kvision.engine", {"keras", *BACKENDS}),
         ("import kvision.compare, kvision.parity, kvision.__main__", {"keras", *BACKENDS}),
     ],

@@ -110,7 +110,7 @@ def test_a_program_of_ones_own_runs_on_the_only_backend(tmp_path):
 
 
 def test_every_registered_class_is_known_to_keras_beforehand():
-    for module in ("layers", "optimizers", "muon", "tasks.classification"):
+    for module in ("layers", "training.optimizers", "training.muon", "tasks.classification"):
         importlib.import_module(f"kvision.{module}")
     importlib.import_module("kvision.zoo").list_models()
     registered = {

@@ -10,9 +10,9 @@ from kvision.data.batches import Batches
 from kvision.data.device import Pictures
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import conv, logits
-from kvision.muon import COEFFICIENTS, Muon, orthogonalize
-from kvision.optimizers import schedule
 from kvision.tasks.classification import cross_entropy
+from kvision.training.muon import COEFFICIENTS, Muon, orthogonalize
+from kvision.training.optimizers import schedule
 from kvision.weights.initialization import initialize
 
 GENERATOR = np.random.default_rng(0)

@@ -13,13 +13,13 @@ from kvision import __main__, engine, parity
 from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
 from kvision.layers import activation, batch_norm, conv, logits
-from kvision.parity import Question, parent
-from kvision.parity.child import answer, graph, numbered
+from kvision.parity import Question, launcher
 from kvision.parity.cli import finite
+from kvision.parity.compare import LIMITS, STAGES, judge
+from kvision.parity.loading import build, check_shape, draw, in_double, start
 from kvision.parity.result import Result
-from kvision.parity.subject import build, check_shape, draw, in_double, start
 from kvision.parity.tensors import KEPT, gap, keep, places
-from kvision.parity.verdict import LIMITS, STAGES, judge
+from kvision.parity.worker import answer, graph, numbered
 from tests import parity_models
 
 all_installed = pytest.mark.skipif(not all(map(installed, FLOORS)), reason="compares all three backends")
@@ -452,7 +452,7 @@ def test_bad_requests_end_in_one_line(words, expected, capsys):
 
 
 def test_fewer_than_two_backends(monkeypatch):
-    monkeypatch.setattr(parent, "installed", lambda backend: backend == "torch")
+    monkeypatch.setattr(launcher, "installed", lambda backend: backend == "torch")
     with pytest.raises(UsageError, match=r"only torch is installed: pip install kvision-keras\[all\]"):
         parity.compare(Question("resnet20"))
 

@@ -45,6 +45,6 @@ def test_safetensors_agrees(tmp_path):
 def test_keras_cv_is_no_dependency():
     import sys
 
-    import kvision.run  # noqa: F401
+    import kvision.experiment  # noqa: F401
 
     assert "keras_cv" not in sys.modules

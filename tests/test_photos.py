@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from apps import cifar10, mnist, transfer
-from kvision import evaluation, flags, memory, zoo
+from kvision import flags, memory, zoo
 from kvision.config import Config, arguments_of, public
 from kvision.convert import shipped
 from kvision.data import Dataset
 from kvision.data.preprocessing import Preprocessing
+from kvision.experiment import build, command, learning_rates, schedule_of
 from kvision.layers import skip_init
-from kvision.run import build, command, learning_rates, schedule_of
 from kvision.run_data import fit_batch, image_size, images_on, preprocessing_of, read_data, sample
+from kvision.training import evaluation
 from kvision.weights import inspect
 
 ROOT = Path(__file__).parent.parent

@@ -4,16 +4,17 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kvision.training.trainer.trainer import fit, values
 
-from kvision import engine, evaluation, training
+from kvision import engine
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.device import PLACES, Pictures
 from kvision.data.mixing import Mixed, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
-from kvision.optimizers import WarmUp, make_optimizer
 from kvision.tasks.classification import cross_entropy
-from kvision.training import fit, values
+from kvision.training import evaluation, trainer
+from kvision.training.optimizers import WarmUp, make_optimizer
 from kvision.weights.initialization import initialize
 
 layers, array = keras.layers, ops.convert_to_numpy
@@ -149,7 +150,7 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
             noted.append(Programs(create(*arguments), end))
             return noted[0]
 
-        monkeypatch.setattr(training.floors, "create", note)
+        monkeypatch.setattr(trainer.floors, "create", note)
         options = {"checkpoint": tmp_path, "epochs": 1, "images_on": "device", **options}
         fit(network(), optimizer(), cross_entropy(), batches_of(pictures), **options)
         return noted[0].counts
@@ -177,9 +178,9 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
     ("steps", "expected"), [(390, 39), (50, 50), (391, 23), (389, 50), (7, 50)], ids=lambda number: str(number)
 )
 def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, expected):
-    monkeypatch.setattr(training.floors, "accelerated", lambda: True)
-    callbacks = training.Callbacks([], [], network(), optimizer())
-    assert training._at_once(steps, None, callbacks) == expected
+    monkeypatch.setattr(trainer.floors, "accelerated", lambda: True)
+    callbacks = trainer.Callbacks([], [], network(), optimizer())
+    assert trainer._at_once(steps, None, callbacks) == expected
 
 
 @pytest.mark.parametrize("views", ["plain", "mirror", "shifted"])
@@ -211,16 +212,16 @@ def test_moved_views_want_a_border(pictures):
 def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, expected):
     batches = batches_of(pictures)
     if "bytes" in change:
-        monkeypatch.setattr(training, "DEVICE_BYTES", change["bytes"])
+        monkeypatch.setattr(trainer, "DEVICE_BYTES", change["bytes"])
     if "own" in change:
         batches.epoch = lambda epoch, start=0: iter(())
-    found = training._pictures(batches, change.get("images_on", "auto"), change.get("engine", "native"))
+    found = trainer._pictures(batches, change.get("images_on", "auto"), change.get("engine", "native"))
     assert isinstance(found, Pictures) is expected
 
 
 def test_images_of_a_float64_run_are_numpys(pictures):
     engine.configure("float64")
     try:
-        assert training._pictures(batches_of(pictures), "auto", "native") is None
+        assert trainer._pictures(batches_of(pictures), "auto", "native") is None
     finally:
         engine.configure()

@@ -12,8 +12,8 @@ from keras import ops
 
 from kvision import engine
 from kvision.layers import activation, batch_norm, conv, dense, depthwise_conv, logits, max_pool, norm
-from kvision.optimizers import make_optimizer
 from kvision.tasks.classification import cross_entropy
+from kvision.training.optimizers import make_optimizer
 from tests.arrays import noise, value, values
 
 layers = keras.layers

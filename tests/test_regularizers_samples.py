@@ -6,16 +6,16 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kvision.training.trainer.trainer import fit
 
 from kvision import engine
 from kvision.data.batches import Batches
 from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
-from kvision.optimizers import make_optimizer
 from kvision.random import stream
 from kvision.tasks.classification import cross_entropy
-from kvision.training import fit
+from kvision.training.optimizers import make_optimizer
 from kvision.weights.initialization import initialize
 from tests.arrays import noise
 

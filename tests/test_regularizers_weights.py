@@ -18,7 +18,7 @@ from kvision.layers.regularizers import (
     add_regularizer,
     set_weight_decay_mask,
 )
-from kvision.optimizers import make_optimizer
+from kvision.training.optimizers import make_optimizer
 from tests.arrays import noise, values
 
 L1L2 = keras.regularizers.L1L2

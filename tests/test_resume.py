@@ -13,21 +13,21 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kvision.training.trainer.trainer import DivergedError, EarlyStopping, fit
 
 from apps import cifar10
-from kvision import evaluation, training
-from kvision.checkpoints import Checkpoints, State
 from kvision.data.batches import Batches
 from kvision.data.mixing import Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine import HandedToKeras
+from kvision.experiment import command
 from kvision.flags import guard
-from kvision.interruption import Interrupted, Interruption
 from kvision.layers import logits, regularizers
-from kvision.optimizers import ExponentialAverage, make_optimizer
-from kvision.run import command
 from kvision.tasks.classification import cross_entropy
-from kvision.training import DivergedError, EarlyStopping, fit
+from kvision.training import evaluation, trainer
+from kvision.training.checkpoints import Checkpoints, State
+from kvision.training.optimizers import ExponentialAverage, make_optimizer
+from kvision.training.shutdown import Interrupted, Interruption
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
@@ -765,8 +765,8 @@ def test_callbacks_write_files(pictures, tmp_path):
     assert steps == 3 * (1 + losses.index(min(losses)))
     last.load_weights(tmp_path / "3.weights.h5")
     assert same([np.array(w) for w in last.get_weights()], [np.array(w) for w in model.get_weights()])
-    scores = evaluation.predict(training.floors.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
-    assert training.score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
+    scores = evaluation.predict(trainer.floors.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
+    assert trainer.score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
     assert {path.name for path in tmp_path.glob("step*")} == {
         "step1-2.weights.h5",
         "step2-1.weights.h5",
@@ -793,7 +793,7 @@ def test_metrics_are_scored_with_every_image_set(pictures):
         also={"o": other},
         metrics=[top],
     )
-    floor = training.floors.create(model)
+    floor = trainer.floors.create(model)
     for name, (images, labels) in (("test", held), ("o", other)):
         scores = evaluation.predict(floor, images, batches.preprocessing)
         rank = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)

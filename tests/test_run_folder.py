@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from apps import cifar10
-from kvision import flags, run, run_folder
-from kvision.checkpoints import Checkpoints, OtherRunError, State
+from kvision import experiment, flags, run_folder
 from kvision.engine import threads
+from kvision.experiment import Config, command
 from kvision.files import FolderInUseError, locked
 from kvision.flags import UsageError
-from kvision.run import Config, command
+from kvision.training.checkpoints import Checkpoints, OtherRunError, State
 from kvision.weights import save
 from tests.drawn import write_shapes
 from tests.test_files import HOLDER, tiny_model
@@ -60,7 +60,7 @@ def holder(tmp_path):
 
 def test_runs_that_start_at_once_have_folders_of_their_own(start, monkeypatch, images):
     """The second starts while the first reads its data."""
-    read, folders = run.read_data, []
+    read, folders = experiment.read_data, []
 
     def meanwhile(config, *rest):
         folders.append({path.name for path in Path("runs").iterdir()})
@@ -68,7 +68,7 @@ def test_runs_that_start_at_once_have_folders_of_their_own(start, monkeypatch, i
             assert start() == 0
         return read(config, *rest)
 
-    monkeypatch.setattr(run, "read_data", meanwhile)
+    monkeypatch.setattr(experiment, "read_data", meanwhile)
     assert start() == 0
     assert [len(found) for found in folders] == [1, 2, 3]
     for folder in Path("runs").iterdir():
@@ -80,7 +80,7 @@ def test_a_folder_that_another_process_runs_in_is_refused(start, holder, capsys,
     assert start("--out", "here") == 0
     pid = holder("here")
     before = sorted((path, path.stat().st_mtime_ns) for path in Path("here").rglob("*"))
-    monkeypatch.setattr(run, "read_data", None)  # no data are read before
+    monkeypatch.setattr(experiment, "read_data", None)  # no data are read before
     assert start("--out", "here", *more) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"here is in use by process {pid}," in line
@@ -88,7 +88,7 @@ def test_a_folder_that_another_process_runs_in_is_refused(start, holder, capsys,
 
 
 def test_a_run_holds_its_folder_until_its_end(start, monkeypatch):
-    read, seen = run.read_data, []
+    read, seen = experiment.read_data, []
 
     def look(config, *rest):
         with pytest.raises(FolderInUseError), locked(Path("here")):
@@ -96,7 +96,7 @@ def test_a_run_holds_its_folder_until_its_end(start, monkeypatch):
         seen.append(True)
         return read(config, *rest)
 
-    monkeypatch.setattr(run, "read_data", look)
+    monkeypatch.setattr(experiment, "read_data", look)
     assert start("--out", "here") == 0 and seen
     with locked(Path("here")):
         pass
@@ -123,9 +123,9 @@ def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
     """Also where the folder is given to `train` itself."""
     assert start("--out", "here") == 0
     config = Config(model="softmax", data=images, epochs=1, limit=60, limit_test=20, batch_size=20)
-    dataset, _ = run.read_data(config, ("shapes10",))
+    dataset, _ = experiment.read_data(config, ("shapes10",))
     with pytest.raises(UsageError, match=r"here holds the checkpoints of a run: give --resume"):
-        run.train(config, dataset, Path("here"))
+        experiment.train(config, dataset, Path("here"))
     assert start("--out", "here") == 2
     assert "--out here is not empty: give --resume" in capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_what_may_change_may_change(start, change):
 
 def test_every_flag_is_in_the_digest_or_free(images):
     config = Config(data=images)
-    dataset, _ = run.read_data(config, ("shapes10",))
+    dataset, _ = experiment.read_data(config, ("shapes10",))
     known = {f"--{field.name}".replace("_", "-") for field in dataclasses.fields(Config)}
     free = {f"--{name}".replace("_", "-") for name in run_folder.FREE}
     assert free <= known
@@ -185,7 +185,7 @@ def test_every_flag_is_in_the_digest_or_free(images):
 
 def test_a_weights_file_counts_by_its_arrays(images, tmp_path):
     """Neither its place nor its manifest, which a resumed stage of another backend writes anew, makes another run."""
-    dataset, _ = run.read_data(Config(data=images), ("shapes10",))
+    dataset, _ = experiment.read_data(Config(data=images), ("shapes10",))
     model, _ = tiny_model()
 
     def of(name, **stated):
@@ -254,7 +254,7 @@ def test_the_terminal_may_go(start, monkeypatch, capsys):
 GONE = """
 import sys, time
 from kvision.flags import guard
-from kvision.interruption import Interrupted, Interruption
+from kvision.training.shutdown import Interrupted, Interruption
 
 def run():
     with Interruption() as interruption:

@@ -14,8 +14,8 @@ from kvision import engine, zoo
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool, regularizers
-from kvision.optimizers import LearningRateFactors, make_optimizer, schedule
 from kvision.tasks.classification import cross_entropy
+from kvision.training.optimizers import LearningRateFactors, make_optimizer, schedule
 from kvision.weights.initialization import initialize
 
 layers, initializers = keras.layers, keras.initializers

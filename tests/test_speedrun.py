@@ -7,9 +7,10 @@ import pytest
 from apps import cifar10
 from benchmarks import speedrun
 from docs.update import put
-from kvision import evaluation, flags
+from kvision import flags
 from kvision.data import load
 from kvision.tasks.classification import log_probabilities
+from kvision.training import evaluation
 from tests.drawn import write_shapes
 
 EPOCHS = 2

@@ -12,9 +12,9 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.device import Pictures
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
-from kvision.muon import Muon
-from kvision.optimizers import schedule
 from kvision.tasks.classification import cross_entropy
+from kvision.training.muon import Muon
+from kvision.training.optimizers import schedule
 from kvision.weights.initialization import initialize
 
 pytestmark = pytest.mark.skipif(

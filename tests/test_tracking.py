@@ -19,7 +19,7 @@ from PIL import Image
 
 import kvision
 from kvision import files
-from kvision.tracking import (
+from kvision.report import (
     Mistake,
     Progress,
     bar_chart,
@@ -36,7 +36,7 @@ from kvision.tracking import (
     write_compare_report,
     write_report,
 )
-from kvision.tracking.charts import nice_ticks
+from kvision.report.svg import nice_ticks
 
 HOSTILE = "\"'><script>alert(1)</script>&amp;\x00\x1b[31m\udcff"
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -815,7 +815,7 @@ def in_child(code: str, **environ: str) -> dict:
 
 def test_tracking_imports_no_backend():
     found = in_child(
-        "import json, sys; from kvision.tracking import versions, hardware; versions(); hardware();"
+        "import json, sys; from kvision.report import versions, hardware; versions(); hardware();"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     assert not {"jax", "tensorflow", "torch", "keras", "matplotlib", "tensorboard"} & set(found)
@@ -849,14 +849,14 @@ def test_hardware_is_plausible():
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux has CPU affinity")
 def test_cores_are_those_lent_to_the_process():
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from kvision.tracking import hardware;"
+    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from kvision.report import hardware;"
     assert in_child(code + "print(hardware()['cores'])") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no resource module")
 def test_peak_memory_grows_with_an_allocation_and_stays():
     before, after, freed = in_child(
-        "import numpy as np; from kvision.tracking import peak_memory_bytes as peak;"
+        "import numpy as np; from kvision.report import peak_memory_bytes as peak;"
         "a = peak(); x = np.ones(8_000_000); b = peak(); del x; print([a, b, peak()])"
     )
     assert 60e6 < after - before < 80e6
@@ -866,7 +866,7 @@ def test_peak_memory_grows_with_an_allocation_and_stays():
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone carries the peak over from the parent")
 def test_peak_memory_is_the_childs_own():
     large = np.ones(40_000_000)  # 320 MB in this process
-    child = in_child("from kvision.tracking import peak_memory_bytes; print(peak_memory_bytes())")
+    child = in_child("from kvision.report import peak_memory_bytes; print(peak_memory_bytes())")
     assert child < large.nbytes / 2 < peak_memory_bytes()
 
 
@@ -879,7 +879,7 @@ def test_peak_memory_without_the_systems_answer(monkeypatch):
 
 
 def test_seconds_since_process_start(monkeypatch):
-    code = "import time; time.sleep(0.3); from kvision.tracking import seconds_since_process_start as seconds;"
+    code = "import time; time.sleep(0.3); from kvision.report import seconds_since_process_start as seconds;"
     start = time.perf_counter()
     inside = in_child(code + "print(seconds())")
     around = time.perf_counter() - start

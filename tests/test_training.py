@@ -7,21 +7,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kvision.training.trainer.trainer import DivergedError, EarlyStopping, fit
 
-from kvision import evaluation, optimizers, training
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
 from kvision.layers.regularizers import MaxNorm, add_constraint
-from kvision.optimizers import (
-    ExponentialAverage,
-    LearningRateFactors,
-    Lookahead,
-    StochasticAverage,
-    make_optimizer,
-    schedule,
-)
 from kvision.tasks.classification import (
     confusion_matrix,
     cross_entropy,
@@ -29,7 +21,15 @@ from kvision.tasks.classification import (
     score,
     worst_mistakes,
 )
-from kvision.training import DivergedError, EarlyStopping, fit
+from kvision.training import evaluation, optimizers, trainer
+from kvision.training.optimizers import (
+    ExponentialAverage,
+    LearningRateFactors,
+    Lookahead,
+    StochasticAverage,
+    make_optimizer,
+    schedule,
+)
 from kvision.weights.initialization import initialize
 
 layers = keras.layers
@@ -142,16 +142,16 @@ def test_gradients_are_clipped(kind, limit):
     model = keras.Model(inputs, logits(3)(inputs))
     initialize(model, 0)
     x, labels = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6, dtype=np.int32) % 3
-    before = [array.astype(np.float64) for array in training.values(model.variables)]
+    before = [array.astype(np.float64) for array in trainer.values(model.variables)]
     scores = x @ before[0] + before[1]
     apart = (np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 6
     expected = CLIPS[kind]([x.T.astype(np.float64) @ apart, apart.sum(axis=0)], limit)
     optimizer = make_optimizer("sgd", 1.0, momentum=0.0, **{kind: limit})
     optimizer.build(model.trainable_variables)
-    floor = training.floors.create(model, optimizer, cross_entropy())
+    floor = trainer.floors.create(model, optimizer, cross_entropy())
     floor.train_step(x, labels)
     floor.push()
-    for old, new, gradient in zip(before, training.values(model.variables), expected, strict=True):
+    for old, new, gradient in zip(before, trainer.values(model.variables), expected, strict=True):
         np.testing.assert_allclose(old - new, gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -179,17 +179,17 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
     floors = []
     for one, of in ((model, optimizer), (twin, plain)):
         of.build(one.trainable_variables)
-        floors.append(training.floors.create(one, of, cross_entropy()))
+        floors.append(trainer.floors.create(one, of, cross_entropy()))
     expected = [np.zeros(tuple(v.shape)) for v in model.trainable_variables]
     steps = (batch for epoch in range(3) for batch in batches.epoch(epoch))
     for share, batch in zip(shares, steps, strict=False):
         for floor in floors:
             floor.train_step(*batch)
             floor.push()
-        weights = training.values(model.trainable_variables)
-        assert same(weights, training.values(twin.trainable_variables))
+        weights = trainer.values(model.trainable_variables)
+        assert same(weights, trainer.values(twin.trainable_variables))
         expected = [(1 - share) * old + share * new for old, new in zip(expected, weights, strict=True)]
-        for average, wanted in zip(training.values(optimizer.averages), expected, strict=True):
+        for average, wanted in zip(trainer.values(optimizer.averages), expected, strict=True):
             np.testing.assert_allclose(average, wanted, rtol=1e-5, atol=1e-7)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == len(shares)
     assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(half_cosine(7, 0.1, 12, 0), rel=1e-5)
@@ -200,7 +200,7 @@ def test_an_average_is_taken_after_constraints(pictures):
     add_constraint(model, MaxNorm(0.1))
     optimizer = StochasticAverage(inner, 1)
     fit(model, optimizer, cross_entropy(), batches, epochs=1)
-    (kernel, _) = training.values(optimizer.averages)
+    (kernel, _) = trainer.values(optimizer.averages)
     assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
 
 
@@ -213,21 +213,21 @@ def test_fit_scores_and_leaves_the_average(pictures):
     other = fit(twin, plain, cross_entropy(), batches, epochs=2, test=test)
     assert history.step_losses == other.step_losses
     assert history.epochs[-1]["test_loss"] != other.epochs[-1]["test_loss"]
-    assert same(training.values(model.trainable_variables), training.values(optimizer.averages))
-    scores = evaluation.predict(training.floors.create(model), test[0], batches.preprocessing)
+    assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.averages))
+    scores = evaluation.predict(trainer.floors.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
     maps = keras.Model(model.input, model.get_layer("conv").output)
-    seen = np.concatenate([training.floors.create(maps).predict(images) for images, _ in batches.epoch(1)])
+    seen = np.concatenate([trainer.floors.create(maps).predict(images) for images, _ in batches.epoch(1)])
     for name, wanted in (("mean", seen.mean(axis=(0, 1, 2))), ("variance", seen.var(axis=(0, 1, 2)))):
-        (found,) = training.values([getattr(model.get_layer("bn"), f"moving_{name}")])
+        (found,) = trainer.values([getattr(model.get_layer("bn"), f"moving_{name}")])
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_average_is_no_part_of_a_run_without_steps(pictures):
     model, inner, batches = run(pictures, width=0)
-    before = training.values(model.trainable_variables)
+    before = trainer.values(model.trainable_variables)
     fit(model, ExponentialAverage(inner), cross_entropy(), batches, epochs=0)
-    assert same(training.values(model.trainable_variables), before)
+    assert same(trainer.values(model.trainable_variables), before)
 
 
 def test_averages_survive_their_configuration():
@@ -266,11 +266,11 @@ def test_lookahead_follows_its_reference(every, decay):
     model = keras.Model(inputs, logits(3)(inputs))
     initialize(model, 0)
     x, labels = np.random.default_rng(0).normal(size=(6, 5)), np.arange(6, dtype=np.int32) % 3
-    fast = [array.astype(np.float64) for array in training.values(model.variables)]
+    fast = [array.astype(np.float64) for array in trainer.values(model.variables)]
     slow = fast
     optimizer = Lookahead(make_optimizer("sgd", 1.0, momentum=0.0), total=10, every=every, decay=decay)
     optimizer.build(model.trainable_variables)
-    floor = training.floors.create(model, optimizer, cross_entropy())
+    floor = trainer.floors.create(model, optimizer, cross_entropy())
     for step in range(1, 13):
         floor.train_step(x.astype(np.float32), labels)
         floor.push()
@@ -279,10 +279,10 @@ def test_lookahead_follows_its_reference(every, decay):
             kept = decay**every * min(step / 10, 1) ** 3
             slow = fast = [kept * s + (1 - kept) * f for s, f in zip(slow, fast, strict=True)]
         for variables, wanted in ((model.trainable_variables, fast), (optimizer.slow, slow)):
-            for found, expected in zip(training.values(variables), wanted, strict=True):
+            for found, expected in zip(trainer.values(variables), wanted, strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6, err_msg=str(step))
         if step % every == 0:
-            assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
+            assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 12
 
 
@@ -293,14 +293,14 @@ def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
     model, inner, batches = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     history = fit(model, optimizer, cross_entropy(), batches, epochs=2, steps=steps, test=test)
-    assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
-    scores = evaluation.predict(training.floors.create(model), test[0], batches.preprocessing)
+    assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
+    scores = evaluation.predict(trainer.floors.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
     twin, inner, _ = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: setattr(twin, "stop_training", True))
     fit(twin, optimizer, cross_entropy(), batches, epochs=2, callbacks=[stop])
-    assert same(training.values(twin.trainable_variables), training.values(optimizer.slow))
+    assert same(trainer.values(twin.trainable_variables), trainer.values(optimizer.slow))
 
 
 def test_lookahead_goes_on_after_its_last_step(pictures):
@@ -319,7 +319,7 @@ def test_kerass_own_fit_leaves_the_slow_weights(pictures):
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(images, labels, batch_size=2, epochs=2, verbose=0)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 4
-    assert same(training.values(model.trainable_variables), training.values(optimizer.slow))
+    assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
 
 
 def test_lookahead_survives_its_configuration():
@@ -376,13 +376,13 @@ def test_early_stopping_brings_the_best_epoch_back(pictures):
         epochs=20,
         validation=(images, (labels + 1) % 3),
         early_stopping=EarlyStopping(2),
-        on_epoch=lambda history: states.append(training.values(model.variables)),
+        on_epoch=lambda history: states.append(trainer.values(model.variables)),
     )
     losses = [row["validation_loss"] for row in history.epochs]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 20 and "test_loss" not in history.epochs[0]
-    assert same(training.values(model.variables), states[best]) and not same(states[best], states[-1])
-    scores = evaluation.predict(training.floors.create(model), images, batches.preprocessing)
+    assert same(trainer.values(model.variables), states[best]) and not same(states[best], states[-1])
+    scores = evaluation.predict(trainer.floors.create(model), images, batches.preprocessing)
     assert score(scores, (labels + 1) % 3)["loss"] == losses[best]
 
 
@@ -583,7 +583,7 @@ def test_history_of_an_epoch(pictures):
     (row,) = history.epochs
     twin, twin_optimizer, _ = run(pictures, width=0)
     twin_optimizer.build(twin.trainable_variables)
-    floor = training.floors.create(twin, twin_optimizer, cross_entropy())
+    floor = trainer.floors.create(twin, twin_optimizer, cross_entropy())
     steps = [floor.train_step(*batch) for batch in batches.epoch(0)]
     losses, correct = [float(loss) for loss, _ in steps], sum(int(count) for _, count in steps)
     tested = score(evaluation.predict(floor, test[0], batches.preprocessing), test[1])
@@ -593,7 +593,7 @@ def test_history_of_an_epoch(pictures):
     assert row["learning_rate"] == pytest.approx(half_cosine(3, 0.1, 12, 0), rel=1e-5)
     assert row["seconds"] > 0 and row["images_per_second"] > 0
     assert history.seconds_to_first_step > 0 and history.compile_seconds >= 0
-    assert training.describe(row, 5).startswith("epoch 1/5  loss ") and "test accuracy" in training.describe(row, 5)
+    assert trainer.describe(row, 5).startswith("epoch 1/5  loss ") and "test accuracy" in trainer.describe(row, 5)
 
 
 @pytest.mark.parametrize(("epochs", "steps", "expected"), [(4, 5, 5), (1, 5, 3), (2, None, 6), (3, 3, 3), (0, None, 0)])
@@ -607,7 +607,7 @@ def test_steps_bound_a_run(pictures, epochs, steps, expected):
 
 
 def test_a_run_keeps_its_first_losses_alone(pictures, monkeypatch):
-    monkeypatch.setattr(training, "TRACED_STEPS", 4)
+    monkeypatch.setattr(trainer, "TRACED_STEPS", 4)
     model, optimizer, batches = run(pictures, width=0)
     assert len(fit(model, optimizer, cross_entropy(), batches, epochs=3).step_losses) == 4
 

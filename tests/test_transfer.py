@@ -10,9 +10,9 @@ from keras import ops
 
 from kvision import engine, zoo
 from kvision.layers import regularizers
-from kvision.optimizers import LearningRateFactors, make_optimizer
 from kvision.tasks.classification import cross_entropy
-from kvision.transfer import freeze, swap_head, unfreeze
+from kvision.training.finetune import freeze, swap_head, unfreeze
+from kvision.training.optimizers import LearningRateFactors, make_optimizer
 from tests.arrays import noise, values
 
 layers = keras.layers

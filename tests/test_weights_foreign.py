@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import kvision
-from kvision import convert, engine, evaluation, weights, zoo
+from kvision import convert, engine, weights, zoo
 from kvision.__main__ import main
 from kvision.convert import create_model, formats, hdf5, pth, safetensors, tf_checkpoint, timm
 from kvision.data import load
 from kvision.layers import skip_init
+from kvision.training import evaluation
 from kvision.weights import WeightsError
 from kvision.weights.initialization import initialize
 from tests import fuzz_weights

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.graph import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Taps, is_channels_last, is_graph, parts, penalties
 from kvision.engine.keras_internals import calling, takes_training
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.graph import Graph, Taps, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Taps, is_graph, parts, penalties
 from kvision.engine.keras_internals import calling, index_of, takes_training, with_methods
 
 HALVES = ("float16", "bfloat16")

@@ -21,7 +21,7 @@ import torch
 from keras import ops
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.graph import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Taps, is_channels_last, is_graph, parts, penalties
 from kvision.engine.keras_internals import (
     calling,
     index_of,

@@ -14,8 +14,8 @@ in `subject`; what it leaves in `result` and `tensors`; who is right in `verdict
 """
 
 from kvision.parity.cli import add_commands
-from kvision.parity.parent import compare
-from kvision.parity.question import Question
+from kvision.parity.launcher import compare
 from kvision.parity.report import text
+from kvision.parity.spec import Question
 
 __all__ = ["Question", "add_commands", "compare", "text"]

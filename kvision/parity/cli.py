@@ -10,10 +10,10 @@ from kvision.convert.cli import assignments
 from kvision.engine import FLOORS
 from kvision.files import write_json
 from kvision.flags import UsageError
-from kvision.parity.parent import HOUR, compare
-from kvision.parity.question import Question
+from kvision.parity.compare import LIMITS
+from kvision.parity.launcher import HOUR, compare
 from kvision.parity.report import text
-from kvision.parity.verdict import LIMITS
+from kvision.parity.spec import Question
 
 
 def finite(value):

@@ -2,7 +2,7 @@
 
 import math
 
-from kvision.parity.verdict import LIMITS, STAGES
+from kvision.parity.compare import LIMITS, STAGES
 
 ENDS = 6  # of many steps, the first and the last that are shown
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from kvision.files import write_text
-from kvision.tracking import page
-from kvision.tracking.charts import MOST_COUNTED, MOST_DRAWN, confusion_cells, line_chart, matrix_chart
-from kvision.tracking.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
+from kvision.report import page
+from kvision.report.page import MISSING, duration, escape, finite, fixed, number, percent, plain, size
+from kvision.report.svg import MOST_COUNTED, MOST_DRAWN, confusion_cells, line_chart, matrix_chart
 
 # What the other parts of the page show already; every other entry of a result is listed at its end.
 _SHOWN = {
@@ -131,7 +131,7 @@ def _classes(cells: np.ndarray, classes: Sequence[str]) -> str:
     """Accuracy class by class in a table; the worst first and the rest folded away where there are many.
 
     Args:
-        cells: of `kvision.tracking.charts.confusion_cells`.
+        cells: of `kvision.report.svg.confusion_cells`.
     """
     totals, rights = np.zeros((2, len(classes)), np.int64)
     np.add.at(totals, cells[:, 0], cells[:, 2])
@@ -217,7 +217,7 @@ def write_report(
             seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed, weights_sha256, versions and
             hardware (dictionaries), command, note. Other entries are listed as they are.
         confusion: counts on the test images, shape (k, k), row true class, column predicted class; or {(true,
-            predicted): count}. The matrix is drawn of `kvision.tracking.charts.MOST_DRAWN` classes at most.
+            predicted): count}. The matrix is drawn of `kvision.report.svg.MOST_DRAWN` classes at most.
         classes: k names.
         mistakes: shown in this order.
         learning_rates: places, counted in epochs from 0, and the rates of the steps there; default: those of the

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from kvision.files import write_text
-from kvision.tracking import page
-from kvision.tracking.charts import bar_chart, line_chart
-from kvision.tracking.page import MISSING, escape, finite, fixed, percent, plain, size
-from kvision.tracking.report import column, shares_as_percent
+from kvision.report import page
+from kvision.report.page import MISSING, escape, finite, fixed, percent, plain, size
+from kvision.report.run_report import column, shares_as_percent
+from kvision.report.svg import bar_chart, line_chart
 
 
 def _seconds(value: Any) -> str:

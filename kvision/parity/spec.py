@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvision.flags import UsageError
-from kvision.parity.verdict import LIMITS
+from kvision.parity.compare import LIMITS
 
 
 @dataclass(frozen=True)

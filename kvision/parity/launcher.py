@@ -12,10 +12,10 @@ from pathlib import Path
 from kvision.children import Children, TimeLimitError
 from kvision.engine import FLOORS, installed
 from kvision.flags import UsageError
-from kvision.parity.question import Question, check
+from kvision.parity.compare import judge
 from kvision.parity.result import Result
-from kvision.parity.verdict import judge
-from kvision.tracking.environment import BACKENDS, hardware, versions
+from kvision.parity.spec import Question, check
+from kvision.report.environment import BACKENDS, hardware, versions
 
 HOUR = 3600.0  # seconds that a child may take
 AT_ONCE = 2  # child processes that run side by side: starting one takes a core some seconds
@@ -57,7 +57,7 @@ def compare(
         def run(backend: str) -> tuple[int, str]:
             if wrong:
                 return 2, ""
-            words = [sys.executable, "-m", "kvision.parity.child", str(folder)]
+            words = [sys.executable, "-m", "kvision.parity.worker", str(folder)]
             path = folder / f"{backend}.log"
             try:
                 code = children.run(words, {**os.environ, "KERAS_BACKEND": backend}, path, limit)

@@ -14,10 +14,10 @@ import numpy as np
 
 from kvision import zoo
 from kvision.data import load
-from kvision.engine.graph import is_graph
+from kvision.engine.fuse import is_graph
 from kvision.flags import UsageError
 from kvision.layers import VarianceScaling, skip_init
-from kvision.parity.question import Question
+from kvision.parity.spec import Question
 from kvision.random import stream
 from kvision.weights.initialization import initialize
 

@@ -4,11 +4,11 @@ NumPy and Pillow are all this needs. It knows no model and no backend: what it s
 dictionaries, so that a page can be written again from the files of a finished run.
 """
 
-from kvision.tracking.charts import bar_chart, line_chart, matrix_chart
-from kvision.tracking.compare_report import comparison_table, write_compare_report
-from kvision.tracking.environment import hardware, peak_memory_bytes, seconds_since_process_start, versions
-from kvision.tracking.progress import Progress
-from kvision.tracking.report import Mistake, write_report
+from kvision.report.compare_report import comparison_table, write_compare_report
+from kvision.report.environment import hardware, peak_memory_bytes, seconds_since_process_start, versions
+from kvision.report.progress import Progress
+from kvision.report.run_report import Mistake, write_report
+from kvision.report.svg import bar_chart, line_chart, matrix_chart
 
 __all__ = [
     "Mistake",

@@ -13,17 +13,17 @@ import numpy as np
 from keras import ops
 
 from kvision import engine as floors
-from kvision.callbacks import Callbacks, logs_of
-from kvision.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.data.batches import Batches
 from kvision.data.device import Pictures
-from kvision.evaluation import Scorer, evaluate
-from kvision.interruption import Interrupted, Interruption
 from kvision.layers.norm import batch_statistics_model, update_bn
-from kvision.optimizers import Lookahead, WeightAverage
+from kvision.report.environment import seconds_since_process_start
+from kvision.report.progress import Progress
 from kvision.tasks.classification import score
-from kvision.tracking.environment import seconds_since_process_start
-from kvision.tracking.progress import Progress
+from kvision.training.callbacks import Callbacks, logs_of
+from kvision.training.checkpoints import Checkpoints, NotFiniteError, State
+from kvision.training.evaluation import Scorer, evaluate
+from kvision.training.optimizers import Lookahead, WeightAverage
+from kvision.training.shutdown import Interrupted, Interruption
 
 IMAGES_ON = ("auto", "host", "device")
 STEPS_AT_ONCE = 50  # on an accelerator
@@ -434,7 +434,7 @@ def fit(
         metrics: Keras metrics of integer labels (n,) and logits (n, classes), such as
             `keras.metrics.SparseTopKCategoricalAccuracy(5)`; of the training images as shown, and of all images that
             are scored. Of targets (n, classes) they see the largest.
-        checkpoint: folder of the run's checkpoints, or the `kvision.checkpoints.Checkpoints` themselves. Where it has
+        checkpoint: folder of the run's checkpoints, or a `kvision.training.checkpoints.Checkpoints`. Where it has
             one, the run goes on from the newest and ends with the weights of an uninterrupted run: to the bit on the
             same backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C are heard between two steps.
         checkpoint_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes

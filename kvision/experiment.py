@@ -18,8 +18,7 @@ import keras
 import numpy as np
 
 from kvision import engine as floors
-from kvision import evaluation, flags, memory, optimizers, training, zoo
-from kvision.checkpoints import Checkpoints
+from kvision import flags, memory, zoo
 from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_arguments, public
 from kvision.convert import find
 from kvision.data import DataError, Dataset
@@ -28,6 +27,8 @@ from kvision.data.registry import keras_cache
 from kvision.engine.threads import choose as choose_threads
 from kvision.files import FolderInUseError, sha256, write_json, write_text
 from kvision.layers import regularizers, skip_init, whitening_kernel
+from kvision.report import environment
+from kvision.report.run_report import Mistake, write_report
 from kvision.run_data import (
     WHITENED_PIXELS,
     batches_of,
@@ -40,14 +41,14 @@ from kvision.run_data import (
 )
 from kvision.run_folder import identity, run_folder, store_config, stored_config, sweep
 from kvision.tasks import classification
-from kvision.tracking import environment
-from kvision.tracking.report import Mistake, write_report
+from kvision.training import evaluation, optimizers, trainer
+from kvision.training.checkpoints import Checkpoints
 from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initialization import initialize
 from kvision.weights.manifest import room_for
 
-ERRORS = (DataError, WeightsError, FolderInUseError, training.DivergedError)
+ERRORS = (DataError, WeightsError, FolderInUseError, trainer.DivergedError)
 NEW_HEAD = r"(.*_)?logits/.*"  # the arrays of a network's last layer and of its auxiliary heads' last ones
 COMPARED_IMAGES = 100  # test images whose logits under the initial weights a run keeps, for comparing backends
 
@@ -143,7 +144,7 @@ def train(
         note: a remark on the data for the report.
         skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
         prepare: called with the model before training, to freeze layers.
-        factors: learning-rate factors by variable pattern, see `kvision.optimizers.LearningRateFactors`.
+        factors: learning-rate factors by variable pattern, see `kvision.training.optimizers.LearningRateFactors`.
 
     Returns, raises: as `classify`.
     """
@@ -186,7 +187,7 @@ def train(
             log(f"{checkpoints.folder} has no checkpoint: the run starts from its beginning")
     store_config(config, folder)
 
-    def on_epoch(history: training.History, sync: bool = False) -> None:
+    def on_epoch(history: trainer.History, sync: bool = False) -> None:
         # Not synced within the run: a resumed one writes both anew from its checkpoint.
         try:
             write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history.epochs), sync)
@@ -196,7 +197,7 @@ def train(
             text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume goes on from them"
             raise OSError(error.errno, text, error.filename) from None
 
-    history = training.fit(
+    history = trainer.fit(
         model,
         optimizer,
         classification.cross_entropy(config.label_smoothing),
@@ -206,7 +207,7 @@ def train(
         test_every=config.test_every,
         steps=config.steps,
         validation=validation,
-        early_stopping=training.EarlyStopping(config.early_stopping) if config.early_stopping else None,
+        early_stopping=trainer.EarlyStopping(config.early_stopping) if config.early_stopping else None,
         accumulate=config.accumulate,
         engine=config.engine,
         images_on=images_on(config, dataset),
@@ -394,4 +395,4 @@ def command(
             config = replace(recipe, **{**given, "model": name, "fit_batch": "batch_size" not in given})
         main(config)
 
-    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), training.Interrupted)
+    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), trainer.Interrupted)

@@ -1,7 +1,7 @@
 """Charts as inline SVG: strings that go into a page as they are, without a script and without a drawing
 library.
 
-Colours and fonts come from the style sheet of `kvision.tracking.page`, so one chart serves white and dark
+Colours and fonts come from the style sheet of `kvision.report.page`, so one chart serves white and dark
 paper. Every text is escaped, every chart carries a `<title>` and a `<desc>` for those who do not see it, and
 nan or inf is a gap.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvision.tracking.page import escape, finite, number
+from kvision.report.page import escape, finite, number
 
 WIDTH = 520
 # Beside the colours: runs that agree lie on top of one another, and only dashes let the lower line show

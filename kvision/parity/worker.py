@@ -1,6 +1,6 @@
 """One backend: what it computes, layer by layer and step by step, kept for the parent to compare.
 
-`KERAS_BACKEND=jax python -m kvision.parity.child FOLDER` answers the question in a folder and leaves its result there.
+`KERAS_BACKEND=jax python -m kvision.parity.worker FOLDER` answers the question in a folder and leaves its result there.
 """
 
 import json
@@ -13,17 +13,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from kvision import engine, optimizers, training
+from kvision import engine
 from kvision.data import DataError
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.graph import is_graph, nodes_of
+from kvision.engine.fuse import is_graph, nodes_of
 from kvision.flags import UsageError
-from kvision.parity.question import Question
+from kvision.parity.loading import build, draw, start
 from kvision.parity.result import Result
-from kvision.parity.subject import build, draw, start
+from kvision.parity.spec import Question
 from kvision.parity.tensors import Tensor, keep
 from kvision.tasks.classification import cross_entropy
+from kvision.training import optimizers, trainer
 
 WARMUP, MOMENTUM, WEIGHT_DECAY, SHIFT = 0.2, 0.9, 5e-4, 4  # of the steps
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
@@ -141,9 +142,9 @@ def _labels_for(loss, labels: np.ndarray) -> np.ndarray:
 def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     """Every layer's output, of several all in one; of a model that is no graph, its outputs."""
     if not is_graph(model):
-        outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=training))
+        outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=trainer))
         return kept(["outputs"] * len(outputs), map(ops.convert_to_numpy, outputs))
-    rows = runner.tap(batch, training)
+    rows = runner.tap(batch, trainer)
     joined = (
         arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays]) for _, arrays in rows
     )
@@ -184,17 +185,17 @@ def answer(question: Question) -> Result:
     batch = PREPROCESSING(images[: question.batch]).astype(question.dtype)
     loss = _cross_entropy if classes else _squares
     start(model, question)
-    first = training.values(model.variables)
+    first = trainer.values(model.variables)
     weights = [variable for variable in model.weights if "float" in variable.dtype]
     paths = [variable.path for variable in weights]
     runner = engine.create(model, None, loss)
     tensors = {
-        "initial": kept(paths, training.values(weights)),
+        "initial": kept(paths, trainer.values(weights)),
         "inference": kept(["outputs"], [runner.predict(batch)]),
     }
     for stage, in_training in (("inference_layers", False), ("training_layers", True)):
         tensors[stage] = _layers(model, runner, batch, in_training)
-        training.assign(model.variables, first)
+        trainer.assign(model.variables, first)
     value, gradients = runner.value_and_grad(batch, _labels_for(loss, labels[: question.batch]))
     tensors["gradients"] = kept(
         (variable.path for variable in model.trainable_variables),
@@ -205,9 +206,9 @@ def answer(question: Question) -> Result:
     )
     value = float(value)
     del gradients, runner
-    training.assign(model.variables, first)
+    trainer.assign(model.variables, first)
     losses = _steps(model, question, loss, images, labels) if question.steps else []
-    tensors["weights"] = kept(paths, training.values(weights))
+    tensors["weights"] = kept(paths, trainer.values(weights))
     if is_graph(model):
         operations, outputs = graph(model)
     else:
