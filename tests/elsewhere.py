@@ -12,7 +12,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from kvision.training.trainer.trainer import fit
 
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
@@ -20,6 +19,7 @@ from kvision.layers import activation, batch_norm, conv, global_pool, logits
 from kvision.layers.noise import Dropout
 from kvision.tasks.classification import cross_entropy
 from kvision.training.optimizers import ExponentialAverage, make_optimizer, schedule
+from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
 
 

@@ -17,7 +17,7 @@ import pytest
 from keras import layers, ops
 
 from kvision import engine
-from kvision.training.trainer import trainer
+from kvision.training import trainer
 from tests.arrays import value
 
 BACKEND = keras.backend.backend()
@@ -129,12 +129,12 @@ class Unused(layers.Layer):
 
 class DoublesItsLogits(keras.Model):
     def call(self, inputs, training=None):
-        return 2 * super().call(inputs, training=trainer)
+        return 2 * super().call(inputs, training=training)
 
 
 class OwnLoss(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return 2 * super().compute_loss(x, y, y_pred, sample_weight, trainer)
+        return 2 * super().compute_loss(x, y, y_pred, sample_weight, training)
 
 
 class OwnStep(keras.Model):
@@ -155,7 +155,7 @@ class Subclass(keras.Model):
 
 class WithTraining(Subclass):
     def call(self, x, training=False):
-        return self.logits(self.noise(self.norm(self.hidden(x), training=trainer), training=trainer))
+        return self.logits(self.noise(self.norm(self.hidden(x), training=training), training=training))
 
 
 class WithoutTraining(Subclass):
@@ -583,7 +583,7 @@ def outputs_by_name():
 
 class DictionaryOutputs(WithTraining):
     def call(self, x, training=False):
-        return {"logits": super().call(x, trainer)}
+        return {"logits": super().call(x, training)}
 
 
 REFUSED_MODELS = {

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kvision.training.trainer.trainer import fit, values
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
@@ -15,6 +14,7 @@ from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import evaluation, trainer
 from kvision.training.optimizers import WarmUp, make_optimizer
+from kvision.training.trainer import fit, values
 from kvision.weights.initialization import initialize
 
 layers, array = keras.layers, ops.convert_to_numpy

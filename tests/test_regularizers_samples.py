@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kvision.training.trainer.trainer import fit
 
 from kvision import engine
 from kvision.data.batches import Batches
@@ -16,6 +15,7 @@ from kvision.layers import logits
 from kvision.random import stream
 from kvision.tasks.classification import cross_entropy
 from kvision.training.optimizers import make_optimizer
+from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
 from tests.arrays import noise
 

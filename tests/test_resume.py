@@ -13,7 +13,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kvision.training.trainer.trainer import DivergedError, EarlyStopping, fit
 
 from apps import cifar10
 from kvision.data.batches import Batches
@@ -28,6 +27,7 @@ from kvision.training import evaluation, trainer
 from kvision.training.checkpoints import Checkpoints, State
 from kvision.training.optimizers import ExponentialAverage, make_optimizer
 from kvision.training.shutdown import Interrupted, Interruption
+from kvision.training.trainer import DivergedError, EarlyStopping, fit
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kvision.training.trainer.trainer import DivergedError, EarlyStopping, fit
 
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
@@ -30,6 +29,7 @@ from kvision.training.optimizers import (
     make_optimizer,
     schedule,
 )
+from kvision.training.trainer import DivergedError, EarlyStopping, fit
 from kvision.weights.initialization import initialize
 
 layers = keras.layers

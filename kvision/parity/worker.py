@@ -142,9 +142,9 @@ def _labels_for(loss, labels: np.ndarray) -> np.ndarray:
 def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     """Every layer's output, of several all in one; of a model that is no graph, its outputs."""
     if not is_graph(model):
-        outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=trainer))
+        outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=training))
         return kept(["outputs"] * len(outputs), map(ops.convert_to_numpy, outputs))
-    rows = runner.tap(batch, trainer)
+    rows = runner.tap(batch, training)
     joined = (
         arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays]) for _, arrays in rows
     )
