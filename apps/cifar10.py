@@ -15,8 +15,8 @@ from kvision.experiment import classify, command
 DATASETS = ("cifar10", "shapes10")
 
 # He et al. 2015, section 4.2: weight decay 1e-4 is a penalty of half that on the squares.
-RESNET = {"epochs": 164, "learning_rate": 0.1, "schedule": "steps", "l2": 5e-5, "flip": True, "shift": 4}
-VGG = {"epochs": 60, "learning_rate": 0.05, "warmup": 0.1, "l2": 2.5e-4, "flip": True, "shift": 4, "hidden": 512}
+RESNET = {"epochs": 164, "learning_rate": 0.1, "schedule": "steps", "l2": 5e-5, "flip": True, "crop_padding": 4}
+VGG = {"epochs": 60, "learning_rate": 0.05, "warmup": 0.1, "l2": 2.5e-4, "flip": True, "crop_padding": 4, "hidden": 512}
 
 RECIPES = {
     config.model: config
@@ -32,8 +32,8 @@ RECIPES = {
             warmup=0.23,
             label_smoothing=0.2,
             flip=True,
-            shift=2,
-            border="reflect",
+            crop_padding=2,
+            padding_mode="reflect",
             bias_factor=64.0,
             whiten=True,
         ),
@@ -48,21 +48,25 @@ RECIPES = {
             warmup=0.23,
             label_smoothing=0.2,
             flip=True,
-            shift=2,
-            border="reflect",
+            crop_padding=2,
+            padding_mode="reflect",
             bias_factor=64.0,
             whiten=True,
             lookahead=5,
-            views="shifted",
+            tta="flip_shift",
         ),
         Config(model="softmax", epochs=10, batch_size=128, learning_rate=0.01, flip=True),
-        Config(model="mlp", epochs=30, batch_size=128, learning_rate=0.02, flip=True, shift=2),
-        Config(model="cifar_cnn", epochs=30, batch_size=128, learning_rate=0.02, warmup=0.05, flip=True, shift=2),
+        Config(model="mlp", epochs=30, batch_size=128, learning_rate=0.02, flip=True, crop_padding=2),
+        Config(
+            model="cifar_cnn", epochs=30, batch_size=128, learning_rate=0.02, warmup=0.05, flip=True, crop_padding=2
+        ),
         *(Config(model=f"resnet{depth}", **RESNET) for depth in (20, 32, 44, 56)),
         # "we use 0.01 to warm up the training" of the deepest one.
         Config(model="resnet110", **RESNET | {"warmup": 0.01, "schedule": "cosine"}),
         *(
-            Config(model=name, epochs=60, learning_rate=0.1, l2=2.5e-4, flip=True, shift=4, border="reflect")
+            Config(
+                model=name, epochs=60, learning_rate=0.1, l2=2.5e-4, flip=True, crop_padding=4, padding_mode="reflect"
+            )
             for name in ("wide_resnet", "wide_resnet_16_4")
         ),
         *(Config(model=f"vgg{depth}", **VGG) for depth in (11, 13, 16, 19)),

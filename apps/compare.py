@@ -1,4 +1,4 @@
-"""Run an app on every installed backend and compare: `python -m apps.compare --check --model resnet20 --steps 100`.
+"""Run an app on every installed backend and compare: `python -m apps.compare --check --model resnet20 --max-steps 100`.
 
 Flags that are not its own go to the app (`--app cifar10` by default), the same to every backend.
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from kvision import compare
-from kvision.flags import guard
+from kvision.flags import run_cli
 
 
 def main(argv=None) -> int:
@@ -20,7 +20,7 @@ def main(argv=None) -> int:
         allow_abbrev=False,
     )
     compare.add_arguments(parser)
-    return guard("python -m apps.compare", lambda: compare.main(*parser.parse_known_args(argv)), ())
+    return run_cli("python -m apps.compare", lambda: compare.main(*parser.parse_known_args(argv)), ())
 
 
 if __name__ == "__main__":

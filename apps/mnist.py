@@ -17,11 +17,11 @@ RECIPES = {
             batch_size=128,
             learning_rate=0.05,
             warmup=0.1,
-            shift=2,
+            crop_padding=2,
             label_smoothing=0.05,
         ),
         Config(app="mnist", model="softmax", epochs=15, batch_size=128, learning_rate=0.02, l2=1e-5),
-        Config(app="mnist", model="mlp", epochs=12, batch_size=128, learning_rate=0.05, warmup=0.1, shift=1),
+        Config(app="mnist", model="mlp", epochs=12, batch_size=128, learning_rate=0.05, warmup=0.1, crop_padding=1),
     )
 }
 

@@ -88,11 +88,11 @@ ROWS = {
     "mixup": Row("alpha 1", {"mixup": 1.0}),
     "cutmix": Row("alpha 1", {"cutmix": 1.0}),
     "cutout": Row("16 pixels", {"cutout": 16}),
-    "erasing": Row("half of the images", {"erasing": 0.5}),
-    "flip_and_shift": Row("4 pixels", {"flip": True, "shift": 4}),
+    "erasing": Row("half of the images", {"random_erasing": 0.5}),
+    "flip_and_shift": Row("4 pixels", {"flip": True, "crop_padding": 4}),
     "label_smoothing": Row("0.1", {"label_smoothing": 0.1}),
     "frozen_batch_norm": Row("the identity, rate 0.02", {"learning_rate": 0.02}, prepare=norm.freeze_batch_norm),
-    "clipping": Row("global norm 0.5", {"clip": 0.5}),
+    "clipping": Row("global norm 0.5", {"clip_norm": 0.5}),
     "ema": Row("0.99", {"ema": 0.99}),
     "swa": Row("the last half, constant rate", {"swa": 0.5, "schedule": "constant"}),
     "early_stopping": Row("patience 5, on a tenth held out", {"early_stopping": 5}),
@@ -108,14 +108,14 @@ class RegularizeConfig:
     batch_size: int = flag(100, "images a step")
     learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
     schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
-    limit: int = flag(2000, "train on so many images, drawn evenly from the classes")
-    limit_test: int | None = flag(None, "test on so many images; none takes all")
-    test_every: int = flag(5, "epochs from one scoring to the next")
+    max_train_samples: int = flag(2000, "train on so many images, drawn evenly from the classes")
+    max_test_samples: int | None = flag(None, "test on so many images; none takes all")
+    eval_every: int = flag(5, "epochs from one scoring to the next")
     seed: int = flag(0, "seed of the initial weights, the order and the noise, equal on every backend")
     data: str | None = flag(
         None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
     )
-    out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
+    output_dir: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
 
     def __post_init__(self):
         if unknown := [name for name in self.rows() if name not in ROWS]:
@@ -170,21 +170,23 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     row, own, started = ROWS[name], config.of(name), time.perf_counter()
     model = network(dataset.input_shape, len(dataset.classes), row, own.seed)
     initialize(model, own.seed)
-    preprocessing = run_data.preprocessing_of(dataset)
+    preprocessing = run_data.build_preprocessing(dataset)
     row.prepare(model)
     experiment.regularize_weights(own, model)
-    part, validation = run_data.hold_out(dataset, HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
-    batches = run_data.batches_of(own, part, preprocessing)
+    part, validation = (
+        run_data.train_validation_split(dataset, HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
+    )
+    batches = run_data.build_batches(own, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
     history = trainer.fit(
         model,
-        experiment.optimizer_of(own, batches.steps, {}),
+        experiment.build_optimizer(own, batches.steps, {}),
         classification.cross_entropy(own.label_smoothing),
         batches,
         epochs=own.epochs,
         test=test,
         also={"train": train},
-        test_every=own.test_every,
+        eval_every=own.eval_every,
         validation=validation,
         early_stopping=trainer.EarlyStopping(own.early_stopping) if own.early_stopping else None,
         label=name,
@@ -269,8 +271,8 @@ def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
     """Run the rows in a folder; as `main`."""
     sized = dataclasses.replace(config.of("none"), model="resnet20")  # photos become as large as CIFAR-10's images
     dataset, note = run_data.read_data(sized, DATASETS, log)
-    dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=config.seed)
-    files.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, out=None)))
+    dataset = dataset.subset(train=config.max_train_samples, test=config.max_test_samples, seed=config.seed)
+    files.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, output_dir=None)))
     backend, rows = keras.backend.backend(), []
     words = [
         word
@@ -306,7 +308,7 @@ def command(argv=None) -> int:
     """The exit code."""
     prog = "python -m apps.regularize"
     given = flags.parse(RegularizeConfig, argv, prog=prog, description=__doc__, defaults=RegularizeConfig())
-    return flags.guard(prog, lambda: main(RegularizeConfig(**given)) and None, experiment.ERRORS)
+    return flags.run_cli(prog, lambda: main(RegularizeConfig(**given)) and None, experiment.ERRORS)
 
 
 if __name__ == "__main__":

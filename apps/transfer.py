@@ -43,21 +43,21 @@ class TransferConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        flags.expect(self, "per_class source_epochs unfreeze_epochs", lambda value: value >= 1, "at least 1")
-        flags.expect(self, "source_learning_rate learning_rate_factor", lambda value: value > 0, "a positive number")
+        flags.check(self, "per_class source_epochs unfreeze_epochs", lambda value: value >= 1, "at least 1")
+        flags.check(self, "source_learning_rate learning_rate_factor", lambda value: value > 0, "a positive number")
 
 
 RECIPE = TransferConfig(
     app="transfer",
     model="vgg11_bn",
     epochs=40,
-    test_every=10,
+    eval_every=10,
     batch_size=50,
     learning_rate=0.05,
     warmup=0.1,
     l2=2.5e-4,
     flip=True,
-    shift=4,
+    crop_padding=4,
     hidden=512,
 )
 
@@ -93,16 +93,16 @@ def main(config: TransferConfig = RECIPE) -> dict:
 def train_all(config: TransferConfig, folder: Path) -> dict:
     """Train what is compared, each in a folder below `folder`; as `main`."""
     # The limits are those of the source classes; the others have few images already.
-    dataset, note = read_data(replace(config, limit=None, limit_test=None), DATASETS)
+    dataset, note = read_data(replace(config, max_train_samples=None, max_test_samples=None), DATASETS)
     source, target = split(config, dataset)
     store_config(config, folder)
-    few = replace(config, limit=None, weights=None, new_head=False)
+    few = replace(config, max_train_samples=None, weights=None, new_head=False)
 
     weights = config.weights
     if weights is None:
         print(f"1. {config.model} learns {', '.join(source.classes)}")
         first = replace(
-            config, epochs=config.source_epochs, learning_rate=config.source_learning_rate, batch_size=125, test_every=1
+            config, epochs=config.source_epochs, learning_rate=config.source_learning_rate, batch_size=125, eval_every=1
         )
         train(first, source, folder / "source", note=note)
         weights = str(folder / "source" / "weights.npz")

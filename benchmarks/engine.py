@@ -108,16 +108,16 @@ class Config:
     cache: str | None = setting(None, "with --once: folder for compiled programs", metavar="FOLDER")
 
     def __post_init__(self):
-        flags.expect(self, "n", lambda value: value >= 0, "at least 0")
-        flags.expect(self, "batch_size steps warmup chunk patience", lambda value: value > 0, "at least 1")
-        flags.expect(self, "steps warmup", lambda value: value % self.chunk == 0, f"a multiple of --chunk {self.chunk}")
-        flags.expect(self, "chunk", lambda value: value == 1 or self.input == "device", "1 without --input device")
+        flags.check(self, "n", lambda value: value >= 0, "at least 0")
+        flags.check(self, "batch_size steps warmup chunk patience", lambda value: value > 0, "at least 1")
+        flags.check(self, "steps warmup", lambda value: value % self.chunk == 0, f"a multiple of --chunk {self.chunk}")
+        flags.check(self, "chunk", lambda value: value == 1 or self.input == "device", "1 without --input device")
         for name, known in (("backends", BY_HAND), ("contenders", CONTENDERS)):
-            flags.expect(
+            flags.check(
                 self, name, lambda value, known=known: {*value.split(",")} <= {*known}, f"of {', '.join(known)}"
             )
         known = f"of {', '.join(NETWORKS)}, each with a batch size of at least 1 behind a colon or none"
-        flags.expect(self, "models", lambda _: all(n in NETWORKS and size > 0 for n, size in self.networks), known)
+        flags.check(self, "models", lambda _: all(n in NETWORKS and size > 0 for n, size in self.networks), known)
 
     @property
     def networks(self) -> list[tuple[str, int]]:
@@ -255,13 +255,13 @@ def train_engine(
     )
     optimizer.build(model.trainable_variables)
     trainer = engine.create(model, optimizer, cross_entropy())
-    batches = Batches(images, labels, batch_size, 0, PREPROCESSING, Augmentation(flip=True, shift=4))
+    batches = Batches(images, labels, batch_size, 0, PREPROCESSING, Augmentation(flip=True, crop_padding=4))
     if input == "device":
-        from kvision.data.device import Pictures
+        from kvision.data.device import DeviceDataset
 
         if compiled:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)
-        pictures = Pictures(batches)
+        pictures = DeviceDataset(batches)
         draws = itertools.chain.from_iterable(map(batches.draws, itertools.count()))
         clock.start()
         for _ in range(0, steps, chunk):

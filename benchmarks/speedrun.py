@@ -29,13 +29,13 @@ import numpy as np
 from apps.cifar10 import DATASETS, RECIPES
 from docs.update import put
 from kvision import engine, flags, zoo
-from kvision.data.batches import FIELDS, Augmentation, Batches
-from kvision.data.device import Pictures
-from kvision.data.tta import VIEWS
-from kvision.experiment import build, optimizer_of
+from kvision.data.batches import PARAMS, Augmentation, Batches
+from kvision.data.device import DeviceDataset
+from kvision.data.tta import TTA
+from kvision.experiment import build, build_optimizer
 from kvision.layers import skip_init, whitening_kernel_on_device
 from kvision.report import environment
-from kvision.run_data import batches_of, preprocessing_of, read_data
+from kvision.run_data import build_batches, build_preprocessing, read_data
 from kvision.tasks.classification import cross_entropy, log_probabilities, score
 from kvision.training import evaluation, trainer
 from kvision.training.muon import Muon
@@ -97,21 +97,21 @@ class Config:
     model: str = setting("airbench94", "network that is trained")
     epochs: int | None = setting(None, "none takes the recipe's")
     learning_rate: float | None = setting(None, "none takes the recipe's")
-    views: str | None = setting(None, "none takes the recipe's")
+    tta: str | None = setting(None, "none takes the recipe's")
     whiten_epochs: int = setting(WHITEN_EPOCHS, "of muon's: epochs in which the whitening layer's bias is trained")
     unsure: float = setting(UNSURE, "share of the test images, the least sure ones, that are scored on the views")
     compile: bool = setting(True, "PyTorch: compile the step; JAX's is compiled in any case")
     dtype: str = setting("bfloat16", "what layers compute in", choices=tuple(engine.POLICIES))
-    limit: int | None = setting(None, "train on so many images; none takes all")
-    limit_test: int | None = setting(None, "test on so many images; none takes all")
+    max_train_samples: int | None = setting(None, "train on so many images; none takes all")
+    max_test_samples: int | None = setting(None, "test on so many images; none takes all")
     data: str | None = setting(None, "folder with CIFAR-10; none looks in the usual places", metavar="FOLDER")
-    out: str | None = setting(None, "file for every single figure; none is docs/measured/speedrun-BACKEND.json")
+    output_dir: str | None = setting(None, "file for every single figure; none is docs/measured/speedrun-BACKEND.json")
     write: bool = setting(False, "put the table of all such files into docs/engine.md; with --n 0 do only this")
 
     def __post_init__(self):
-        flags.expect(self, "n first whiten_epochs", lambda value: value >= 0, "at least 0")
-        flags.expect(self, "epochs limit limit_test", lambda value: value >= 1, "at least 1")
-        flags.expect(self, "unsure", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        flags.check(self, "n first whiten_epochs", lambda value: value >= 0, "at least 0")
+        flags.check(self, "epochs limit max_test_samples", lambda value: value >= 1, "at least 1")
+        flags.check(self, "unsure", lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def recipe_of(config: Config):
@@ -123,7 +123,7 @@ def recipe_of(config: Config):
             f"--recipe muon is of airbench94 and airbench_small: give --recipe app for {config.model}"
         )
     recipe = replace(MUON, model=config.model) if config.recipe == "muon" else RECIPES[config.model]
-    own = {name: getattr(config, name) for name in ("epochs", "learning_rate", "views", "dtype", "data")}
+    own = {name: getattr(config, name) for name in ("epochs", "learning_rate", "tta", "dtype", "data")}
     return replace(recipe, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -133,7 +133,7 @@ def build_muon(recipe, dataset, whiten_epochs: int = WHITEN_EPOCHS):
         model = zoo.build_model(recipe.model, dataset.input_shape, len(dataset.classes), whiten_bias=True)
     layer = model.get_layer("whiten_conv")
     layer.kernel.trainable, layer.bias.trainable = False, whiten_epochs > 0
-    return model, preprocessing_of(dataset)
+    return model, build_preprocessing(dataset)
 
 
 class Course:
@@ -159,18 +159,18 @@ class Course:
             self.model, self.preprocessing = build_muon(recipe, dataset, whiten_epochs)
         else:
             self.model, self.preprocessing, _ = build(recipe, dataset)
-        self.batches = batches_of(recipe, dataset, self.preprocessing)
+        self.batches = build_batches(recipe, dataset, self.preprocessing)
         steps = self.batches.steps
-        self.optimizer = muon(recipe, steps, whiten_epochs) if with_muon else optimizer_of(recipe, steps, {})
+        self.optimizer = muon(recipe, steps, whiten_epochs) if with_muon else build_optimizer(recipe, steps, {})
         self.optimizer.build(self.model.trainable_variables)
         self.fresh = trainer.values(self.optimizer.variables)
         self.engine = engine.create(self.model, self.optimizer, cross_entropy(recipe.label_smoothing))
-        self.pictures = Pictures(self.batches)
+        self.pictures = DeviceDataset(self.batches)
         self.whitened = keras.ops.convert_to_tensor(dataset.x_train[:WHITENED])
-        border = Augmentation(shift=1, border="reflect")
-        self.test = Pictures(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, border))
+        padding_mode = Augmentation(crop_padding=1, padding_mode="reflect")
+        self.test = DeviceDataset(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, padding_mode))
         self.total = recipe.epochs * steps
-        self.at_once = trainer.steps_at_once(steps)
+        self.at_once = trainer.steps_per_execution(steps)
 
     def begin(self, seed: int) -> None:
         """Initial weights."""
@@ -196,26 +196,26 @@ class Course:
                 break
         loss = float(keras.ops.convert_to_numpy(losses)[-1])
         if hasattr(self.optimizer, "finalize_variable_values"):
-            self.engine.push()
+            self.engine.sync_variables()
             self.optimizer.finalize_variable_values(self.model.trainable_variables)
         return loss
 
     def test_logits(self) -> np.ndarray:
         """Logits of the test images: of all alone, and of the least sure ones the mean over their views."""
-        views = VIEWS[self.recipe.views]
+        tta = TTA[self.recipe.tta]
         if self.unsure == 1:
-            return evaluation.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.views)
+            return evaluation.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.tta)
         logits = evaluation.predict_pictures(self.engine, self.test, TEST_BATCH)
         count = max(1, round(self.unsure * len(logits)))
         unsure = np.argpartition(log_probabilities(logits).max(axis=-1), count - 1)[:count].astype(np.int32)
-        moved = [view for view in views if view[1:] != (0, False)]  # the image alone is known
-        draws = np.zeros((len(moved), len(FIELDS), count), np.int32)
+        moved = [view for view in tta if view[1:] != (0, False)]  # the image alone is known
+        draws = np.zeros((len(moved), len(PARAMS), count), np.int32)
         draws[:, 0] = unsure
         for draw, (_, move, mirrored) in zip(draws, moved, strict=True):
-            draw[1:3], draw[3] = self.test.border - move, mirrored
+            draw[1:3], draw[3] = self.test.padding_mode - move, mirrored
         weights = np.array([weight for weight, *_ in moved], np.float32)
         logits[unsure] *= 1 - weights.sum()
-        logits[unsure] += np.tensordot(weights, self.engine.predict_shown(self.test, draws), axes=1)
+        logits[unsure] += np.tensordot(weights, self.engine.predict_on_device(self.test, draws), axes=1)
         return logits
 
     def run(self, seed: int, steps: int | None = None) -> dict[str, float]:
@@ -271,12 +271,12 @@ def table(reports: list[dict]) -> str:
 def main(argv=None) -> None:
     config = Config(**flags.parse(Config, argv, prog="benchmarks.speedrun", description=__doc__, defaults=Config()))
     backend = keras.backend.backend()
-    out = Path(config.out or ROOT / "docs" / "measured" / f"speedrun-{backend}.json")
+    out = Path(config.output_dir or ROOT / "docs" / "measured" / f"speedrun-{backend}.json")
     if config.n:
         recipe = recipe_of(config)
         engine.configure(recipe.dtype)
         dataset, _ = read_data(recipe, DATASETS, log=lambda text: print(text, file=sys.stderr))
-        dataset = dataset.subset(train=config.limit, test=config.limit_test, seed=0)
+        dataset = dataset.subset(train=config.max_train_samples, test=config.max_test_samples, seed=0)
         course = Course(recipe, dataset, config.recipe == "muon", config.unsure, config.whiten_epochs)
         if backend == "torch" and config.compile:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(course.engine)

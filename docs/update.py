@@ -35,8 +35,8 @@ def scores() -> str:
         if run.get("shared_machine"):
             shared.append(f"{run['model']} on {run['backend']}")
         accuracy = f"{run['test_accuracy']:.2%}"
-        if "views_accuracy" in run:
-            accuracy += f" ({run['views_accuracy']:.2%} on views, {run['views']})"
+        if "tta_accuracy" in run:
+            accuracy += f" ({run['tta_accuracy']:.2%} with test-time augmentation {run['tta']})"
         engine = ", ".join(f"{name} {versions[name]}" for name in versions if name.startswith(run["backend"]))
         engine += "".join(f", {gpu.partition(',')[0]}" for gpu in hardware.get("gpus", ()))
         rows.append(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kvision.children import Children, StoppedError, TimeLimitError
-from kvision.engine import FLOORS, installed
+from kvision.engine import BACKENDS, installed
 from kvision.files import LOCK, FolderInUseError, locked, make_folder, new_folder, write_json
 from kvision.flags import UsageError
 from kvision.report.compare_report import advice, comparison_table, write_compare_report
@@ -64,7 +64,7 @@ def run_backend(
     log(f"{backend}: python -m apps.{app} {' '.join(arguments)}")
     # A part of the package where that is installed, else a folder of the clone.
     package = "kvision.apps" if importlib.util.find_spec("kvision.apps") else "apps"
-    words = [sys.executable, "-m", f"{package}.{app}", *arguments, "--out", str(folder)]
+    words = [sys.executable, "-m", f"{package}.{app}", *arguments, "--output-dir", str(folder)]
     log_path = folder.with_name(f"{folder.name}.log")
     row["load_average"] = load_average()
     try:
@@ -139,7 +139,7 @@ def compare(
     app: str,
     arguments: Sequence[str],
     out: Path,
-    backends: Sequence[str] = FLOORS,
+    backends: Sequence[str] = BACKENDS,
     log=print,
     *,
     runs: int = 1,
@@ -158,19 +158,19 @@ def compare(
     """
     if app not in APPS:
         raise UsageError(f"--app must be one of {', '.join(APPS)}, got {app!r}")
-    if unknown := set(backends) - set(FLOORS):
-        raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(backends) - set(BACKENDS):
+        raise UsageError(f"--backends knows {', '.join(BACKENDS)}, got {', '.join(sorted(unknown))}")
     if runs < 1:
         raise UsageError(f"--runs must be at least 1, got {runs}")
     if limit is not None and not limit > 0:
         raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: expected a new or an empty folder")
+        raise UsageError(f"--output-dir {out} is a file: expected a new or an empty folder")
     make_folder(out)
     try:
         with locked(out), Children() as children:
             if any(path.name != LOCK for path in out.iterdir()):
-                raise UsageError(f"--out {out} is not empty: expected a new or an empty folder")
+                raise UsageError(f"--output-dir {out} is not empty: expected a new or an empty folder")
             found: dict[str, list[dict]] = {backend: [] for backend in backends}
             for number in range(1, runs + 1):
                 for backend, rows in found.items():
@@ -212,8 +212,8 @@ def passed(comparison: dict) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the comparison; every flag it does not know goes to the app."""
     parser.add_argument("--app", default="cifar10", help="which app to run: %(default)s, or " + ", ".join(APPS[1:]))
-    parser.add_argument("--backends", default=",".join(FLOORS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="default: a new runs/compare-APP")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--output-dir", default=None, metavar="FOLDER", help="default: a new runs/compare-APP")
     parser.add_argument("--check", action="store_true", help="exit code 1 where the backends differ beyond the limits")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of each, for medians and ranges (1)")
     parser.add_argument(
@@ -228,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Run a comparison as parsed, `words` being the app's flags; prints the table; returns the exit code."""
     backends = list(dict.fromkeys(arguments.backends.split(",")))
-    present = [backend for backend in backends if backend in FLOORS and installed(backend)]
+    present = [backend for backend in backends if backend in BACKENDS and installed(backend)]
     if arguments.check and len(present) < 2:
         raise UsageError(
             f"--check compares two backends at least, and of {', '.join(backends)} only {', '.join(present) or 'none'} "

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvision import engine as floors
-from kvision import flags, memory, zoo
+from kvision import engine, flags, memory, zoo
 from kvision.convert import shipped
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
-from kvision.data.tta import VIEWS
+from kvision.data.tta import TTA
 from kvision.training import optimizers, trainer
 
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
@@ -33,15 +32,15 @@ class Config:
     """
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "data": "data image_size data_memory limit limit_test",
-        "network and weights": "model weights new_head hidden dropout whiten licence",
-        "budget": "epochs steps batch_size accumulate seed",
-        "optimizer": "optimizer learning_rate schedule warmup momentum bias_factor clip lookahead",
-        "augmentation": "augment flip shift border cutout erasing mixup cutmix",
+        "data": "data image_size data_memory max_train_samples max_test_samples",
+        "network and weights": "model weights new_head hidden dropout whiten license",
+        "budget": "epochs max_steps batch_size gradient_accumulation_steps seed",
+        "optimizer": "optimizer learning_rate schedule warmup momentum bias_factor clip_norm lookahead",
+        "augmentation": "augment flip crop_padding padding_mode cutout random_erasing mixup cutmix",
         "regularization": "weight_decay l1 l2 orthogonal max_norm label_smoothing ema swa early_stopping",
-        "scoring": "views test_every",
-        "run folder": "out resume checkpoint_every",
-        "engine": "dtype engine images_on steps_at_once deterministic compile_cache",
+        "scoring": "tta eval_every",
+        "run folder": "output_dir resume save_every",
+        "engine": "dtype engine data_on steps_per_execution deterministic compile_cache",
     }
 
     app: str = "cifar10"
@@ -64,7 +63,7 @@ class Config:
     l2: float = flag(0.0, "penalty on the sum of the kernels' squares")
     orthogonal: float = flag(0.0, "penalty on what keeps the kernels' columns from being orthonormal")
     max_norm: float | None = flag(None, "largest length of the weights of one output; none sets no bound")
-    clip: float | None = flag(None, "largest length of all gradients as one vector; none clips nothing")
+    clip_norm: float | None = flag(None, "largest length of all gradients as one vector; none clips nothing")
     ema: float | None = flag(
         None, "decay of a moving average of the weights, which is scored and saved; none takes none"
     )
@@ -78,12 +77,12 @@ class Config:
     )
     mixup: float | None = flag(None, "alpha of mixup; with --cutmix each batch gets one of the two")
     cutmix: float | None = flag(None, "alpha of CutMix")
-    erasing: float = flag(0.0, "share of the images that get a rectangle of noise")
+    random_erasing: float = flag(0.0, "share of the images that get a rectangle of noise")
     dropout: float | None = flag(None, "dropout rate of a network that has dropout; none keeps the network's own")
     augment: bool = flag(True, "flip, shift and blank the training images as the recipe says")
     flip: bool = flag(False, "mirror half of the images, the other half in the next epoch")
-    shift: int = flag(0, "move each image by up to so many pixels")
-    border: str = flag("zero", "what moves in, black pixels or the mirrored image", choices=("zero", "reflect"))
+    crop_padding: int = flag(0, "move each image by up to so many pixels")
+    padding_mode: str = flag("zero", "what moves in, black pixels or the mirrored image", choices=("zero", "reflect"))
     cutout: int = flag(0, "blank a square of so many pixels a side in each image")
     seed: int = flag(0, "seed of the initial weights, the order and the augmentation, equal on every backend")
     data: str | None = flag(
@@ -98,35 +97,35 @@ class Config:
     data_memory: float = flag(
         FOLDER_MEMORY / 2**30, "memory that the decoded images of a folder may take", metavar="GIB"
     )
-    out: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
-    limit: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
-    limit_test: int | None = flag(None, "test on so many images; none takes all")
-    views: str = flag(
-        "plain",
+    output_dir: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
+    max_train_samples: int | None = flag(None, "train on so many images, drawn evenly from the classes; none takes all")
+    max_test_samples: int | None = flag(None, "test on so many images; none takes all")
+    tta: str = flag(
+        "none",
         "what the finished model is scored on too, beside each test image alone: the mean logits of it and its mirror "
-        "image (mirror), or of these and both moved by a pixel (shifted); plain is the image alone",
-        choices=tuple(VIEWS),
+        "image (flip), or of these and both moved by a pixel (flip_shift); none is the image alone",
+        choices=tuple(TTA),
     )
-    test_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
-    steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
-    checkpoint_every: int | None = flag(None, "steps from one checkpoint to the next; none keeps one after each epoch")
-    resume: bool = flag(False, "go on with the run in --out, or with the latest one, from its last checkpoint")
+    eval_every: int = flag(1, "epochs from one scoring of the test images to the next; the end is always scored")
+    max_steps: int | None = flag(None, "stop after so many steps, whatever --epochs says")
+    save_every: int | None = flag(None, "steps from one checkpoint to the next; none keeps one after each epoch")
+    resume: bool = flag(False, "go on with the run in --output-dir, or with the latest one, from its last checkpoint")
     dtype: str = flag(
         "float32",
         "float32 or float64 for everything, bfloat16 or float16 for the layers with float32 weights",
-        choices=tuple(floors.POLICIES),
+        choices=tuple(engine.POLICIES),
     )
-    engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=floors.KINDS)
-    images_on: str = flag(
+    engine: str = flag("native", "native, or keras for the step of Keras's own fit", choices=engine.ENGINES)
+    data_on: str = flag(
         "auto",
         "host makes the images of each step in NumPy, device keeps all in its memory and makes them there; auto is the "
         "second where it can be",
-        choices=trainer.IMAGES_ON,
+        choices=trainer.DATA_ON,
     )
-    steps_at_once: int | None = flag(
+    steps_per_execution: int | None = flag(
         None, "steps of images on the device in one program; none is about 50 on an accelerator, 1 on a CPU"
     )
-    accumulate: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
+    gradient_accumulation_steps: int = flag(1, "cut each batch into so many parts, one after the other, to save memory")
     deterministic: bool = flag(False, "the same bits in every run on the same machine, where that costs speed")
     compile_cache: str = flag(
         "auto",
@@ -142,50 +141,53 @@ class Config:
     bias_factor: float = flag(1.0, "learning-rate factor of the batch norms' offsets")
     whiten: bool = flag(False, "set the layer whiten_conv from the training images and freeze it")
     hidden: int | None = flag(None, "units of each hidden layer of a network that has some; none keeps its own")
-    licence: str | None = flag(None, "licence of the weights, for their manifest")
+    license: str | None = flag(None, "license of the weights, for their manifest")
 
     def __post_init__(self):
-        expect = flags.expect
-        expect(self, "epochs", lambda value: value >= 0, "0 or more")
-        expect(self, "batch_size test_every accumulate", lambda value: value >= 1, "at least 1")
-        expect(self, "learning_rate bias_factor data_memory", lambda value: 0 < value < np.inf, "a positive number")
-        expect(self, "max_norm clip mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
-        expect(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
-        expect(
+        check = flags.check
+        check(self, "epochs", lambda value: value >= 0, "0 or more")
+        check(self, "batch_size eval_every gradient_accumulation_steps", lambda value: value >= 1, "at least 1")
+        check(self, "learning_rate bias_factor data_memory", lambda value: 0 < value < np.inf, "a positive number")
+        check(self, "max_norm clip_norm mixup cutmix", lambda value: 0 < value < np.inf, "a positive number")
+        check(self, "weight_decay l1 l2 orthogonal", lambda value: 0 <= value < np.inf, "0 or a positive number")
+        check(
             self,
             "momentum label_smoothing warmup dropout ema",
             lambda value: 0 <= value < 1,
             "at least 0 and below 1",
         )
-        expect(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
-        expect(self, "erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
-        expect(self, "early_stopping lookahead", lambda value: value >= 1, "at least 1")
-        if self.engine == "keras" and self.accumulate != 1:
-            raise flags.UsageError("--accumulate is the native engine's: leave out --engine keras")
-        expect_parts(self.batch_size, self.accumulate)
-        if self.images_on == "device" and (self.mixup or self.cutmix or self.erasing or self.engine == "keras"):
+        check(self, "swa", lambda value: 0 < value < 1, "above 0 and below 1")
+        check(self, "random_erasing", lambda value: 0 <= value <= 1, "from 0 to 1")
+        check(self, "early_stopping lookahead", lambda value: value >= 1, "at least 1")
+        if self.engine == "keras" and self.gradient_accumulation_steps != 1:
+            raise flags.UsageError("--gradient-accumulation-steps is the native engine's: leave out --engine keras")
+        expect_parts(self.batch_size, self.gradient_accumulation_steps)
+        if self.data_on == "device" and (self.mixup or self.cutmix or self.random_erasing or self.engine == "keras"):
             raise flags.UsageError(
-                "--mixup, --cutmix, --erasing and --engine keras want images from the host: leave out "
-                "--images-on device"
+                "--mixup, --cutmix, --random-erasing and --engine keras want images from the host: leave out "
+                "--data-on device"
             )
         if self.ema is not None and self.swa is not None:
             raise flags.UsageError("--ema and --swa are two averages of the weights: give one")
-        expect(self, "shift cutout", lambda value: value >= 0, "0 or more pixels")
-        expect(self, "image_size", lambda value: 1 <= value <= 4096, "from 1 to 4096 pixels")
+        check(self, "crop_padding cutout", lambda value: value >= 0, "0 or more pixels")
+        check(self, "image_size", lambda value: 1 <= value <= 4096, "from 1 to 4096 pixels")
         if self.new_head and self.weights is None:
             raise flags.UsageError("--new-head is of --weights: give a file or the name of one that ships")
-        expect(
-            self, "limit limit_test steps hidden checkpoint_every steps_at_once", lambda value: value >= 1, "at least 1"
+        check(
+            self,
+            "max_train_samples max_test_samples max_steps hidden save_every steps_per_execution",
+            lambda value: value >= 1,
+            "at least 1",
         )
-        expect(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+        check(self, "seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
 
-def expect_parts(batch_size: int, accumulate: int) -> None:
+def expect_parts(batch_size: int, gradient_accumulation_steps: int) -> None:
     """Check that a batch can be cut into equal parts; raises `flags.UsageError`."""
-    if batch_size % accumulate:
+    if batch_size % gradient_accumulation_steps:
         raise flags.UsageError(
-            f"a batch of {batch_size} images cannot be cut into {accumulate} equal parts: choose a --batch-size "
-            "that is a multiple of --accumulate"
+            f"a batch of {batch_size} images cannot be cut into {gradient_accumulation_steps} equal parts: "
+            "choose a --batch-size that is a multiple of --gradient-accumulation-steps"
         )
 
 
@@ -215,14 +217,14 @@ def arguments_of(config: Config) -> list[str]:
     Paths of this machine are not in it: `--data ...` stands for the data of one's own, `--weights ...` for a file that
     does not ship.
     """
-    skip = ("model", "out", "resume", "compile_cache")
+    skip = ("model", "output_dir", "resume", "compile_cache")
     return ["--model", config.model, *flags.arguments(config, skip, private(config))]
 
 
 def private(config: Config) -> list[str]:
     """The fields that hold a path of this machine, which no page and no manifest shows."""
     ships = config.weights is None or config.weights.removesuffix(".npz") in shipped()
-    return ["data", "out", "compile_cache"] + ["weights"] * (not ships)
+    return ["data", "output_dir", "compile_cache"] + ["weights"] * (not ships)
 
 
 def public(config: Config) -> dict[str, object]:

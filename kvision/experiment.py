@@ -28,18 +28,18 @@ from kvision.engine.threads import choose as choose_threads
 from kvision.files import FolderInUseError, sha256, write_json, write_text
 from kvision.layers import regularizers, skip_init, whitening_kernel
 from kvision.report import environment
-from kvision.report.run_report import Mistake, write_report
+from kvision.report.run_report import MisclassifiedExample, write_report
 from kvision.run_data import (
     WHITENED_PIXELS,
-    batches_of,
+    build_batches,
+    build_preprocessing,
+    data_on,
     fit_batch,
-    hold_out,
-    images_on,
-    preprocessing_of,
     read_data,
     sample,
+    train_validation_split,
 )
-from kvision.run_folder import identity, run_folder, store_config, stored_config, sweep
+from kvision.run_folder import clean_run_folder, identity, run_folder, store_config, stored_config
 from kvision.tasks import classification
 from kvision.training import evaluation, optimizers, trainer
 from kvision.training.checkpoints import Checkpoints
@@ -61,7 +61,7 @@ def classify(config: Config, names: Sequence[str], log=print) -> dict:
 
     Returns:
         The content of metrics.json, and under "folder" where the run lies. test_accuracy is of each image alone;
-        where the views are not plain, views_accuracy, views_correct and views_loss are of their mean logits.
+        where the views are not plain, tta_accuracy, tta_correct and tta_loss are of their mean logits.
 
     Raises:
         flags.UsageError, DataError, WeightsError, FolderInUseError, training.DivergedError: one clear line each. Before
@@ -80,7 +80,7 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
     Args:
         skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
     """
-    preprocessing, own, manifest, at_most = preprocessing_of(dataset), model_arguments(config), {}, math.inf
+    preprocessing, own, manifest, at_most = build_preprocessing(dataset), model_arguments(config), {}, math.inf
     if config.weights is not None:
         weights = find(config.weights)
         held = inspect(weights)
@@ -144,7 +144,7 @@ def train(
         note: a remark on the data for the report.
         skip: patterns of the arrays of `config.weights` to leave, see `kvision.weights.load`.
         prepare: called with the model before training, to freeze layers.
-        factors: learning-rate factors by variable pattern, see `kvision.training.optimizers.LearningRateFactors`.
+        factors: learning-rate factors by variable pattern, see `kvision.training.optimizers.LearningRateMultipliers`.
 
     Returns, raises: as `classify`.
     """
@@ -159,18 +159,18 @@ def train(
     )
     floors.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
     full = dataset
-    dataset = full.subset(train=config.limit, test=config.limit_test, seed=config.seed)
+    dataset = full.subset(train=config.max_train_samples, test=config.max_test_samples, seed=config.seed)
     model, preprocessing, own = build(config, full, skip)
     prepare(model)
     regularize_weights(config, model)
     validation = None
     if config.early_stopping:
-        dataset, validation = hold_out(dataset, HELD_OUT, config.seed)
+        dataset, validation = train_validation_split(dataset, HELD_OUT, config.seed)
     config = fit_batch(config, model, len(dataset.x_train), log)
     threads, load = choose_threads(zoo.multiply_adds(model) * config.batch_size), environment.load_average()
-    batches = batches_of(config, dataset, preprocessing)
-    expect_parts(batches.batch_size, config.accumulate)  # of few images a batch is all
-    optimizer = optimizer_of(config, batches.steps, factors or {})
+    batches = build_batches(config, dataset, preprocessing)
+    expect_parts(batches.batch_size, config.gradient_accumulation_steps)  # of few images a batch is all
+    optimizer = build_optimizer(config, batches.steps, factors or {})
     command = f"KERAS_BACKEND={backend} python -m apps.{config.app} {shlex.join(arguments_of(config))}"
     log(
         f"{config.model} on {dataset.name} ({dataset.source}): {len(dataset.x_train):,} training and "
@@ -182,7 +182,7 @@ def train(
     initial_logits = evaluation.predict(floors.create(model), compared, preprocessing).tolist()
     checkpoints = Checkpoints(folder / "checkpoints", configuration=identity(config, dataset))
     if config.resume:
-        sweep(folder)
+        clean_run_folder(folder)
         if not checkpoints.files():
             log(f"{checkpoints.folder} has no checkpoint: the run starts from its beginning")
     store_config(config, folder)
@@ -204,16 +204,16 @@ def train(
         batches,
         epochs=config.epochs,
         test=(dataset.x_test, dataset.y_test),
-        test_every=config.test_every,
-        steps=config.steps,
+        eval_every=config.eval_every,
+        steps=config.max_steps,
         validation=validation,
         early_stopping=trainer.EarlyStopping(config.early_stopping) if config.early_stopping else None,
-        accumulate=config.accumulate,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         engine=config.engine,
-        images_on=images_on(config, dataset),
-        steps_at_once=config.steps_at_once,
+        data_on=data_on(config, dataset),
+        steps_per_execution=config.steps_per_execution,
         checkpoint=checkpoints,
-        checkpoint_every=config.checkpoint_every,
+        save_every=config.save_every,
         on_epoch=on_epoch,
     )
     on_epoch(history, sync=True)
@@ -221,9 +221,9 @@ def train(
     engine = floors.create(model)
     logits = evaluation.predict(engine, dataset.x_test, preprocessing)
     scored, viewed = classification.score(logits, dataset.y_test), {}
-    if config.views != "plain":
-        mean = evaluation.predict(engine, dataset.x_test, preprocessing, views=config.views)
-        viewed = {f"views_{name}": value for name, value in classification.score(mean, dataset.y_test).items()}
+    if config.tta != "none":
+        mean = evaluation.predict(engine, dataset.x_test, preprocessing, tta=config.tta)
+        viewed = {f"tta_{name}": value for name, value in classification.score(mean, dataset.y_test).items()}
     save(
         model,
         folder / "weights.npz",
@@ -232,7 +232,7 @@ def train(
         preprocessing=preprocessing.to_json(),
         dataset=dataset.name,
         accuracy={backend: scored["accuracy"]},
-        licence=config.licence,
+        license=config.license,
         provenance={"command": command, "seed": config.seed, "training_images": len(dataset.x_train)},
     )
     result = {
@@ -246,7 +246,7 @@ def train(
         "test_correct": scored["correct"],
         "test_images": len(dataset.y_test),
         "test_loss": scored["loss"],
-        "views": config.views,
+        "tta": config.tta,
         **viewed,
         "final_loss": history.epochs[-1]["loss"] if history.epochs else None,
         "train_seconds": sum(row["seconds"] for row in history.epochs),
@@ -265,8 +265,8 @@ def train(
         "command": command,
     }
     write_json(folder / "metrics.json", result)
-    taken = min(len(history.epochs) * batches.steps, config.steps or len(history.epochs) * batches.steps)
-    rates = learning_rates(schedule_of(config, total_steps(config, batches.steps)), taken, batches.steps)
+    taken = min(len(history.epochs) * batches.steps, config.max_steps or len(history.epochs) * batches.steps)
+    rates = learning_rates(build_schedule(config, total_steps(config, batches.steps)), taken, batches.steps)
     write_report(
         folder,
         config=public(config),
@@ -275,12 +275,14 @@ def train(
         confusion=classification.confusions(logits, dataset.y_test),
         classes=dataset.classes,
         mistakes=[
-            Mistake(dataset.x_test[i], dataset.classes[dataset.y_test[i]], dataset.classes[predicted], confidence)
-            for i, predicted, confidence in classification.worst_mistakes(logits, dataset.y_test)
+            MisclassifiedExample(
+                dataset.x_test[i], dataset.classes[dataset.y_test[i]], dataset.classes[predicted], confidence
+            )
+            for i, predicted, confidence in classification.top_losses(logits, dataset.y_test)
         ],
         learning_rates=rates if taken else None,
     )
-    more = f", {viewed['views_accuracy']:.2%} on the views {config.views}" if viewed else ""
+    more = f", {viewed['tta_accuracy']:.2%} with test-time augmentation {config.tta}" if viewed else ""
     log(
         f"{config.model} on {dataset.name}: test accuracy {scored['accuracy']:.2%} ({scored['correct']:,} of "
         f"{len(dataset.y_test):,}){more} after {result['train_seconds']:.0f} s of training; {folder / 'report.html'}"
@@ -290,10 +292,10 @@ def train(
 
 def total_steps(config: Config, steps_an_epoch: int) -> int:
     """Steps that the schedule is laid over, at least 1."""
-    return max(1, min(config.epochs * steps_an_epoch, config.steps or config.epochs * steps_an_epoch))
+    return max(1, min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch))
 
 
-def schedule_of(config: Config, total: int):
+def build_schedule(config: Config, total: int):
     """The learning rate of each of `total` steps."""
     return optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup)
 
@@ -305,29 +307,29 @@ def learning_rates(schedule, steps: int, steps_an_epoch: int, most: int = 400) -
     return [int(step) / steps_an_epoch for step in shown], rates
 
 
-def optimizer_of(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
+def build_optimizer(config: Config, steps_an_epoch: int, factors: Mapping[str, float]) -> keras.optimizers.Optimizer:
     """The optimizer that a configuration describes, its schedule laid over the whole run."""
     total = total_steps(config, steps_an_epoch)
     optimizer = optimizers.make_optimizer(
         config.optimizer,
-        schedule_of(config, total),
+        build_schedule(config, total),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        clip_global_norm=config.clip,
+        clip_global_norm=config.clip_norm,
     )
     factors = dict(factors)
     if config.bias_factor != 1:
         factors[r".*bn/beta"] = config.bias_factor
     if factors:
-        optimizer = optimizers.LearningRateFactors(optimizer, factors)
+        optimizer = optimizers.LearningRateMultipliers(optimizer, factors)
     if config.lookahead is not None:
         optimizer = optimizers.Lookahead(optimizer, total, config.lookahead)
     # An average is of the weights that are trained, the drawing back included.
     if config.ema is not None:
-        optimizer = optimizers.ExponentialAverage(optimizer, config.ema)
+        optimizer = optimizers.EMA(optimizer, config.ema)
     if config.swa is not None:
         first = max(1, config.epochs - round(config.swa * config.epochs))
-        optimizer = optimizers.StochasticAverage(optimizer, first * steps_an_epoch, steps_an_epoch)
+        optimizer = optimizers.SWA(optimizer, first * steps_an_epoch, steps_an_epoch)
     return keras.optimizers.LossScaleOptimizer(optimizer) if config.dtype == "float16" else optimizer
 
 
@@ -395,4 +397,4 @@ def command(
             config = replace(recipe, **{**given, "model": name, "fit_batch": "batch_size" not in given})
         main(config)
 
-    return flags.guard(prog, run, (*ERRORS, zoo.UnknownModelError), trainer.Interrupted)
+    return flags.run_cli(prog, run, (*ERRORS, zoo.UnknownModelError), trainer.Interrupted)

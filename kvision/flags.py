@@ -123,7 +123,7 @@ def arguments(config, skip: Sequence[str] = (), hidden: Sequence[str] = ()) -> l
     return words
 
 
-def expect(config, names: str, holds: Callable[[object], bool], expected: str) -> None:
+def check(config, names: str, holds: Callable[[object], bool], expected: str) -> None:
     """Check the fields of a configuration that are not None.
 
     Raises:
@@ -154,7 +154,7 @@ def _tell(line: str) -> None:
             os.dup2(nowhere, stream)
 
 
-def guard(
+def run_cli(
     prog: str,
     run: Callable[[], int | None],
     errors: tuple[type[Exception], ...],

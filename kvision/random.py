@@ -5,7 +5,7 @@ draws once more. Here a number depends on the run's seed and on its purpose alon
 the order of epoch 7. So every backend starts from the same weights and sees the same images, and a run that was stopped
 draws the same numbers when it goes on.
 
-`stream` draws in NumPy. `bits`, `uniform`, `bernoulli` and `normal` draw on the device, eagerly or inside a compiled
+`rng` draws in NumPy. `bits`, `uniform`, `bernoulli` and `normal` draw on the device, eagerly or inside a compiled
 step: a counter-based generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), which holds no state but
 hashes where a number stands. Keras is imported when one of these is called, as data and command lines do without it.
 
@@ -27,8 +27,8 @@ def _digest(*purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
-def stream(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A NumPy generator for one purpose: `stream(seed, "order", epoch)`.
+def rng(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A NumPy generator for one purpose: `rng(seed, "order", epoch)`.
 
     Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) takes its key from the SHA-256 of seed and
     purpose, so streams of different purposes are independent.

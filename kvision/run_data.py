@@ -6,13 +6,13 @@ from dataclasses import replace
 import keras
 import numpy as np
 
-from kvision import engine as floors
+from kvision import engine as engine
 from kvision import flags, memory, zoo
 from kvision.config import Config
 from kvision.convert import find
 from kvision.data import Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
+from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.random import stream
 from kvision.weights import inspect
@@ -46,7 +46,7 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
             names[0],
             config.data,
             size=image_size(config),
-            limit=(config.limit, config.limit_test),
+            limit=(config.max_train_samples, config.max_test_samples),
             memory=int(config.data_memory * 2**30),
             log=log,
         )
@@ -71,7 +71,7 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
     raise DataUnavailable(missing[0])
 
 
-def preprocessing_of(dataset: Dataset) -> Preprocessing:
+def build_preprocessing(dataset: Dataset) -> Preprocessing:
     """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
     images = dataset.x_train
     part = max(1, (1 << 22) // images[0].size)  # NumPy counts in int64, which is eight times as large
@@ -95,22 +95,26 @@ def preprocessing_of(dataset: Dataset) -> Preprocessing:
     )
 
 
-def batches_of(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | Mixed:
+def build_batches(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | MixedBatches:
     """The training images as the configuration shows them."""
-    augmentation = Augmentation(config.flip, config.shift, config.border, config.cutout) if config.augment else None
+    augmentation = (
+        Augmentation(config.flip, config.crop_padding, config.padding_mode, config.cutout) if config.augment else None
+    )
     batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
     mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
-    erasing = RandomErasing(config.erasing) if config.erasing else None
+    erasing = RandomErasing(config.random_erasing) if config.random_erasing else None
     if not mixers and not erasing:
         return batches
-    return Mixed(batches, len(dataset.classes), mixers, erasing)
+    return MixedBatches(batches, len(dataset.classes), mixers, erasing)
 
 
 def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:
     """The configuration with a batch that the memory holds, and the learning rate in proportion to it (Goyal et al.
     2017, https://arxiv.org/abs/1706.02677)."""
     wanted = min(config.batch_size, images)
-    size = memory.batch_within(model, wanted) if config.fit_batch and config.accumulate == 1 else wanted
+    size = (
+        memory.batch_within(model, wanted) if config.fit_batch and config.gradient_accumulation_steps == 1 else wanted
+    )
     if size == wanted:
         return config
     rate = config.learning_rate * size / wanted
@@ -131,14 +135,14 @@ def sample(dataset: Dataset, pixels: int) -> np.ndarray:
     return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
 
 
-def images_on(config: Config, dataset: Dataset) -> str:
+def data_on(config: Config, dataset: Dataset) -> str:
     """Where the images of a step are made: large ones on the host, where the host computes too, and a copy of all of
     them for the device would take memory for nothing."""
     large = dataset.input_shape[0] * dataset.input_shape[1] > memory.SMALL_IMAGE
-    return "host" if config.images_on == "auto" and large and not floors.accelerated() else config.images_on
+    return "host" if config.data_on == "auto" and large and not engine.accelerated() else config.data_on
 
 
-def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+def train_validation_split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
     """The data set without a share of its training images, drawn from each class, and those images and labels.
 
     Raises:

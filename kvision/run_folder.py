@@ -22,8 +22,8 @@ FILES = ("config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.
 # Flags that a run may change where it is resumed: they name a place, or say how fast, how far and how often, and the
 # numbers of the steps that were taken are the same under each value, but for rounding.
 FREE = {
-    *("out", "resume", "data", "epochs", "steps", "checkpoint_every", "test_every", "views", "licence"),
-    *("engine", "images_on", "steps_at_once", "deterministic", "compile_cache", "data_memory"),
+    *("output_dir", "resume", "data", "epochs", "max_steps", "save_every", "eval_every", "tta", "license"),
+    *("engine", "data_on", "steps_per_execution", "deterministic", "compile_cache", "data_memory"),
 }
 
 
@@ -31,29 +31,29 @@ FREE = {
 def run_folder(config) -> Iterator[Path]:
     """The folder of a run, which is this process's alone until the context ends.
 
-    It is `--out`, new or empty unless the run is resumed, or one made below runs/ under the next free name. What
+    It is `--output-dir`, new or empty unless the run is resumed, or one made below runs/ under the next free name. What
     was made here and is empty at the end is removed.
 
     Raises:
-        flags.UsageError: `--out` is a file, or a folder that holds something and the run is not resumed.
+        flags.UsageError: `--output-dir` is a file, or a folder that holds something and the run is not resumed.
         kvision.files.FolderInUseError: another process runs in it.
         OSError: it cannot be made.
     """
-    folder = Path("runs" if config.out is None else config.out)
+    folder = Path("runs" if config.output_dir is None else config.output_dir)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    if config.out is None:
+    if config.output_dir is None:
         stem = f"{config.app}-{config.model}-{keras.backend.backend()}"
         folder = new_folder(folder / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))))
         made.insert(0, folder)
     elif folder.exists() and not folder.is_dir():
-        raise flags.UsageError(f"--out {folder} is a file; expected a new or an empty folder")
+        raise flags.UsageError(f"--output-dir {folder} is a file; expected a new or an empty folder")
     elif not config.resume:
         make_folder(folder)
     try:
         with locked(folder):
             if not config.resume and any(path.name != LOCK for path in folder.iterdir()):
                 raise flags.UsageError(
-                    f"--out {folder} is not empty: give --resume to go on with the run in it, or another folder"
+                    f"--output-dir {folder} is not empty: give --resume to go on with the run in it, or another folder"
                 )
             yield folder
     finally:
@@ -62,7 +62,7 @@ def run_folder(config) -> Iterator[Path]:
                 place.rmdir()
 
 
-def sweep(folder: Path) -> None:
+def clean_run_folder(folder: Path) -> None:
     """Remove the temporary files of a process that was killed while it wrote into a run folder."""
     for name in FILES:
         remove_temp_files(folder, name)
@@ -70,7 +70,7 @@ def sweep(folder: Path) -> None:
 
 def store_config(config, folder: Path) -> None:
     """Write config.json, from which `--resume` takes the configuration."""
-    write_json(folder / "config.json", dataclasses.asdict(replace(config, out=None, resume=False)))
+    write_json(folder / "config.json", dataclasses.asdict(replace(config, output_dir=None, resume=False)))
 
 
 def stored_config(default, given: Mapping[str, object]):
@@ -84,13 +84,15 @@ def stored_config(default, given: Mapping[str, object]):
     else:
         started = sorted(Path("runs").glob(f"{default.app}-*/config.json"), key=lambda path: path.stat().st_mtime)
         if not started:
-            raise flags.UsageError(f"--resume found no run of {default.app} below runs/; name its folder with --out")
+            raise flags.UsageError(
+                f"--resume found no run of {default.app} below runs/; name its folder with --output-dir"
+            )
         folder = started[-1].parent
     try:
         stored = json.loads((folder / "config.json").read_text())
         if stored["app"] != default.app:
             raise flags.UsageError(f"{folder} holds a run of {stored['app']}, not of {default.app}")
-        config = type(default)(**{**stored, "out": str(folder), "resume": True})
+        config = type(default)(**{**stored, "output_dir": str(folder), "resume": True})
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, flags.UsageError):
             raise

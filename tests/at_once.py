@@ -24,7 +24,18 @@ from kvision.weights.npz import MANIFEST
 from tests.drawn import write_shapes
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--model", "mlp", "--limit", "400", "--limit-test", "100", "--batch-size", "40", "--epochs", "2"]
+FLAGS = [
+    "--model",
+    "mlp",
+    "--max-train-samples",
+    "400",
+    "--max-test-samples",
+    "100",
+    "--batch-size",
+    "40",
+    "--epochs",
+    "2",
+]
 
 
 def words(data: Path, seed: int) -> list[str]:
@@ -38,7 +49,7 @@ def alone(data: Path, folder: Path, runs: int) -> None:
     from kvision.experiment import command
 
     for seed in range(runs):
-        code = command(cifar10.main, cifar10.RECIPES, "", [*words(data, seed), "--out", str(folder / str(seed))])
+        code = command(cifar10.main, cifar10.RECIPES, "", [*words(data, seed), "--output-dir", str(folder / str(seed))])
         if code:
             sys.exit(code)
 

@@ -18,7 +18,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, global_pool, logits
 from kvision.layers.noise import Dropout
 from kvision.tasks.classification import cross_entropy
-from kvision.training.optimizers import ExponentialAverage, make_optimizer, schedule
+from kvision.training.optimizers import EMA, make_optimizer, schedule
 from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
 
@@ -33,9 +33,9 @@ def train(checkpoints: Path) -> dict[str, np.ndarray]:
     labels = np.arange(32, dtype=np.int32) % 3
     images[:, :4] //= (1 + labels[:, None, None, None]).astype(np.uint8)
     batches = Batches(images, labels, 8, 0, Preprocessing(mean=(0.5,), std=(0.25,)), Augmentation(True, 1))
-    optimizer = ExponentialAverage(make_optimizer("adam", schedule("cosine", 1e-3, 8), weight_decay=0.01), 0.9)
+    optimizer = EMA(make_optimizer("adam", schedule("cosine", 1e-3, 8), weight_decay=0.01), 0.9)
     told = [keras.callbacks.EarlyStopping("loss", patience=5)]
-    options = {"checkpoint": checkpoints, "checkpoint_every": 1, "keep": 99, "callbacks": told}
+    options = {"checkpoint": checkpoints, "save_every": 1, "keep": 99, "callbacks": told}
     history = fit(model, optimizer, cross_entropy(), batches, epochs=2, **options)
     variables = [*model.trainable_variables, *model.non_trainable_variables, *optimizer.variables]
     arrays = {str(i): keras.ops.convert_to_numpy(variable.value) for i, variable in enumerate(variables)}

@@ -59,7 +59,7 @@ def child(folder: Path, epochs: int) -> None:
     model = keras.Model(inputs, outputs, name="killed")
     initialize(model, 0)
     rate = optimizers.schedule("cosine", 0.05, epochs * STEPS, 0.1)
-    optimizer = optimizers.ExponentialAverage(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
+    optimizer = optimizers.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
     draw = batches.draws
@@ -82,7 +82,7 @@ def child(folder: Path, epochs: int) -> None:
         early_stopping=trainer.EarlyStopping(epochs),
         callbacks=[keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True)],
         checkpoint=folder / "checkpoints",
-        checkpoint_every=EVERY,
+        save_every=EVERY,
     )
     times = {"seconds", "images_per_second"}
     rows = [{key: value for key, value in row.items() if key not in times} for row in history.epochs]

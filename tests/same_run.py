@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kvision.compare import compare, passed
-from kvision.engine import FLOORS
+from kvision.engine import BACKENDS
 from kvision.report.compare_report import comparison_table
 from tests.drawn import real_data, write_shapes
 
@@ -25,24 +25,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = real_data() or write_shapes(folder / "shapes.npz")
-        flags = ["--data", data, "--model", "resnet20", "--limit-test", "2000"]
+        flags = ["--data", data, "--model", "resnet20", "--max-test-samples", "2000"]
         trained = compare(
-            "cifar10", [*flags, "--steps", "20", "--learning-rate", "0.001", "--schedule", "constant"], folder / "train"
+            "cifar10",
+            [*flags, "--max-steps", "20", "--learning-rate", "0.001", "--schedule", "constant"],
+            folder / "train",
         )
         print(comparison_table(trained))
         if not passed(trained):
             return 1
 
-        weights = folder / "train" / FLOORS[0] / "weights.npz"
+        weights = folder / "train" / BACKENDS[0] / "weights.npz"
         scored = compare("cifar10", [*flags, "--weights", str(weights), "--epochs", "0"], folder / "score")
         logits = {row["backend"]: np.asarray(row["initial_logits"]) for row in scored["rows"]}
         correct = {row["backend"]: row["test_correct"] for row in scored["rows"]}
         correct["at the end of training"] = trained["rows"][0]["test_correct"]
-        apart = max(float(np.abs(values - logits[FLOORS[0]]).max()) for values in logits.values())
-        print(f"the weights of {FLOORS[0]}: correct answers {json.dumps(correct)}, logits apart by at most {apart:.2g}")
+        apart = max(float(np.abs(values - logits[BACKENDS[0]]).max()) for values in logits.values())
+        print(
+            f"the weights of {BACKENDS[0]}: correct answers {json.dumps(correct)}, logits apart by at most {apart:.2g}"
+        )
         if len(set(correct.values())) > 1 or apart > 1e-4:
             return 1
-        for backend in FLOORS:
+        for backend in BACKENDS:
             environment = {**os.environ, "KERAS_BACKEND": backend}
             words = [sys.executable, "-m", "kvision", "weights", "verify", str(weights)]
             if subprocess.run(words, env=environment).returncode:

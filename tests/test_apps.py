@@ -18,10 +18,10 @@ from kvision import engine, flags
 from kvision.config import Config
 from kvision.convert import verify
 from kvision.data import load
-from kvision.experiment import command, optimizer_of
+from kvision.experiment import build_optimizer, command
 from kvision.flags import UsageError
-from kvision.run_data import batches_of, hold_out, preprocessing_of
-from kvision.training.optimizers import ExponentialAverage, LearningRateFactors, Lookahead, StochasticAverage
+from kvision.run_data import build_batches, build_preprocessing, train_validation_split
+from kvision.training.optimizers import EMA, SWA, LearningRateMultipliers, Lookahead
 from kvision.weights import inspect
 from tests.drawn import real_data, write_shapes
 
@@ -32,27 +32,32 @@ FLAGS = [
     "learning-rate",
     "seed",
     "data",
-    "out",
-    "limit",
-    "steps",
+    "output-dir",
+    "max-train-samples",
+    "max-steps",
     "resume",
     "l1",
     "l2",
-]
-FLAGS += ["dropout", "augment", "dtype", "engine", "accumulate", "deterministic", "compile-cache"]
-FLAGS += ["images-on", "steps-at-once"]
-FLAGS += [
+    "dropout",
+    "augment",
+    "dtype",
+    "engine",
+    "gradient-accumulation-steps",
+    "deterministic",
+    "compile-cache",
+    "data-on",
+    "steps-per-execution",
     "orthogonal",
     "max-norm",
-    "clip",
+    "clip-norm",
     "ema",
     "swa",
     "lookahead",
-    "views",
+    "tta",
     "early-stopping",
     "mixup",
     "cutmix",
-    "erasing",
+    "random-erasing",
 ]
 FILES = {"config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "checkpoints", "report.html"}
 
@@ -73,11 +78,11 @@ def trained(images, tmp_path_factory) -> dict:
     config = replace(
         cifar10.RECIPES["airbench_small"],
         data=images,
-        limit=2000,
-        limit_test=1000,
+        max_train_samples=2000,
+        max_test_samples=1000,
         epochs=4,
         batch_size=100,
-        out=str(tmp_path_factory.mktemp("run") / "cifar10"),
+        output_dir=str(tmp_path_factory.mktemp("run") / "cifar10"),
     )
     return cifar10.main(config)
 
@@ -105,7 +110,12 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
     weights = str(Path(trained["folder"]) / "weights.npz")
     assert verify(weights).ok
     config = Config(
-        model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000, out=str(tmp_path / "again")
+        model="airbench_small",
+        weights=weights,
+        epochs=0,
+        data=images,
+        max_test_samples=1000,
+        output_dir=str(tmp_path / "again"),
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
 
@@ -113,24 +123,24 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
 def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
     """Which is what the curve, the manifest and the confusions state."""
     weights = str(Path(trained["folder"]) / "weights.npz")
-    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, limit_test=1000)
-    result = cifar10.main(replace(base, views="shifted", out=str(tmp_path / "views")))
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=1000)
+    result = cifar10.main(replace(base, tta="flip_shift", output_dir=str(tmp_path / "views")))
     assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
-    assert trained["views"] == "plain" and "views_accuracy" not in trained
-    assert result["views"] == "shifted" and result["views_accuracy"] == result["views_correct"] / 1000
-    assert result["views_loss"] != result["test_loss"]
+    assert trained["tta"] == "none" and "tta_accuracy" not in trained
+    assert result["tta"] == "flip_shift" and result["tta_accuracy"] == result["tta_correct"] / 1000
+    assert result["tta_loss"] != result["test_loss"]
     manifest = inspect(str(tmp_path / "views/weights.npz"))["manifest"]
     assert list(manifest["accuracy"].values()) == [result["test_accuracy"]]
-    percent = f"{100 * result['views_accuracy']:.2f}"
-    assert f"{percent}% on the views shifted" in capsys.readouterr().out
+    percent = f"{100 * result['tta_accuracy']:.2f}"
+    assert f"{percent}% with test-time augmentation flip_shift" in capsys.readouterr().out
     report = (tmp_path / "views/report.html").read_text()
-    assert "Test accuracy on views" in report and f"{percent} %" in report
+    assert "Test accuracy with augmentation" in report and f"{percent} %" in report
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "float16", "accumulate": 2, "lookahead": 2, "ema": 0.5, "bias_factor": 64.0},
+        {"dtype": "float16", "gradient_accumulation_steps": 2, "lookahead": 2, "ema": 0.5, "bias_factor": 64.0},
         {"dtype": "float64", "deterministic": True},
         {"engine": "keras", "bias_factor": 64.0},
     ],
@@ -149,8 +159,8 @@ def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
     base = replace(
         cifar10.RECIPES["airbench_small"],
         data=images,
-        limit=20,
-        limit_test=10,
+        max_train_samples=20,
+        max_test_samples=10,
         epochs=1,
         batch_size=10,
         bias_factor=changes.get("bias_factor", 1.0),
@@ -158,7 +168,7 @@ def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
     losses = []
     try:
         for name, config in (("plain", base), ("changed", replace(base, **changes))):
-            cifar10.main(replace(config, out=str(tmp_path / name)))
+            cifar10.main(replace(config, output_dir=str(tmp_path / name)))
             losses.append(json.loads((tmp_path / name / "trace.json").read_text())["step_losses"])
     finally:
         engine.configure("float32")
@@ -172,12 +182,12 @@ def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 50, "accumulate": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
-        ({"engine": "keras", "accumulate": 2}, "--accumulate is the native engine's"),
-        ({"engine": "keras", "images_on": "device"}, "--engine keras want images from the host"),
-        ({"mixup": 0.2, "images_on": "device"}, "want images from the host: leave out --images-on device"),
-        ({"steps_at_once": 0}, "--steps-at-once"),
-        ({"accumulate": 0}, "--accumulate must be at least 1"),
+        ({"batch_size": 50, "gradient_accumulation_steps": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
+        ({"engine": "keras", "gradient_accumulation_steps": 2}, "--gradient-accumulation-steps is the native engine's"),
+        ({"engine": "keras", "data_on": "device"}, "--engine keras want images from the host"),
+        ({"mixup": 0.2, "data_on": "device"}, "want images from the host: leave out --data-on device"),
+        ({"steps_per_execution": 0}, "--steps-per-execution"),
+        ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps must be at least 1"),
     ],
 )
 def test_accumulation_that_cannot_work_is_named(changes, message):
@@ -194,7 +204,13 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
     (remote,) = download.REMOTES["mnist"]
     nowhere = replace(remote, url="http://127.0.0.1:9/mnist.npz")  # the discard port: refused at once
     monkeypatch.setitem(download.REMOTES, "mnist", (nowhere,))
-    config = replace(mnist.RECIPES["softmax"], limit=500, limit_test=200, epochs=8, out=str(tmp_path / "run"))
+    config = replace(
+        mnist.RECIPES["softmax"],
+        max_train_samples=500,
+        max_test_samples=200,
+        epochs=8,
+        output_dir=str(tmp_path / "run"),
+    )
     result = mnist.main(config)
     assert result["dataset"] in ("digits", "drawn_digits")
     assert result["test_accuracy"] > 0.5
@@ -208,15 +224,15 @@ def test_transfer_runs_through(images, tmp_path, capsys):
         transfer.RECIPE,
         model="vgg11_bn",
         data=images,
-        limit=250,
-        limit_test=100,
+        max_train_samples=250,
+        max_test_samples=100,
         per_class=10,
         source_epochs=1,
         epochs=1,
         unfreeze="stage5",
         unfreeze_epochs=1,
         hidden=32,
-        out=str(tmp_path / "transfer"),
+        output_dir=str(tmp_path / "transfer"),
     )
     result = transfer.main(config)
     assert np.isclose(result["margin"], result["test_accuracy"] - result["scratch_accuracy"])
@@ -236,8 +252,8 @@ def test_a_run_with_every_regularizer(images, tmp_path):
     config = Config(
         model="airbench_small",
         data=images,
-        limit=300,
-        limit_test=100,
+        max_train_samples=300,
+        max_test_samples=100,
         epochs=2,
         batch_size=50,
         learning_rate=0.05,
@@ -245,14 +261,14 @@ def test_a_run_with_every_regularizer(images, tmp_path):
         l2=1e-4,
         orthogonal=1e-4,
         max_norm=0.5,
-        clip=1.0,
+        clip_norm=1.0,
         ema=0.9,
         early_stopping=1,
         mixup=1.0,
         cutmix=1.0,
-        erasing=0.5,
+        random_erasing=0.5,
         label_smoothing=0.1,
-        out=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
     )
     result = cifar10.main(config)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -270,41 +286,43 @@ def test_a_run_with_every_regularizer(images, tmp_path):
 
 
 def test_flags_make_the_optimizer():
-    optimizer = optimizer_of(Config(ema=0.9, bias_factor=2.0, clip=0.5, epochs=8), 10, {})
-    assert type(optimizer) is ExponentialAverage and optimizer.decay == 0.9
-    assert type(optimizer.inner) is LearningRateFactors and optimizer.inner.inner.global_clipnorm == 0.5
+    optimizer = build_optimizer(Config(ema=0.9, bias_factor=2.0, clip_norm=0.5, epochs=8), 10, {})
+    assert type(optimizer) is EMA and optimizer.decay == 0.9
+    assert type(optimizer.inner) is LearningRateMultipliers and optimizer.inner.inner.global_clipnorm == 0.5
     for share, start in ((0.25, 60), (0.99, 10), (0.01, 80)):
-        optimizer = optimizer_of(Config(swa=share, epochs=8), 10, {})
-        assert type(optimizer) is StochasticAverage and (optimizer.start, optimizer.every) == (start, 10)
+        optimizer = build_optimizer(Config(swa=share, epochs=8), 10, {})
+        assert type(optimizer) is SWA and (optimizer.start, optimizer.every) == (start, 10)
     for steps, total in ((None, 80), (25, 25), (100, 80)):
-        optimizer = optimizer_of(Config(lookahead=4, ema=0.9, bias_factor=2.0, epochs=8, steps=steps), 10, {}).inner
+        optimizer = build_optimizer(
+            Config(lookahead=4, ema=0.9, bias_factor=2.0, epochs=8, max_steps=steps), 10, {}
+        ).inner
         assert type(optimizer) is Lookahead and (optimizer.total, optimizer.every) == (total, 4)
-        assert optimizer.decay == 0.95 and type(optimizer.inner) is LearningRateFactors
-    assert optimizer_of(Config(lookahead=4, epochs=0), 10, {}).total == 1
+        assert optimizer.decay == 0.95 and type(optimizer.inner) is LearningRateMultipliers
+    assert build_optimizer(Config(lookahead=4, epochs=0), 10, {}).total == 1
 
 
 def test_images_are_held_out_evenly():
     dataset = load("shapes10", log=lambda line: None).subset(train=205, seed=0)
-    rest, (images, labels) = hold_out(dataset, 0.1, 0)
+    rest, (images, labels) = train_validation_split(dataset, 0.1, 0)
     assert np.bincount(labels, minlength=10).tolist() == [2] * 10 and len(rest.y_train) == 185
     whole = {image.tobytes() for image in dataset.x_train}
     kept, held = ({image.tobytes() for image in part} for part in (rest.x_train, images))
     assert kept | held == whole and not kept & held
-    again = hold_out(dataset, 0.1, 0)[1][0]
-    assert np.array_equal(again, images) and not np.array_equal(hold_out(dataset, 0.1, 1)[1][0], images)
+    again = train_validation_split(dataset, 0.1, 0)[1][0]
+    assert np.array_equal(again, images) and not np.array_equal(train_validation_split(dataset, 0.1, 1)[1][0], images)
     with pytest.raises(flags.UsageError, match="20 training images are too few to hold out 10% of each class"):
-        hold_out(dataset.subset(train=20), 0.1, 0)
+        train_validation_split(dataset.subset(train=20), 0.1, 0)
 
 
 def test_mixed_batches_are_of_the_classes():
     dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
-    plain = batches_of(Config(batch_size=20, cutout=4), dataset, preprocessing_of(dataset))
-    mixed = batches_of(Config(batch_size=20, cutout=4, erasing=0.5), dataset, preprocessing_of(dataset))
+    plain = build_batches(Config(batch_size=20, cutout=4), dataset, build_preprocessing(dataset))
+    mixed = build_batches(Config(batch_size=20, cutout=4, random_erasing=0.5), dataset, build_preprocessing(dataset))
     (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
     assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
 
 
-SMOKE = {"limit": 100, "limit_test": 50, "epochs": 2, "batch_size": 50, "test_every": 1}
+SMOKE = {"max_train_samples": 100, "max_test_samples": 50, "epochs": 2, "batch_size": 50, "eval_every": 1}
 
 
 def test_regularize_writes_a_table_and_curves(images, tmp_path, capsys):
@@ -312,7 +330,7 @@ def test_regularize_writes_a_table_and_curves(images, tmp_path, capsys):
     config = regularize.RegularizeConfig(
         only="mixup,shake_shake,early_stopping",
         data=images,
-        out=str(tmp_path / "r"),
+        output_dir=str(tmp_path / "r"),
         **SMOKE,
     )
     result = regularize.main(config)
@@ -378,18 +396,18 @@ def run_command(*argv: str) -> int:
         (["--swa", "1"], "--swa must be above 0 and below 1"),
         (["--ema", "0.9", "--swa", "0.5"], "--ema and --swa are two averages of the weights: give one"),
         (["--mixup", "0"], "--mixup must be a positive number, got 0"),
-        (["--erasing", "2"], "--erasing must be from 0 to 1"),
+        (["--random-erasing", "2"], "--random-erasing must be from 0 to 1"),
         (["--max-norm", "-1"], "--max-norm must be a positive number"),
         (["--early-stopping", "0"], "--early-stopping must be at least 1"),
         (["--lookahead", "0"], "--lookahead must be at least 1"),
         (["--hidden", "5", "--model", "softmax"], "--hidden does not apply to softmax"),
         (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
-        (["--views", "zoomed"], "--views: invalid choice: 'zoomed'"),
+        (["--tta", "zoomed"], "--tta: invalid choice: 'zoomed'"),
         (["--lerning-rate", "1"], "unrecognized arguments"),
         (["--epoch", "1"], "unrecognized arguments"),
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--weights", "no_such.npz"], "no_such.npz"),
-        (["--resume", "--out", "no_such_run"], "found no run in no_such_run"),
+        (["--resume", "--output-dir", "no_such_run"], "found no run in no_such_run"),
     ],
 )
 def test_bad_flags_end_in_one_line_and_write_nothing(argv, expected, tmp_path, monkeypatch, capsys):
@@ -419,12 +437,12 @@ def test_bad_data_end_in_one_line_and_write_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_a_used_folder_is_not_written_over(trained, capsys):
-    assert run_command("--out", trained["folder"]) == 2
+    assert run_command("--output-dir", trained["folder"]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
 def test_resume_refuses_other_flags(trained, capsys):
-    assert run_command("--resume", "--out", trained["folder"], "--seed", "7") == 2
+    assert run_command("--resume", "--output-dir", trained["folder"], "--seed", "7") == 2
     assert "--seed is 0 in the run to go on with, not 7" in capsys.readouterr().err
 
 
@@ -441,7 +459,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):
     """SIGKILL while an epoch runs; the resumed run ends bit for bit as one that was left alone."""
     words = [sys.executable, "-m", "apps.cifar10", "--data", images, "--model", "cifar_cnn"]
-    words += ["--limit", "300", "--limit-test", "100", "--epochs", "5", "--batch-size", "50"]
+    words += ["--max-train-samples", "300", "--max-test-samples", "100", "--epochs", "5", "--batch-size", "50"]
     root = Path(__file__).parent.parent
 
     def start(*more: str) -> subprocess.Popen:
@@ -449,11 +467,11 @@ def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):
             [*words, *more], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ), text=True
         )
 
-    whole = start("--out", str(tmp_path / "whole"))
+    whole = start("--output-dir", str(tmp_path / "whole"))
     output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output
 
-    killed = start("--out", str(tmp_path / "killed"))
+    killed = start("--output-dir", str(tmp_path / "killed"))
     log = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (log.exists() and len(log.read_text().splitlines()) >= 2) and killed.poll() is None:
@@ -464,7 +482,7 @@ def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):
     assert not (tmp_path / "killed" / "weights.npz").exists(), "the run ended before it was killed: make it longer"
 
     resumed = subprocess.run(
-        [sys.executable, "-m", "apps.cifar10", "--resume", "--out", str(tmp_path / "killed")],
+        [sys.executable, "-m", "apps.cifar10", "--resume", "--output-dir", str(tmp_path / "killed")],
         cwd=root,
         capture_output=True,
         text=True,

@@ -7,12 +7,12 @@ import pytest
 
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
-from kvision.random import stream
+from kvision.random import rng
 
 PREPROCESSING = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def batches_of(pictures, augmentation=None, n=11, batch_size=4, seed=5, height=6, width=7):
+def build_batches(pictures, augmentation=None, n=11, batch_size=4, seed=5, height=6, width=7):
     images, _ = pictures(n, height, width)
     return Batches(images, np.arange(n), batch_size, seed, PREPROCESSING, augmentation), images
 
@@ -34,13 +34,13 @@ def mirrored(index, size):
     return index
 
 
-def reference(image, flipped, move, border, centre, cutout):
+def reference(image, flipped, move, padding_mode, centre, cutout):
     """One image, pixel by pixel: moved, then mirrored, then blanked."""
     height, width = image.shape[:2]
     moved = np.zeros_like(image)
     for i, j in itertools.product(range(height), range(width)):
         row, column = i + move[0], j + move[1]
-        if border == "reflect":
+        if padding_mode == "reflect":
             row, column = mirrored(row, height), mirrored(column, width)
         if 0 <= row < height and 0 <= column < width:
             moved[i, width - 1 - j if flipped else j] = image[row, column]
@@ -53,35 +53,39 @@ def reference(image, flipped, move, border, centre, cutout):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("shift", "border"), [(0, "zero"), (2, "zero"), (2, "reflect"), (7, "reflect")])
 @pytest.mark.parametrize("cutout", [0, 3, 4])
-def test_an_epoch_is_what_the_reference_shows(pictures, flip, shift, border, cutout):
-    batches, images = batches_of(pictures, Augmentation(flip, shift, border, cutout))
-    mirror_first = stream(5, "flip").random(11) < 0.5
+def test_an_epoch_is_what_the_reference_shows(pictures, flip, crop_padding, padding_mode, cutout):
+    batches, images = build_batches(pictures, Augmentation(flip, crop_padding, padding_mode, cutout))
+    mirror_first = rng(5, "flip").random(11) < 0.5
     for epoch in (0, 3):
-        order = stream(5, "order", epoch).permutation(11)
+        order = rng(5, "order", epoch).permutation(11)
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps == 2
         for step, (shown, labels) in enumerate(steps):
             indices = order[4 * step : 4 * step + 4]
             np.testing.assert_array_equal(labels, indices)
             assert (labels.dtype, shown.dtype) == (np.int32, np.float32)
-            draws = stream(5, "augment", epoch, step)
-            moves = draws.integers(0, 2 * shift + 1, (2, 4)).T - shift if shift else np.zeros((4, 2), int)
+            draws = rng(5, "augment", epoch, step)
+            moves = (
+                draws.integers(0, 2 * crop_padding + 1, (2, 4)).T - crop_padding
+                if crop_padding
+                else np.zeros((4, 2), int)
+            )
             centres = draws.integers(0, (6, 7), (4, 2)) if cutout else np.zeros((4, 2), int)
             for image, index, move, centre in zip(shown, indices, moves, centres, strict=True):
                 flipped = flip and mirror_first[index] != (epoch % 2 == 1)
-                expected = reference(images[index], flipped, move, border, centre, cutout)
+                expected = reference(images[index], flipped, move, padding_mode, centre, cutout)
                 np.testing.assert_array_equal(image, PREPROCESSING(expected[None])[0])
 
 
 def test_an_epoch_shows_every_image_once(pictures):
-    batches, images = batches_of(pictures, n=12)
+    batches, images = build_batches(pictures, n=12)
     shown, numbers = raw(batches, 0)
     assert sorted(numbers) == list(range(12))
     np.testing.assert_array_equal(shown, images[numbers])
 
 
 def test_every_epoch_leaves_out_other_images(pictures):
-    batches, _ = batches_of(pictures, n=11)
+    batches, _ = build_batches(pictures, n=11)
     epochs = [set(raw(batches, epoch)[1]) for epoch in range(12)]
     assert all(len(numbers) == 8 for numbers in epochs)
     assert len({frozenset(numbers) for numbers in epochs}) > 6
@@ -89,7 +93,7 @@ def test_every_epoch_leaves_out_other_images(pictures):
 
 
 def test_two_epochs_show_both_sides(pictures):
-    batches, images = batches_of(pictures, Augmentation(flip=True), n=12)
+    batches, images = build_batches(pictures, Augmentation(flip=True), n=12)
     sides = []
     for epoch in range(4):
         shown, numbers = raw(batches, epoch)
@@ -101,7 +105,7 @@ def test_two_epochs_show_both_sides(pictures):
 
 
 def test_half_of_the_images_are_mirrored(pictures):
-    batches, _ = batches_of(pictures, Augmentation(flip=True), n=4000, height=1, width=1)
+    batches, _ = build_batches(pictures, Augmentation(flip=True), n=4000, height=1, width=1)
     assert abs(batches.flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
 
 
@@ -124,7 +128,9 @@ def test_moves_take_every_place(pictures):
     """Each of the 25 places of a shift by 2 about equally often: chi-squared with 24 degrees of freedom."""
     image = np.zeros((1, 5, 5, 1), np.uint8)
     image[0, 2, 2] = 255
-    batches = Batches(np.repeat(image, 5000, 0), np.zeros(5000, int), 5000, 0, Preprocessing(), Augmentation(shift=2))
+    batches = Batches(
+        np.repeat(image, 5000, 0), np.zeros(5000, int), 5000, 0, Preprocessing(), Augmentation(crop_padding=2)
+    )
     (images, _) = next(batches.epoch(0))
     counts = images.sum(axis=0).ravel()
     assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
@@ -132,7 +138,7 @@ def test_moves_take_every_place(pictures):
 
 def test_epochs_depend_on_seed_and_number_alone(pictures):
     everything = Augmentation(True, 2, "reflect", 3)
-    first, second, other = (batches_of(pictures, everything, seed=seed)[0] for seed in (5, 5, 6))
+    first, second, other = (build_batches(pictures, everything, seed=seed)[0] for seed in (5, 5, 6))
     for _ in second.epoch(0):
         break  # a run that was stopped
     list(second.epoch(2))
@@ -143,7 +149,7 @@ def test_epochs_depend_on_seed_and_number_alone(pictures):
 
 
 def test_stored_images_stay_as_they_are(pictures):
-    batches, images = batches_of(pictures, Augmentation(True, 0, "zero", 3))
+    batches, images = build_batches(pictures, Augmentation(True, 0, "zero", 3))
     kept = images.copy()
     for epoch in range(2):
         list(batches.epoch(epoch))
@@ -151,7 +157,7 @@ def test_stored_images_stay_as_they_are(pictures):
 
 
 def test_a_batch_is_at_most_all_images(pictures):
-    batches, _ = batches_of(pictures, n=3, batch_size=100)
+    batches, _ = build_batches(pictures, n=3, batch_size=100)
     assert (batches.batch_size, batches.steps) == (3, 1)
     assert len(next(batches.epoch(0))[1]) == 3
 
@@ -248,14 +254,14 @@ def test_augmentation_says_what_it_knows(options, message):
 
 def test_streams_are_keyed_by_all_of_their_purpose():
     keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, "a", 12), (0, "a", 1, 2), (0,), (0, "a1")]
-    assert len({stream(*key).integers(2**63) for key in keys}) == len(keys)
-    assert stream(0, "a", 1).integers(2**63) == stream(0, "a", "1").integers(2**63)
+    assert len({rng(*key).integers(2**63) for key in keys}) == len(keys)
+    assert rng(0, "a", 1).integers(2**63) == rng(0, "a", "1").integers(2**63)
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_an_epoch_starts_at_a_step(pictures, monkeypatch, start):
     """With the batches that the whole epoch has from there; the former ones are not drawn."""
-    whole, _ = batches_of(pictures, Augmentation(True, 2, "reflect", 3), n=14)
+    whole, _ = build_batches(pictures, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
     drawn, show = [], Batches.show

@@ -145,5 +145,5 @@ def test_parity_waits_for_no_hung_backend(program):
     program("sleep 60")
     began = time.monotonic()
     with pytest.raises(UsageError, match=r"took longer than 0\.5 s and was ended: give a longer --timeout"):
-        parity.compare(parity.Question("softmax"), log=lambda line: None, limit=0.5)
+        parity.compare(parity.Spec("softmax"), log=lambda line: None, limit=0.5)
     assert time.monotonic() - began < 20

@@ -11,7 +11,7 @@ import pytest
 
 from apps import compare as app_compare
 from kvision import compare
-from kvision.engine import FLOORS, installed
+from kvision.engine import BACKENDS, installed
 from kvision.flags import UsageError
 from kvision.report.compare_report import advice
 
@@ -72,7 +72,7 @@ def test_a_backend_that_is_not_installed_is_a_row_with_its_remedy(tmp_path, monk
 def test_an_app_that_fails_is_a_row_with_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "installed", lambda backend: True)
     arguments = ["--data", str(tmp_path / "nowhere")]
-    result = compare.compare("cifar10", arguments, tmp_path / "out", [FLOORS[0]], log=lambda line: None)
+    result = compare.compare("cifar10", arguments, tmp_path / "out", [BACKENDS[0]], log=lambda line: None)
     (failed,) = result["rows"]
     assert failed["status"] == "failed"
     assert "exit code" in failed["reason"]
@@ -81,7 +81,7 @@ def test_an_app_that_fails_is_a_row_with_its_last_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("app", "backends", "expected"),
-    [("cifar11", FLOORS, "cifar10"), ("cifar10", ["jax", "numpy"], "numpy"), ("mnist", FLOORS, "not empty")],
+    [("cifar11", BACKENDS, "cifar10"), ("cifar10", ["jax", "numpy"], "numpy"), ("mnist", BACKENDS, "not empty")],
 )
 def test_bad_requests_end_in_one_line(tmp_path, app, backends, expected):
     (tmp_path / "something").touch()
@@ -196,13 +196,13 @@ def train_elsewhere(backend, folder, *checkpoints):
     return runs
 
 
-@pytest.mark.skipif(not all(map(installed, FLOORS)), reason="wants all three backends")
+@pytest.mark.skipif(not all(map(installed, BACKENDS)), reason="wants all three backends")
 def test_a_run_goes_on_under_another_backend(tmp_path):
     """From the middle of an epoch: it ends as on each backend alone, within rounding."""
-    whole = {backend: train_elsewhere(backend, tmp_path / backend)[0] for backend in FLOORS}
-    saved = {backend: tmp_path / backend / "checkpoints" / "step-00000006.npz" for backend in FLOORS}
-    for backend in FLOORS:
-        others = [other for other in FLOORS if other != backend]
+    whole = {backend: train_elsewhere(backend, tmp_path / backend)[0] for backend in BACKENDS}
+    saved = {backend: tmp_path / backend / "checkpoints" / "step-00000006.npz" for backend in BACKENDS}
+    for backend in BACKENDS:
+        others = [other for other in BACKENDS if other != backend]
         resumed = train_elsewhere(backend, tmp_path / f"on-{backend}", *(saved[other] for other in others))
         for other, found in zip(others, resumed, strict=True):
             assert (found["losses"][:6] == whole[other]["losses"][:6]).all()  # to the bit: they were not computed anew

@@ -37,15 +37,15 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "net.backbone.", "_orig_mod."])
-@pytest.mark.parametrize("lineage", ["torchvision", "timm"])
-def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, lineage):
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, source):
     model = filled("mobilenet_v2", (32, 32, 3), 3)
-    arrays = {f"{prefix}{key}": array for key, array in export_arrays(model, lineage).items()}
+    arrays = {f"{prefix}{key}": array for key, array in export_arrays(model, source).items()}
     pth.write(tmp_path / "wrapped.pth", arrays)
     report = convert(
         tmp_path / "wrapped.pth", tmp_path / "ours.npz", "mobilenet_v2", input_shape=(32, 32, 3), compare=False
     )
-    assert report.lineage == lineage and not report.skipped
+    assert report.source == source and not report.skipped
     same(create_model("mobilenet_v2", weights=tmp_path / "ours.npz"), model)
 
 
@@ -120,7 +120,7 @@ def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
     path = tmp_path / f"model{suffix}"
     model.save(path) if suffix == ".keras" else model.save_weights(path)
     report = convert(path, tmp_path / "ours.npz", name, compare=False)
-    assert report.lineage == "kvision" and not report.skipped
+    assert report.source == "kvision" and not report.skipped
     same(create_model(name, weights=tmp_path / "ours.npz"), model)
 
 
@@ -134,7 +134,7 @@ def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
     theirs.save_weights(tmp_path / "keras.weights.h5")
     name = "mobilenet_v2_tf"
     report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)
-    assert report.lineage == "keras" and not report.skipped
+    assert report.source == "keras" and not report.skipped
     again = export_arrays(create_model(name, weights=tmp_path / "ours.npz"), "keras")
     for layer in theirs.layers:
         for variable in layer.weights:

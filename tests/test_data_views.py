@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.data.tta import VIEWS, views
+from kvision.data.tta import TTA, tta
 from kvision.layers import logits
 from kvision.training import evaluation, trainer
 from kvision.weights.initialization import initialize
@@ -21,9 +21,9 @@ PLACES = {
     "down and right, mirrored": (lambda row, column, width: (row - 1, width - 2 - column)),
 }
 EXPECTED = {
-    "plain": {"as it is": 1},
-    "mirror": {"as it is": 1 / 2, "mirrored": 1 / 2},
-    "shifted": {place: 1 / 4 if place in ("as it is", "mirrored") else 1 / 8 for place in PLACES},
+    "none": {"as it is": 1},
+    "flip": {"as it is": 1 / 2, "mirrored": 1 / 2},
+    "flip_shift": {place: 1 / 4 if place in ("as it is", "mirrored") else 1 / 8 for place in PLACES},
 }
 
 
@@ -37,10 +37,10 @@ def reference(images, place):
     return view
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", TTA)
 def test_views_are_what_their_name_says(pictures, name):
     images, _ = pictures(3, 5, 7)
-    found = list(views(images, name))
+    found = list(tta(images, name))
     assert [weight for weight, _ in found] == list(EXPECTED[name].values())
     for (_, view), place in zip(found, EXPECTED[name], strict=True):
         assert view.dtype == np.uint8
@@ -49,10 +49,10 @@ def test_views_are_what_their_name_says(pictures, name):
 
 def test_unknown_views_are_named(pictures):
     with pytest.raises(ValueError, match="views must be one of plain, mirror, shifted, got 'zoomed'"):
-        list(views(pictures(1)[0], "zoomed"))
+        list(tta(pictures(1)[0], "zoomed"))
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", TTA)
 def test_predictions_are_mean_logits(pictures, name):
     """The weighted mean over the views, of all images, the last incomplete batch too."""
     inputs = keras.Input((5, 7, 3))
@@ -61,7 +61,7 @@ def test_predictions_are_mean_logits(pictures, name):
     initialize(model, 0)
     engine, preprocessing = trainer.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
     images, _ = pictures(8, 5, 7)
-    found = evaluation.predict(engine, images, preprocessing, 3, views=name)
+    found = evaluation.predict(engine, images, preprocessing, 3, tta=name)
     expected = sum(
         weight * engine.predict(preprocessing(reference(images, place))).astype(np.float64)
         for place, weight in EXPECTED[name].items()
@@ -69,4 +69,4 @@ def test_predictions_are_mean_logits(pictures, name):
     assert found.shape == (8, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     alone = evaluation.predict(engine, images, preprocessing, 3)
-    assert np.array_equal(found, alone) == (name == "plain")
+    assert np.array_equal(found, alone) == (name == "none")

@@ -59,7 +59,7 @@ class PlainSoftmax:
 
 
 def test_steps_are_those_of_the_closed_form():
-    """Loss, count of right answers and weights over four steps, with a `push` between them."""
+    """Loss, count of right answers and weights over four steps, with a `sync_variables` between them."""
     model = softmax_regression()
     floor = floor_of(model, make_optimizer("sgd", 0.5, momentum=0.9, weight_decay=0.1))
     plain = PlainSoftmax(model, 0.5, 0.9, 0.1)
@@ -70,9 +70,9 @@ def test_steps_are_those_of_the_closed_form():
         assert float(loss) == pytest.approx(expected[0], rel=1e-5)
         assert int(correct) == expected[1]
         if step == 1:
-            floor.push()
+            floor.sync_variables()
             np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
-    floor.push()
+    floor.sync_variables()
     np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
     np.testing.assert_allclose(value(model.trainable_variables[1]), plain.bias, atol=1e-6)
     assert int(ops.convert_to_numpy(floor.optimizer.iterations)) == 4
@@ -154,9 +154,9 @@ def test_accumulated_parts_make_the_step_of_the_whole():
         regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
         optimizer = make_optimizer("sgd", 0.5)
         optimizer.build(model.trainable_variables)
-        floor = engine.create(model, optimizer, cross_entropy(), accumulate=count)
+        floor = engine.create(model, optimizer, cross_entropy(), gradient_accumulation_steps=count)
         results = [floor.train_step(x, labels) for _ in range(2)]
-        floor.push()
+        floor.sync_variables()
         steps.append(
             [np.array([float(part) for result in results for part in result]), *map(value, model.trainable_variables)]
         )
@@ -170,9 +170,9 @@ def test_each_accumulated_part_has_its_own_statistics():
     mean = value(bn.moving_mean).astype(np.float64)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(model, optimizer, cross_entropy(), accumulate=2)
+    floor = engine.create(model, optimizer, cross_entropy(), gradient_accumulation_steps=2)
     floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     for part in (x[:4], x[4:]):
         mean = 0.9 * mean + 0.1 * part.mean(axis=(0, 1, 2), dtype=np.float64)
     np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
@@ -189,7 +189,7 @@ def test_a_scaled_loss_makes_the_same_step_or_none(scale):
         model = softmax_regression()
         floor = floor_of(model, optimizer)
         loss, _ = floor.train_step(x, labels)
-        floor.push()
+        floor.sync_variables()
         weights.append(value(model.trainable_variables[0]))
     assert np.isfinite(float(loss))
     if scale > 1e30:
@@ -208,7 +208,7 @@ def test_penalties_are_part_of_the_loss():
     regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
     floor = floor_of(model, keras.optimizers.SGD(1.0))
     penalised, _ = floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     assert float(penalised) == pytest.approx(loss + 0.02 * abs(kernel).sum() + 0.03 * (kernel**2).sum(), rel=1e-5)
     step = 0.02 * np.sign(kernel) + 0.06 * kernel
     np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel - step, atol=1e-6)
@@ -238,7 +238,7 @@ def test_running_statistics_of_one_step(options, shape):
     mean, variance = value(bn.moving_mean).astype(np.float64), value(bn.moving_variance).astype(np.float64)
     floor = floor_of(model, keras.optimizers.SGD(0.1))
     floor.train_step(x, np.zeros(7, np.int32))
-    floor.push()
+    floor.sync_variables()
     pixels, keep = x.astype(np.float64).reshape(-1, 4), options.get("momentum", 0.9)
     np.testing.assert_allclose(value(bn.moving_mean), keep * mean + (1 - keep) * pixels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(value(bn.moving_variance), keep * variance + (1 - keep) * pixels.var(axis=0), rtol=1e-5)
@@ -257,7 +257,7 @@ def test_a_batch_norm_called_twice_moves_twice():
         pixels = (pixels - pixels.mean(axis=0)) / np.sqrt(pixels.var(axis=0) + 1e-5) * gamma + beta
     floor = floor_of(model, keras.optimizers.SGD(0.1))
     floor.train_step(x, np.zeros(7, np.int32))
-    floor.push()
+    floor.sync_variables()
     np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
     np.testing.assert_allclose(value(bn.moving_variance), variance, rtol=1e-5)
 
@@ -271,7 +271,7 @@ def test_a_frozen_batch_norm_stays_as_it_is():
     scores = floor.predict(x).astype(np.float64)
     expected = -(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))[range(7), labels].mean()
     loss, _ = floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     for path, now in values(model).items():
         assert (now == before[path]).all() == path.startswith("bn/"), path
@@ -333,7 +333,7 @@ def test_what_is_one_operation_is_one_call():
 
 def test_tap_shows_every_layer():
     model, x = mixture(), noise(5, 13, 12, 3)
-    rows = engine.create(model).tap(x)
+    rows = engine.create(model).layer_outputs(x)
     shown = keras.Model(model.inputs[0], [layer.output for layer in model.layers[1:]])
     expected = dict(zip([layer.name for layer in model.layers[1:]], shown.predict_on_batch(x), strict=True))
     assert {layer.name for layer, _ in rows} == set(expected)
@@ -361,7 +361,7 @@ def test_a_training_step_is_kerass():
     ours, theirs = mixture(), mixture()
     floor = floor_of(ours, keras.optimizers.SGD(1.0))
     loss, _ = floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     theirs.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     assert float(loss) == pytest.approx(float(theirs.train_on_batch(x, labels)), rel=1e-5)
     before, found = values(mixture()), values(ours)
@@ -396,7 +396,7 @@ def test_a_step_is_compiled_once():
     for _ in range(3):
         for step in range(2):
             floor.train_step(noise(8, 5, seed=step), np.zeros(8, np.int32))
-        floor.push()
+        floor.sync_variables()
     assert len(traces) == (6 if keras.backend.backend() == "torch" else 1)
 
 
@@ -457,7 +457,7 @@ def test_float64_is_double_all_the_way(computed_in):
     mean = 0.9 * value(bn.moving_mean) + 0.1 * x.mean(axis=(0, 1, 2))
     variance = 0.9 * value(bn.moving_variance) + 0.1 * x.var(axis=(0, 1, 2))
     loss, _ = floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     assert float(loss) == pytest.approx(-np.log(shares)[range(8), labels].mean(), rel=1e-13)
     gradient = features.T @ (shares - np.eye(3)[labels]) / 8
     speed = -0.5 * gradient
@@ -529,7 +529,7 @@ def test_kerass_own_step_is_the_floors():
         optimizer.build(model.trainable_variables)
         floor = engine.create(model, optimizer, cross_entropy(0.1), kind=kind)
         step = [float(part) for part in floor.train_step(x, labels)]
-        floor.push()
+        floor.sync_variables()
         score = [float(part) for part in floor.evaluate(x, labels)]
         found.append(
             [np.array(step), np.array(score), floor.predict(x), value(model.get_layer("first_bn").moving_mean)]
@@ -539,7 +539,7 @@ def test_kerass_own_step_is_the_floors():
     with pytest.raises(ValueError, match="engine must be one of native, keras, got 'fast'"):
         engine.create(model, kind="fast")
     with pytest.raises(ValueError, match="give its optimizer gradient_accumulation_steps"):
-        engine.create(model, kind="keras", accumulate=2)
+        engine.create(model, kind="keras", gradient_accumulation_steps=2)
 
 
 def test_floors():

@@ -46,7 +46,7 @@ class Program:
     model: Callable = keras.Model
     bound: float | None = None
     policy: str | None = None
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     one_hot: bool = False
     warns: str | None = None
     backends: tuple = ("jax", "tensorflow", "torch")
@@ -358,12 +358,14 @@ PROGRAMS = {
     ),  # Keras's fails on TensorFlow
     "unused variable": Program(head(Unused), optimizer=optimizer("SGD", 0.1, weight_decay=0.1), warns="unused"),
     "unused variable, accumulated": Program(
-        head(Unused), optimizer=optimizer("Adam", 0.01), accumulate=2, warns="unused"
+        head(Unused), optimizer=optimizer("Adam", 0.01), gradient_accumulation_steps=2, warns="unused"
     ),
     # Words
     "embedding": Program(words(layers.Flatten), WORDS),
     "embedding with Adam": Program(words(layers.Flatten), WORDS, optimizer("Adam", 0.01)),
-    "embedding with Adam, accumulated": Program(words(layers.Flatten), WORDS, optimizer("Adam", 0.01), accumulate=2),
+    "embedding with Adam, accumulated": Program(
+        words(layers.Flatten), WORDS, optimizer("Adam", 0.01), gradient_accumulation_steps=2
+    ),
     "LSTM": Program(words(lambda: layers.LSTM(4)), WORDS),
     "bidirectional GRU": Program(words(lambda: layers.Bidirectional(layers.GRU(3))), WORDS),
     "masked words": Program(masked, WORDS),
@@ -421,7 +423,7 @@ PROGRAMS = {
     "scaled loss": Program(head(relu), optimizer=loss_scale(optimizer("SGD", 0.1, momentum=0.9, weight_decay=0.1))),
     "scaled loss, averaged weights": Program(head(relu), optimizer=loss_scale(optimizer("SGD", 0.1, **EMA))),
     "scaled loss that overflows": Program(head(relu), optimizer=loss_scale(optimizer("SGD", 0.1), 1e38), bound=1e-4),
-    "accumulated": Program(head(lambda: layers.Dense(5, kernel_regularizer="l2"), relu), accumulate=4),
+    "accumulated": Program(head(lambda: layers.Dense(5, kernel_regularizer="l2"), relu), gradient_accumulation_steps=4),
     # Policies
     "bfloat16": Program(image_head(*CONV_NET, conv(size=1)), IMAGES, **MIXED),
     "float32 batch norm in bfloat16": Program(image_head(conv(), batch_norm(dtype="float32"), relu), IMAGES, **MIXED),
@@ -481,12 +483,12 @@ def by_engine(program):
     model = program.build()
     optimizer = program.optimizer()
     optimizer.build(model.trainable_variables)
-    own = engine.create(model, optimizer, program.loss(), program.accumulate)
+    own = engine.create(model, optimizer, program.loss(), program.gradient_accumulation_steps)
     losses = [float(own.train_step(x, y)[0]) for x, y in program.batches()]
     *_, (x, y) = program.batches()
     score = float(own.evaluate(x, y)[0])
     predicted = own.predict(x)
-    own.push()
+    own.sync_variables()
     return model, optimizer, losses, predicted, score
 
 
@@ -560,7 +562,7 @@ def test_an_optimizer_stays_as_it_is_given(kind):
     kinds = [type(one) for one in (made, inner)]
     own = engine.create(model, made, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     own.train_step(np.ones((4, FEATURES), np.float32), np.arange(4, dtype=np.int32) % CLASSES)
-    own.push()
+    own.sync_variables()
     assert kinds == [type(one) for one in (made, inner)]
     patched = {name for one in (made, inner) for name in vars(one) if callable(getattr(type(one), name, None))}
     assert not patched

@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("kvision/**/*.py"), *ROOT.glob("apps/**/*.py")])
 BACKENDS = {"jax", "tensorflow", "torch"}
 
 # From the cellar to the roof. A room reads rooms of lower storeys and itself; `kvision` is the package's own __init__.
-STOREYS = (
+LAYERS = (
     {"keras_import"},
     {"kvision", "random", "files", "untrusted", "flags"},
     {"safe_pickle", "report", "children"},
@@ -29,9 +29,9 @@ STOREYS = (
     {"__main__"},
     {"apps"},
 )
-STOREY = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms}
+LAYER = {room: storey for storey, rooms in enumerate(LAYERS) for room in rooms}
 # Each file of these rooms stands for itself.
-CELLS = {"models", "apps"}
+ISOLATED = {"models", "apps"}
 WITH_KERAS = {"kvision.data.device", "kvision.data.mixing"}  # they are about tensors
 WITHOUT_KERAS = {"data", "report", "random", "flags", "keras_import", "files", "untrusted", "safe_pickle"}
 
@@ -80,12 +80,12 @@ def bad_imports(source: str, module: str) -> list[str]:
         if first not in ("kvision", "apps"):
             continue
         other = room_of(name)
-        if other not in STOREY:  # a name of the package's __init__: `from kvision import __version__`
+        if other not in LAYER:  # a name of the package's __init__: `from kvision import __version__`
             other = "kvision"
         same = other == room
-        if same and room in CELLS and name != "kvision.models.Paper" and not f"{name}.".startswith(f"{module}."):
+        if same and room in ISOLATED and name != "kvision.models.Paper" and not f"{name}.".startswith(f"{module}."):
             faults.append(f"{name}: files of {room} do not know each other")
-        if not same and STOREY[other] >= STOREY[room]:
+        if not same and LAYER[other] >= LAYER[room]:
             faults.append(f"{name}: {room} does not look up to {other}")
     return faults
 

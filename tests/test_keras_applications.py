@@ -53,7 +53,7 @@ def test_logits_are_kerass(name, peer, tmp_path):
     report = convert.convert(
         tmp_path / "keras.h5", tmp_path / "ours.npz", name, input_shape=network.input_shape[1:], compare=False
     )
-    assert report.lineage == "keras" and not report.skipped
+    assert report.source == "keras" and not report.skipped
     model = create_model(name, weights=tmp_path / "ours.npz")
     assert model.output_shape == (None, 7)
     images = stream(0, "images").standard_normal((2, *network.input_shape[1:]), np.float32)

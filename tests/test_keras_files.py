@@ -13,7 +13,7 @@ import pytest
 from kvision import zoo
 from kvision.layers import skip_init
 from kvision.layers.regularizers import MaxNorm, Orthogonal, add_constraint, add_regularizer
-from kvision.training.optimizers import WarmUp
+from kvision.training.optimizers import WarmupSchedule
 
 ROOT = Path(__file__).parent.parent
 # One row a wiring at a size that keeps it small: every file of the zoo, and every option that adds a class.
@@ -77,7 +77,7 @@ def loaded(tmp_path_factory):
         if name == "mnist_cnn":  # what a user adds comes along
             add_regularizer(model, Orthogonal(1e-3))
             add_constraint(model, MaxNorm(3.0))
-            model.compile(keras.optimizers.SGD(WarmUp(0.1, 10, 2)), "mse")
+            model.compile(keras.optimizers.SGD(WarmupSchedule(0.1, 10, 2)), "mse")
         here.append(found(model))  # noqa: F821
         model.save(folder / f"{name}.keras")
     words = [sys.executable, "-c", LOAD, *(f"{name}.keras" for name in NETWORKS)]

@@ -7,7 +7,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Batches
-from kvision.data.device import Pictures
+from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import conv, logits
 from kvision.tasks.classification import cross_entropy
@@ -164,8 +164,8 @@ def test_the_engine_steps_as_the_optimizer_alone(dtype):
         return model, optimizer, engine.create(model, optimizer, cross_entropy())
 
     model, _, whole = made()
-    whole.train_steps(Pictures(batches), np.stack(list(batches.draws(0))))
-    whole.push()
+    whole.train_steps(DeviceDataset(batches), np.stack(list(batches.draws(0))))
+    whole.sync_variables()
     expected, optimizer, alone = made()
     for shown, answers in batches.epoch(0):
         _, gradients = alone.value_and_grad(shown, answers)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from kvision import __main__, engine, parity
-from kvision.engine import FLOORS, installed
+from kvision.engine import BACKENDS, installed
 from kvision.flags import UsageError
 from kvision.layers import activation, batch_norm, conv, logits
-from kvision.parity import Question, launcher
+from kvision.parity import Spec, launcher
 from kvision.parity.cli import finite
 from kvision.parity.compare import LIMITS, STAGES, judge
 from kvision.parity.loading import build, check_shape, draw, in_double, start
@@ -22,7 +22,7 @@ from kvision.parity.tensors import KEPT, gap, keep, places
 from kvision.parity.worker import answer, graph, numbered
 from tests import parity_models
 
-all_installed = pytest.mark.skipif(not all(map(installed, FLOORS)), reason="compares all three backends")
+all_installed = pytest.mark.skipif(not all(map(installed, BACKENDS)), reason="compares all three backends")
 QUIET = {"log": lambda line: None}
 
 
@@ -122,10 +122,10 @@ def made(backend, change=None):
     return Result(backend, operations, ["last"], tensors, **values)
 
 
-def judged(change=None, on="torch", dtype="float64", backends=FLOORS):
+def judged(change=None, on="torch", dtype="float64", backends=BACKENDS):
     results = [made(backend, change if backend == on else None) for backend in backends]
     report = judge(results, dtype)
-    full = {"question": dataclasses.asdict(Question("made", dtype, steps=4)), "failed": {}}
+    full = {"question": dataclasses.asdict(Spec("made", dtype, steps=4)), "failed": {}}
     full["versions"] = {backend: {backend: "1.0"} for backend in backends}
     return report, parity.text(full | report)
 
@@ -159,7 +159,7 @@ def bend(stage, name, index, by):
     return change
 
 
-@pytest.mark.parametrize("on", FLOORS)
+@pytest.mark.parametrize("on", BACKENDS)
 def test_the_odd_one_out_is_named_with_layer_place_and_values(on):
     def change(arrays, values, operations):
         for stage in ("inference_layers", "training_layers"):
@@ -174,7 +174,7 @@ def test_the_odd_one_out_is_named_with_layer_place_and_values(on):
     assert report["reference"] == ("tensorflow" if on == "jax" else "jax")
     assert (fault["backend"], fault["kind"], fault["stage"], fault["name"]) == (on, "layer", "inference_layers", "norm")
     assert (fault["place"], fault["of"], fault["index"], fault["type"]) == (2, 3, (1, 2, 3, 0), "BatchNormalization")
-    others = [fault["values"][backend] for backend in FLOORS if backend != on]
+    others = [fault["values"][backend] for backend in BACKENDS if backend != on]
     assert others[0] == others[1]
     assert fault["values"][on] == pytest.approx(others[0] + 1e-3, rel=1e-12)
     assert fault["inputs"] == {"first": 0}
@@ -331,15 +331,15 @@ def test_a_layer_that_runs_twice_is_two_operations():
 
 def test_what_a_backend_answers():
     """Against Keras's own run of each layer, and against the sum that the loss is."""
-    result = answer(Question("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3, batch=4, steps=2))
+    result = answer(Spec("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3, batch=4, steps=2))
     engine.configure("float32")
     names = [operation["name"] for operation in result.operations]
     assert names == [tensor.name for tensor in result.tensors["inference_layers"]]
     assert all(set(operation["inputs"]) <= set(names[:at]) for at, operation in enumerate(result.operations))
-    question = Question("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3)
-    model, _ = build(question)
-    start(model, question)
-    images, labels = draw(dataclasses.replace(question, batch=4), (8, 8, 1), 3)
+    spec = Spec("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3)
+    model, _ = build(spec)
+    start(model, spec)
+    images, labels = draw(dataclasses.replace(spec, batch=4), (8, 8, 1), 3)
     batch = ((images[:4] / 255 - 0.5) / 0.25).astype("float32")
     for name, kept in zip(names, result.tensors["inference_layers"], strict=True):
         expected = keras.Model(model.inputs, model.get_layer(name).output).predict(batch, verbose=0)
@@ -358,14 +358,14 @@ def test_what_a_backend_answers():
 
 
 def test_of_a_model_that_is_no_graph_only_outputs_are_seen():
-    question = Question("tests.parity_models:subclass", "float32", input_shape=(8, 8, 3), batch=4, steps=2)
-    result = answer(question)
+    spec = Spec("tests.parity_models:subclass", "float32", input_shape=(8, 8, 3), batch=4, steps=2)
+    result = answer(spec)
     assert [tensor.name for tensor in result.tensors["inference_layers"]] == result.outputs == ["outputs"]
     assert result.notes == [
         "subclass is no functional model: its layers cannot be told apart, only its outputs are seen"
     ]
     (training_logits,) = (t.values.reshape(4, 3) for t in result.tensors["training_layers"])
-    labels = draw(question, (8, 8, 3), 3)[1][:4]
+    labels = draw(spec, (8, 8, 3), 3)[1][:4]
     log_sums = np.log(np.exp(training_logits).sum(axis=1))
     assert result.loss == pytest.approx(float((log_sums - training_logits[range(4), labels]).mean()), rel=1e-5)
     assert [tensor.shape for tensor in result.tensors["gradients"]] == [(3, 3, 3, 4), (4,), (4, 3), (3,)]
@@ -383,7 +383,7 @@ def test_start_draws_what_numpy_does_not_know():
     kernels = []
     for seed in (0, 0, 1):
         model = build()
-        start(model, Question("a:b", seed=seed))
+        start(model, Spec("a:b", seed=seed))
         kernels.append(np.array(keras.ops.convert_to_numpy(model.get_layer("conv").kernel)))
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.get_layer("conv").bias), [1, 1])
     np.testing.assert_array_equal(kernels[0], kernels[1])
@@ -408,25 +408,25 @@ def test_a_file_computes_in_the_dtype_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        (Question("resnet21"), "did you mean .*resnet20"),
-        (Question("resnet20", own={"depth_rate": 1}), "takes no argument depth_rate"),
-        (Question("tests.nowhere:small"), "cannot import tests.nowhere"),
-        (Question("tests.parity_models:large"), "has no large"),
-        (Question("tests.parity_models:nothing"), "returned a NoneType; expected a keras.Model"),
-        (Question("tests.parity_models:small", own={"pad": 1}), "cannot be called with {'pad': 1}"),
-        (Question("tests.parity_models:small", classes=3), "cannot be called with {'classes': 3}"),
-        (Question("tests.parity_models:vector"), r"inputs of shape \(None, 7\); expected one input of images"),
-        (Question("tests.parity_models:softmax", own={"size": None}), "of any size .* give --input-shape"),
+        (Spec("resnet21"), "did you mean .*resnet20"),
+        (Spec("resnet20", own={"depth_rate": 1}), "takes no argument depth_rate"),
+        (Spec("tests.nowhere:small"), "cannot import tests.nowhere"),
+        (Spec("tests.parity_models:large"), "has no large"),
+        (Spec("tests.parity_models:nothing"), "returned a NoneType; expected a keras.Model"),
+        (Spec("tests.parity_models:small", own={"pad": 1}), "cannot be called with {'pad': 1}"),
+        (Spec("tests.parity_models:small", classes=3), "cannot be called with {'classes': 3}"),
+        (Spec("tests.parity_models:vector"), r"inputs of shape \(None, 7\); expected one input of images"),
+        (Spec("tests.parity_models:softmax", own={"size": None}), "of any size .* give --input-shape"),
     ],
 )
-def test_what_is_no_model_ends_in_one_line(question, expected):
+def test_what_is_no_model_ends_in_one_line(spec, expected):
     with pytest.raises(UsageError, match=expected):
-        build(question)
+        build(spec)
 
 
 def test_a_model_of_one_size_takes_no_other():
     with pytest.raises(UsageError, match=r"reads images of \(4, 4, 3\), not of --input-shape \(8, 8, 3\)"):
-        check_shape(Question("x", input_shape=(8, 8, 3)), (None, 4, 4, 3), True)
+        check_shape(Spec("x", input_shape=(8, 8, 3)), (None, 4, 4, 3), True)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_bad_requests_end_in_one_line(words, expected, capsys):
 def test_fewer_than_two_backends(monkeypatch):
     monkeypatch.setattr(launcher, "installed", lambda backend: backend == "torch")
     with pytest.raises(UsageError, match=r"only torch is installed: pip install kvision-keras\[all\]"):
-        parity.compare(Question("resnet20"))
+        parity.compare(Spec("resnet20"))
 
 
 # All of them
@@ -463,8 +463,8 @@ def test_fewer_than_two_backends(monkeypatch):
 @all_installed
 def test_fifty_steps_of_resnet20_in_double():
     """Dropout, augmentation, batch norm, momentum, weight decay and schedule: losses to 1e-10, weights to 1e-9."""
-    question = Question("tests.parity_models:resnet20_dropout", own={"size": 16}, steps=50, learning_rate=0.02)
-    report = parity.compare(question, **QUIET)
+    spec = Spec("tests.parity_models:resnet20_dropout", own={"size": 16}, steps=50, learning_rate=0.02)
+    report = parity.compare(spec, **QUIET)
     assert report["passed"], parity.text(report)
     losses = np.array(list(report["losses"].values()))
     assert losses.shape == (3, 50)
@@ -477,8 +477,8 @@ def test_fifty_steps_of_resnet20_in_double():
 
 @all_installed
 def test_another_padding_and_another_epsilon_are_named():
-    question = Question("tests.parity_models:small", own={"padding": "torch", "epsilon": "tensorflow"}, steps=1)
-    report = parity.compare(question, **QUIET)
+    spec = Spec("tests.parity_models:small", own={"padding": "torch", "epsilon": "tensorflow"}, steps=1)
+    report = parity.compare(spec, **QUIET)
     faults = {fault["backend"]: fault for fault in report["faults"]}
     assert report["reference"] == "jax"
     assert faults["tensorflow"]["name"] == "first_bn"
@@ -492,8 +492,8 @@ def test_another_padding_and_another_epsilon_are_named():
 
 @all_installed
 def test_rounding_in_one_layer_and_a_wrong_gradient_are_named():
-    question = Question("tests.parity_models:small", own={"rounding": "torch", "gradient": "tensorflow"}, steps=0)
-    report = parity.compare(question, **QUIET)
+    spec = Spec("tests.parity_models:small", own={"rounding": "torch", "gradient": "tensorflow"}, steps=0)
+    report = parity.compare(spec, **QUIET)
     tensorflow, torch = sorted(report["faults"], key=lambda fault: fault["backend"])
     shown = parity.text(report)
     assert "torch parts from jax at passing, layer 3 of 10, in inference" in shown
@@ -523,7 +523,7 @@ def test_a_network_of_the_zoo_in_float32(tmp_path, capsys):
     report = json.loads(out.read_text())
     assert report["passed"]
     assert {row["limit"] for row in report["rows"] if row["stage"] in ("losses", "weights", "gradients")} == {None}
-    assert set(report["versions"]) == set(FLOORS)
+    assert set(report["versions"]) == set(BACKENDS)
 
 
 @all_installed
@@ -531,15 +531,15 @@ def test_a_file_of_a_user(tmp_path):
     """A `.keras` file, in double, that ends in a softmax and has its own weights."""
     model = parity_models.softmax()
     model.save(tmp_path / "softmax.keras")
-    report = parity.compare(Question(str(tmp_path / "softmax.keras"), steps=2), ("tensorflow", "torch"), **QUIET)
+    report = parity.compare(Spec(str(tmp_path / "softmax.keras"), steps=2), ("tensorflow", "torch"), **QUIET)
     assert report["passed"], parity.text(report)
     assert report["notes"] == ["classes is a softmax: the loss takes its outputs as logits all the same"]
 
 
 @all_installed
 def test_a_model_without_classes_and_a_model_that_does_not_exist():
-    report = parity.compare(Question("tests.parity_models:maps", steps=2), ("tensorflow", "torch"), **QUIET)
+    report = parity.compare(Spec("tests.parity_models:maps", steps=2), ("tensorflow", "torch"), **QUIET)
     assert report["passed"], parity.text(report)
     assert report["notes"] == ["the outputs are not (n, classes): the loss is the mean of their squares"]
     with pytest.raises(UsageError, match="unknown model 'resnet21'; did you mean"):
-        parity.compare(Question("resnet21"), ("tensorflow", "torch"), **QUIET)
+        parity.compare(Spec("resnet21"), ("tensorflow", "torch"), **QUIET)

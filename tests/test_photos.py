@@ -17,9 +17,9 @@ from kvision.config import Config, arguments_of, public
 from kvision.convert import shipped
 from kvision.data import Dataset
 from kvision.data.preprocessing import Preprocessing
-from kvision.experiment import build, command, learning_rates, schedule_of
+from kvision.experiment import build, build_schedule, command, learning_rates
 from kvision.layers import skip_init
-from kvision.run_data import fit_batch, image_size, images_on, preprocessing_of, read_data, sample
+from kvision.run_data import build_preprocessing, data_on, fit_batch, image_size, read_data, sample
 from kvision.training import evaluation
 from kvision.weights import inspect
 
@@ -73,7 +73,9 @@ def test_weights_say_the_size_that_they_were_made_for(tmp_path):
 @pytest.mark.parametrize(("model", "shape"), [("airbench_small", (32, 32, 3)), ("vgg11_bn", (224, 224, 3))])
 def test_a_folder_is_never_read_at_a_cameras_size(photos, model, shape):
     told = []
-    dataset, note = read_data(Config(model=model, data=str(photos), limit=4, limit_test=2), ("cifar10",), told.append)
+    dataset, note = read_data(
+        Config(model=model, data=str(photos), max_train_samples=4, max_test_samples=2), ("cifar10",), told.append
+    )
     assert dataset.input_shape == shape and len(dataset.x_train) == 4 and note is None
     assert len(told) == 1 and f"6 images of {shape[0]}x{shape[1]} pixels take" in told[0]
 
@@ -132,7 +134,7 @@ def test_a_batch_of_large_images_fits_the_memory(shape, batch, expected):
     config = fit_batch(Config(batch_size=batch, learning_rate=0.4), model, 10**9, told.append)
     assert config.batch_size == expected and config.learning_rate == pytest.approx(0.4 * expected / batch)
     assert bool(told) is (expected != batch) and all(f"--batch-size {batch} takes them all" in line for line in told)
-    for left in ({"fit_batch": False}, {"accumulate": 2}):
+    for left in ({"fit_batch": False}, {"gradient_accumulation_steps": 2}):
         assert fit_batch(Config(batch_size=batch, **left), model, 10**9).batch_size == batch
     assert memory.batch_within(model, batch, budget=1) in (1, batch)
 
@@ -152,9 +154,9 @@ def test_activations_are_counted_layer_by_layer():
 
 
 def test_large_images_have_one_copy():
-    assert images_on(Config(), dataset_of(32, 32)) == "auto"
-    assert images_on(Config(), dataset_of(65, 64)) in ("host", "auto")  # the second on an accelerator
-    assert images_on(Config(images_on="device"), dataset_of(65, 64)) == "device"
+    assert data_on(Config(), dataset_of(32, 32)) == "auto"
+    assert data_on(Config(), dataset_of(65, 64)) in ("host", "auto")  # the second on an accelerator
+    assert data_on(Config(data_on="device"), dataset_of(65, 64)) == "device"
 
 
 @pytest.mark.parametrize(("side", "n", "largest"), [(32, 501, 500), (224, 25, 10), (2000, 2, 1)])
@@ -177,7 +179,7 @@ def test_predictions_are_of_a_bounded_number_of_pixels(side, n, largest):
 
 def test_statistics_of_parts_are_those_of_all(monkeypatch):
     dataset = dataset_of(300, 400, n=14)  # more than one part
-    found = preprocessing_of(dataset)
+    found = build_preprocessing(dataset)
     values = dataset.x_train.reshape(-1, 3) / 255
     np.testing.assert_allclose(found.mean, values.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose(found.std, values.std(axis=0), atol=1e-4)
@@ -199,7 +201,7 @@ def ran(photos, tmp_path_factory) -> dict:
     """The default network on photos, as a user begins."""
     out = str(tmp_path_factory.mktemp("run") / "first")
     found = []
-    argv = ["--data", str(photos), "--epochs", "2", "--batch-size", "12", "--out", out]
+    argv = ["--data", str(photos), "--epochs", "2", "--batch-size", "12", "--output-dir", out]
     assert command(lambda config: found.append(cifar10.main(config)), cifar10.RECIPES, "", argv) == 0
     return found[0]
 
@@ -223,7 +225,7 @@ def test_the_learning_rate_is_drawn_step_by_step(ran):
 
 
 def test_rates_are_the_schedules():
-    schedule = schedule_of(Config(learning_rate=0.3, warmup=0.5, schedule="linear"), 20)
+    schedule = build_schedule(Config(learning_rate=0.3, warmup=0.5, schedule="linear"), 20)
     places, rates = learning_rates(schedule, 20, 5)
     assert places == [step / 5 for step in range(20)]
     assert rates == pytest.approx([float(schedule(step)) for step in range(20)]) and max(rates) == pytest.approx(0.3)
@@ -233,7 +235,9 @@ def test_rates_are_the_schedules():
 
 
 def test_public_names_what_ships_and_hides_what_does_not():
-    config = Config(data="/home/a", weights="/home/b.npz", out="/home/c", compile_cache="/home/d", model="resnet20")
+    config = Config(
+        data="/home/a", weights="/home/b.npz", output_dir="/home/c", compile_cache="/home/d", model="resnet20"
+    )
     assert {key: value for key, value in public(config).items() if value == "..."} == dict.fromkeys(
         ("data", "weights", "out", "compile_cache"), "..."
     )
@@ -246,7 +250,7 @@ def test_public_names_what_ships_and_hides_what_does_not():
 
 def test_weights_by_name_ask_for_a_new_head_of_other_classes(photos, tmp_path, capsys):
     weights = weights_of("airbench_small.cifar10")
-    argv = ["--data", str(photos), "--weights", weights, "--epochs", "0", "--out", str(tmp_path / "run")]
+    argv = ["--data", str(photos), "--weights", weights, "--epochs", "0", "--output-dir", str(tmp_path / "run")]
     assert command(cifar10.main, cifar10.RECIPES, "", argv) == 2
     error = capsys.readouterr().err
     assert f"--weights {weights} tell 10 classes apart, and home of somebody has 2: give --new-head" in error
@@ -261,7 +265,7 @@ def test_weights_by_name_ask_for_a_new_head_of_other_classes(photos, tmp_path, c
 
 def test_transfer_takes_two_classes(photos, tmp_path, capsys):
     weights = weights_of("airbench_small.cifar10")
-    argv = ["--data", str(photos), "--per-class", "5", "--epochs", "1", "--out", str(tmp_path / "run")]
+    argv = ["--data", str(photos), "--per-class", "5", "--epochs", "1", "--output-dir", str(tmp_path / "run")]
     run = lambda *more: command(  # noqa: E731
         transfer.main,
         {"vgg11_bn": transfer.RECIPE},

@@ -7,13 +7,13 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.device import PLACES, Pictures
-from kvision.data.mixing import Mixed, Mixup
+from kvision.data.device import PLACES, DeviceDataset
+from kvision.data.mixing import MixedBatches, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import evaluation, trainer
-from kvision.training.optimizers import WarmUp, make_optimizer
+from kvision.training.optimizers import WarmupSchedule, make_optimizer
 from kvision.training.trainer import fit, values
 from kvision.weights.initialization import initialize
 
@@ -22,7 +22,7 @@ RGB = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 BGR = Preprocessing(mean=(103.9, 116.8, 123.7), std=(1.0, 1.0, 1.0), scale=1.0, channel_order="bgr")
 
 
-def batches_of(pictures, augmentation=None, preprocessing=RGB, n=29, size=4):
+def build_batches(pictures, augmentation=None, preprocessing=RGB, n=29, size=4):
     images, labels = pictures(n, 8, 7, channels=3)
     return Batches(images, labels, size, 3, preprocessing, augmentation)
 
@@ -37,7 +37,7 @@ def network():
 
 
 def optimizer():
-    return make_optimizer("sgd", WarmUp(0.1, 14, 3), momentum=0.9, weight_decay=1e-2)
+    return make_optimizer("sgd", WarmupSchedule(0.1, 14, 3), momentum=0.9, weight_decay=1e-2)
 
 
 def floor(model, optimizer):
@@ -52,8 +52,8 @@ def floor(model, optimizer):
     ids=["plain", "flip", "shift", "cutout"],
 )
 def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocessing):
-    batches = batches_of(pictures, augmentation, preprocessing)
-    shown = Pictures(batches)
+    batches = build_batches(pictures, augmentation, preprocessing)
+    shown = DeviceDataset(batches)
     for epoch in (0, 1):
         for draws, (images, labels) in zip(batches.draws(epoch), batches.epoch(epoch), strict=True):
             found, answers = shown.show(shown.tensors, ops.convert_to_tensor(draws))
@@ -66,42 +66,42 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
     """Seven steps by three calls, one of several steps: on JAX also as the loop that an accelerator runs."""
     if keras.backend.backend() == "jax":
         monkeypatch.setattr(engine.floor(), "accelerated", lambda: accelerated)
-    batches = batches_of(pictures, Augmentation(True, 1))
+    batches = build_batches(pictures, Augmentation(True, 1))
     one, many = (floor(network(), optimizer()) for _ in range(2))
     expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
-    shown, draws = Pictures(batches), list(batches.draws(0))
+    shown, draws = DeviceDataset(batches), list(batches.draws(0))
     assert len(draws) == 7
     results = [many.train_steps(shown, np.stack(part)) for part in (draws[:1], draws[1:6], draws[6:])]
     losses, correct = (np.concatenate([array(result[i]) for result in results]) for i in range(2))
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
     np.testing.assert_array_equal(correct, [count for _, count in expected])
-    one.push()
-    many.push()
+    one.sync_variables()
+    many.sync_variables()
     for weights, others in zip(values(one.model.variables), values(many.model.variables), strict=True):
         np.testing.assert_allclose(weights, others, rtol=1e-5, atol=1e-6)
 
 
 def test_pictures_are_predicted_where_they_lie(pictures):
-    batches = batches_of(pictures, Augmentation(True, 1))
-    predictor, shown = engine.create(network()), Pictures(batches)
-    found = predictor.predict_shown(shown, np.stack(list(batches.draws(2))))
+    batches = build_batches(pictures, Augmentation(True, 1))
+    predictor, shown = engine.create(network()), DeviceDataset(batches)
+    found = predictor.predict_on_device(shown, np.stack(list(batches.draws(2))))
     expected = [predictor.predict(images) for images, _ in batches.epoch(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
-    batches = batches_of(pictures)
+    batches = build_batches(pictures)
     monkeypatch.setattr("kvision.data.device.PLACES", batches.padded[..., 0].size)
     with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
-        Pictures(batches)
+        DeviceDataset(batches)
     assert PLACES == 2**31
 
 
 def test_a_run_is_the_same_with_images_on_the_device(pictures):
     """Losses, scores and weights of two epochs; in programs of one step and of several."""
     runs = []
-    for options in ({"images_on": "host"}, {"images_on": "device"}, {"images_on": "device", "steps_at_once": 3}):
-        batches, model = batches_of(pictures, Augmentation(True, 1)), network()
+    for options in ({"data_on": "host"}, {"data_on": "device"}, {"data_on": "device", "steps_per_execution": 3}):
+        batches, model = build_batches(pictures, Augmentation(True, 1)), network()
         test = pictures(9, 8, 7, channels=3, seed=2)
         history = fit(model, optimizer(), cross_entropy(), batches, epochs=2, test=test, **options)
         assert len(history.step_losses) == 14
@@ -121,7 +121,7 @@ class Programs:
 
     def __init__(self, inner, end):
         self.inner, self.model, self.optimizer = inner, inner.model, inner.optimizer
-        self.push, self.predict, self.counts, self.end = inner.push, inner.predict, [], end
+        self.sync_variables, self.predict, self.counts, self.end = inner.sync_variables, inner.predict, [], end
 
     def train_steps(self, pictures, draws):
         if sum(self.counts) == self.end:
@@ -151,27 +151,27 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
             return noted[0]
 
         monkeypatch.setattr(trainer.floors, "create", note)
-        options = {"checkpoint": tmp_path, "epochs": 1, "images_on": "device", **options}
-        fit(network(), optimizer(), cross_entropy(), batches_of(pictures), **options)
+        options = {"checkpoint": tmp_path, "epochs": 1, "data_on": "device", **options}
+        fit(network(), optimizer(), cross_entropy(), build_batches(pictures), **options)
         return noted[0].counts
 
     if start:
         with pytest.raises(PowerCutError):
-            run(end=start, checkpoint_every=start)
-    assert run(steps_at_once=3, checkpoint_every=every) == expected
+            run(end=start, save_every=start)
+    assert run(steps_per_execution=3, save_every=every) == expected
 
 
 def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
-    mixed = Mixed(batches_of(pictures), 3, [Mixup()])
+    mixed = MixedBatches(build_batches(pictures), 3, [Mixup()])
     for options, message in (
-        ({"images_on": "gpu"}, "images_on must be one of auto, host, device, got 'gpu'"),
-        ({"images_on": "device", "engine": "keras"}, "Keras's own step takes images from the host"),
-        ({"steps_at_once": 0}, "steps_at_once must be at least 1, got 0"),
+        ({"data_on": "gpu"}, "data_on must be one of auto, host, device, got 'gpu'"),
+        ({"data_on": "device", "engine": "keras"}, "Keras's own step takes images from the host"),
+        ({"steps_per_execution": 0}, "steps_per_execution must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(network(), optimizer(), cross_entropy(), batches_of(pictures), epochs=1, **options)
+            fit(network(), optimizer(), cross_entropy(), build_batches(pictures), epochs=1, **options)
     with pytest.raises(ValueError, match="images of Mixed batches cannot be made on the device"):
-        fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, images_on="device")
+        fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, data_on="device")
 
 
 @pytest.mark.parametrize(
@@ -183,26 +183,26 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
     assert trainer._at_once(steps, None, callbacks) == expected
 
 
-@pytest.mark.parametrize("views", ["plain", "mirror", "shifted"])
-def test_views_of_pictures_are_those_of_the_host(pictures, views):
+@pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
+def test_views_of_pictures_are_those_of_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
-    shown = Pictures(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(shift=1, border="reflect")))
-    found = evaluation.predict_pictures(predictor, shown, batch_size=4, views=views)
-    np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, views), rtol=1e-5, atol=1e-6)
+    shown = DeviceDataset(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, border="reflect")))
+    found = evaluation.predict_pictures(predictor, shown, batch_size=4, tta=tta)
+    np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
 def test_moved_views_want_a_border(pictures):
-    shown = Pictures(batches_of(pictures))
+    shown = DeviceDataset(build_batches(pictures))
     with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
-        evaluation.predict_pictures(engine.create(network()), shown, views="shifted")
+        evaluation.predict_pictures(engine.create(network()), shown, tta="flip_shift")
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({}, True),
-        ({"images_on": "host"}, False),
+        ({"data_on": "host"}, False),
         ({"engine": "keras"}, False),
         ({"bytes": 100}, False),
         ({"own": 1}, False),
@@ -210,18 +210,18 @@ def test_moved_views_want_a_border(pictures):
     ids=["auto", "host", "keras", "too many", "shows something else"],
 )
 def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, expected):
-    batches = batches_of(pictures)
+    batches = build_batches(pictures)
     if "bytes" in change:
         monkeypatch.setattr(trainer, "DEVICE_BYTES", change["bytes"])
     if "own" in change:
         batches.epoch = lambda epoch, start=0: iter(())
-    found = trainer._pictures(batches, change.get("images_on", "auto"), change.get("engine", "native"))
-    assert isinstance(found, Pictures) is expected
+    found = trainer._pictures(batches, change.get("data_on", "auto"), change.get("engine", "native"))
+    assert isinstance(found, DeviceDataset) is expected
 
 
 def test_images_of_a_float64_run_are_numpys(pictures):
     engine.configure("float64")
     try:
-        assert trainer._pictures(batches_of(pictures), "auto", "native") is None
+        assert trainer._pictures(build_batches(pictures), "auto", "native") is None
     finally:
         engine.configure()

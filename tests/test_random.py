@@ -16,7 +16,7 @@ import pytest
 from keras import ops
 
 from kvision import engine
-from kvision.random import bernoulli, bits, key, normal, stream, uniform
+from kvision.random import bernoulli, bits, key, normal, rng, uniform
 
 LEVEL = 1e-6
 WORD = np.uint32
@@ -296,5 +296,5 @@ def test_keys():
 
 
 def test_streams():
-    assert stream(1, "order", 2).integers(1000, size=4).tolist() == STREAM
-    assert stream(1, "order", 2).random() != stream(1, "order", 3).random()
+    assert rng(1, "order", 2).integers(1000, size=4).tolist() == STREAM
+    assert rng(1, "order", 2).random() != rng(1, "order", 3).random()

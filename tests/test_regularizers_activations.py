@@ -171,7 +171,7 @@ def trained(outputs, inputs, target, steps=2):
         for variable in model.trainable_variables:
             variable.assign(np.zeros(SHAPE, np.float32))
         loss, _ = floor.train_step(noise(*SHAPE), np.zeros((*SHAPE[:-1],), np.int32))
-        floor.push()
+        floor.sync_variables()
         losses.append(float(loss))
         gradients.append([-value(variable) for variable in model.trainable_variables])
     return losses, gradients

@@ -49,7 +49,7 @@ def train(model, images, steps=2, optimizer=None):
     floor.optimizer.build(model.trainable_variables)
     for _ in range(steps):
         floor.train_step(images, np.arange(len(images), dtype=np.int32) % 3)
-    floor.push()
+    floor.sync_variables()
 
 
 def predict(model, images):

@@ -9,7 +9,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Batches
-from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
+from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
 from kvision.random import stream
@@ -162,7 +162,7 @@ def batches(pictures, n=13):
 
 def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     plain = batches(pictures)
-    mixed = Mixed(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
+    mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
     to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
     second = to_numpy(mixed.epoch(1))
@@ -185,7 +185,7 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
 
 
 def test_of_two_mixers_each_batch_gets_one(pictures):
-    mixed = Mixed(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
+    mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
     plain = [np.sort(images.ravel()) for images, _ in batches(pictures, 400).epoch(0)]
     pairs = zip(mixed.epoch(0), plain, strict=True)
     # CutMix shows values that were there; mixup's are new.
@@ -198,7 +198,7 @@ def test_a_run_sees_them(pictures):
     inputs = keras.Input((6, 6, 3), name="image")
     model = keras.Model(inputs, logits(3)(keras.layers.Flatten(name="flatten")(inputs)), name="net")
     initialize(model, 0)
-    mixed = Mixed(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
+    mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
     for images, targets in mixed.epoch(0):

@@ -40,7 +40,7 @@ def step(model, optimizer, loss=lambda labels, outputs: 0.0 * ops.sum(outputs)):
     optimizer.build(model.trainable_variables)
     floor, before = engine.create(model, optimizer, loss), values(model)
     found, _ = floor.train_step(noise(5, 4, 4, 2, seed=9), np.zeros(5, np.int32))
-    floor.push()
+    floor.sync_variables()
     return float(found), before, values(model)
 
 

@@ -16,17 +16,17 @@ from keras import ops
 
 from apps import cifar10
 from kvision.data.batches import Batches
-from kvision.data.mixing import Mixed, Mixup, RandomErasing
+from kvision.data.mixing import MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine import HandedToKeras
 from kvision.experiment import command
-from kvision.flags import guard
+from kvision.flags import run_cli
 from kvision.layers import logits, regularizers
 from kvision.tasks.classification import cross_entropy
 from kvision.training import evaluation, trainer
 from kvision.training.checkpoints import Checkpoints, State
-from kvision.training.optimizers import ExponentialAverage, make_optimizer
-from kvision.training.shutdown import Interrupted, Interruption
+from kvision.training.optimizers import EMA, make_optimizer
+from kvision.training.shutdown import GracefulShutdown, Interrupted
 from kvision.training.trainer import DivergedError, EarlyStopping, fit
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
@@ -80,7 +80,7 @@ def mixed(pictures, seed):
     images, labels = pictures(13, 6, 6)
     held = images, (labels + 1) % 3  # the loss there soon rises, so that the best epoch is not the last
     options = {"validation": held, "early_stopping": EarlyStopping(9), "test": held}
-    return model, ExponentialAverage(optimizer, 0.9), Mixed(batches, 3, [Mixup()], RandomErasing()), options
+    return model, EMA(optimizer, 0.9), MixedBatches(batches, 3, [Mixup()], RandomErasing()), options
 
 
 class Shy(callbacks.Callback):
@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_any_step(pictures, tmp_path, make):
     def train(seed=0, stop=None, folder=None, every=None):
         model, optimizer, batches, options = make(pictures, seed)
         batches = at_step(batches, stop, killed) if stop else batches
-        options |= {"checkpoint": folder, "checkpoint_every": every}
+        options |= {"checkpoint": folder, "save_every": every}
         history = fit(model, optimizer, cross_entropy(), batches, epochs=4, **options)
         kept = [
             [getattr(callback, name, None) for name in ("history", "min_delta", "wait", "best")]
@@ -157,9 +157,9 @@ def test_where_checkpoints_are_written(pictures, tmp_path):
     steps = lambda folder: sorted(int(path.stem[5:]) for path in folder.iterdir())  # noqa: E731
     for name, options, expected in (
         ("epochs", {}, [9, 12, 15]),
-        ("two", {"checkpoint_every": 2, "keep": 4}, [10, 12, 14, 15]),
-        ("all", {"checkpoint_every": 1, "keep": 99}, list(range(1, 16))),
-        ("end", {"checkpoint_every": 100}, [15]),
+        ("two", {"save_every": 2, "keep": 4}, [10, 12, 14, 15]),
+        ("all", {"save_every": 1, "keep": 99}, list(range(1, 16))),
+        ("end", {"save_every": 100}, [15]),
     ):
         model, (batches, _) = softmax(), noise(pictures)
         folder = tmp_path / name
@@ -173,7 +173,7 @@ def test_kerass_optimizers_and_losses_go_on(pictures, tmp_path, kind):
         model, (batches, _), optimizer = softmax(), noise(pictures), getattr(keras.optimizers, kind)(0.01)
         batches = at_step(batches, stop, killed) if stop else batches
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        history = fit(model, optimizer, loss, batches, epochs=2, checkpoint=folder, checkpoint_every=1)
+        history = fit(model, optimizer, loss, batches, epochs=2, checkpoint=folder, save_every=1)
         return everything(model, optimizer), history.step_losses
 
     whole, losses = train()
@@ -344,7 +344,7 @@ def refused(pictures, newest, options, message, network):
 def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(pictures, tmp_path):
     def train(folder=None):
         model, optimizer, batches = run(pictures, width=0)
-        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, checkpoint_every=2)
+        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, save_every=2)
         return everything(model, optimizer)
 
     whole = train(tmp_path)
@@ -366,7 +366,7 @@ def test_what_a_killed_write_left_is_removed(pictures, tmp_path):
     ("options", "error", "message"),
     [
         ({"keep": 0}, ValueError, "keep must be at least 1 checkpoint, got 0"),
-        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1 step, got 0"),
+        ({"save_every": 0}, ValueError, "save_every must be at least 1 step, got 0"),
         ({"checkpoint": "file"}, WeightsError, "file: is a file; checkpoints want a folder"),
     ],
 )
@@ -426,13 +426,13 @@ def test_a_run_without_checkpoints_leaves_signals_alone(pictures):
 def test_ignored_signals_stay_ignored_and_other_threads_listen_to_none():
     former, found = signal.signal(signal.SIGTERM, signal.SIG_IGN), []
     try:
-        with Interruption():
+        with GracefulShutdown():
             found.append(signal.getsignal(signal.SIGTERM))
     finally:
         signal.signal(signal.SIGTERM, former)
 
     def elsewhere():
-        with Interruption():
+        with GracefulShutdown():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)
@@ -454,7 +454,7 @@ def test_what_ends_an_app_is_one_line_and_a_code(capsys, error, code, line):
     def raises():
         raise error
 
-    assert guard("app", raises, (DivergedError,), Interrupted) == code
+    assert run_cli("app", raises, (DivergedError,), Interrupted) == code
     assert capsys.readouterr().err.strip().startswith(line)
 
 
@@ -495,8 +495,10 @@ def burst(pictures, step, **options):
 def test_nothing_that_is_not_finite_is_kept(pictures, tmp_path, step, every, what, last):
     """The loss of the step before a checkpoint is waited for, and the weights are looked at."""
     name = f"the last good checkpoint is {tmp_path}/step-0000000{last}.npz" if last else "no checkpoint was written"
-    with pytest.raises(DivergedError, match=f"{what}; {name}.*; try a smaller --learning-rate, --clip 1 or --dtype"):
-        burst(pictures, step, checkpoint=tmp_path, checkpoint_every=every)
+    with pytest.raises(
+        DivergedError, match=f"{what}; {name}.*; try a smaller --learning-rate, --clip-norm 1 or --dtype"
+    ):
+        burst(pictures, step, checkpoint=tmp_path, save_every=every)
     for path in tmp_path.iterdir():
         with np.load(path) as stored:
             assert all(np.isfinite(stored[key]).all() for key in stored.files), path
@@ -522,8 +524,19 @@ def images(tmp_path_factory) -> str:
 
 
 def app(images, folder, *more):
-    words = ["--data", images, "--model", "softmax", "--limit", "200", "--limit-test", "50", "--batch-size", "50"]
-    return command(cifar10.main, cifar10.RECIPES, "", [*words, "--epochs", "2", "--out", str(folder), *more])
+    words = [
+        "--data",
+        images,
+        "--model",
+        "softmax",
+        "--max-train-samples",
+        "200",
+        "--max-test-samples",
+        "50",
+        "--batch-size",
+        "50",
+    ]
+    return command(cifar10.main, cifar10.RECIPES, "", [*words, "--epochs", "2", "--output-dir", str(folder), *more])
 
 
 def weights(folder):
@@ -560,7 +573,7 @@ def test_an_app_survives_a_full_disk(images, tmp_path, monkeypatch, capsys):
     act_in_app(monkeypatch, 7, full)
     capsys.readouterr()
     try:
-        code = app(images, folder, "--checkpoint-every", "3")
+        code = app(images, folder, "--save-every", "3")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     error = last_line(capsys)
@@ -574,7 +587,7 @@ def test_an_app_survives_a_full_disk(images, tmp_path, monkeypatch, capsys):
     assert "is intact: --resume goes on from it" in error
     assert [path.name for path in sorted(left.iterdir())] == ["step-00000003.npz", "step-00000006.npz"]
     assert not list(folder.rglob(".*"))
-    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--out", str(folder)]) == 0
+    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", str(folder)]) == 0
     assert same(weights(folder), weights(tmp_path / "whole"))
 
 
@@ -607,7 +620,7 @@ def test_an_app_ends_with_75_where_it_saved(images, tmp_path, monkeypatch, capsy
     assert not (folder / "weights.npz").exists()
     saved.unlink()
     (folder / ".metrics.jsonl.x1y2.tmp").touch()  # what SIGKILL may leave
-    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--out", str(folder)]) == 0
+    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", str(folder)]) == 0
     assert f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning" in capsys.readouterr().out
     assert same(weights(folder), weights(tmp_path / "whole")) and not list(folder.rglob(".*"))
 
@@ -750,7 +763,7 @@ def test_callbacks_write_files(pictures, tmp_path):
             callbacks.CSVLogger(str(tmp_path / "log.csv"), append=True),
         ]
         logger.append(told[-1])
-        options = {"test": held, "callbacks": told, "checkpoint": tmp_path / "run", "checkpoint_every": 1}
+        options = {"test": held, "callbacks": told, "checkpoint": tmp_path / "run", "save_every": 1}
         history = fit(model, keras.optimizers.SGD(0.1), cross_entropy(), batches, epochs=3, **options)
         return model, history
 
@@ -810,7 +823,7 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
         model, (batches, held) = softmax(), noise(pictures)
         batches = at_step(batches, stop, killed) if stop else batches
         top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
-        options = {"test": held, "metrics": [top], "checkpoint_every": 1, **options}
+        options = {"test": held, "metrics": [top], "save_every": 1, **options}
         return fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
 
     with pytest.raises(KilledError):
@@ -820,7 +833,7 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
     assert [[row[key] for key in keys] for row in again.epochs] == [[row[key] for key in keys] for row in whole.epochs]
     model, (batches, _) = softmax(), noise(pictures)
     mean = keras.metrics.SparseCategoricalAccuracy(name="mean")
-    mixed = Mixed(batches, 3, [Mixup()])
+    mixed = MixedBatches(batches, 3, [Mixup()])
     history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), mixed, epochs=1, metrics=[mean])
     assert history.epochs[0]["mean"] == pytest.approx(history.epochs[0]["accuracy"])
 
@@ -869,7 +882,7 @@ def test_keras_s_backup_is_refused(pictures, tmp_path):
 def test_an_average_is_no_matter_of_the_callbacks(pictures):
     """They see the weights in training, and at the end the average."""
     model, (batches, held) = softmax(), noise(pictures)
-    optimizer, seen = ExponentialAverage(make_optimizer("sgd", 0.1), 0.9), []
+    optimizer, seen = EMA(make_optimizer("sgd", 0.1), 0.9), []
     look = lambda: seen.append(np.array(model.get_weights()[0]))  # noqa: E731
     told = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: look(), on_train_end=lambda logs: look())
     fit(model, optimizer, cross_entropy(), batches, epochs=1, test=held, callbacks=[told])

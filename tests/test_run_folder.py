@@ -26,7 +26,18 @@ from tests.test_files import HOLDER, tiny_model
 from tests.test_resume import act_in_app
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["--model", "softmax", "--limit", "60", "--limit-test", "20", "--batch-size", "20", "--epochs", "1"]
+WORDS = [
+    "--model",
+    "softmax",
+    "--max-train-samples",
+    "60",
+    "--max-test-samples",
+    "20",
+    "--batch-size",
+    "20",
+    "--epochs",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +88,11 @@ def test_runs_that_start_at_once_have_folders_of_their_own(start, monkeypatch, i
 
 @pytest.mark.parametrize("more", [(), ("--resume",)])
 def test_a_folder_that_another_process_runs_in_is_refused(start, holder, capsys, more, monkeypatch):
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
     pid = holder("here")
     before = sorted((path, path.stat().st_mtime_ns) for path in Path("here").rglob("*"))
     monkeypatch.setattr(experiment, "read_data", None)  # no data are read before
-    assert start("--out", "here", *more) == 2
+    assert start("--output-dir", "here", *more) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"here is in use by process {pid}," in line
     assert sorted((path, path.stat().st_mtime_ns) for path in Path("here").rglob("*")) == before
@@ -97,7 +108,7 @@ def test_a_run_holds_its_folder_until_its_end(start, monkeypatch):
         return read(config, *rest)
 
     monkeypatch.setattr(experiment, "read_data", look)
-    assert start("--out", "here") == 0 and seen
+    assert start("--output-dir", "here") == 0 and seen
     with locked(Path("here")):
         pass
     assert not list(Path("here").glob(".*"))
@@ -106,13 +117,13 @@ def test_a_run_holds_its_folder_until_its_end(start, monkeypatch):
 def test_a_folder_that_a_killed_run_left_empty_is_free(start):
     Path("here").mkdir()
     Path("here/.lock").write_text("123 elsewhere\n")
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
 
 
 @pytest.mark.parametrize("out", [None, "here", "above/here"])
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
-    config = Config(out=out)
+    config = Config(output_dir=out)
     with pytest.raises(UsageError, match="no data"), run_folder.run_folder(config) as folder:
         assert folder.is_dir()
         raise UsageError("no data")
@@ -121,13 +132,13 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, out):
 
 def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
     """Also where the folder is given to `train` itself."""
-    assert start("--out", "here") == 0
-    config = Config(model="softmax", data=images, epochs=1, limit=60, limit_test=20, batch_size=20)
+    assert start("--output-dir", "here") == 0
+    config = Config(model="softmax", data=images, epochs=1, max_train_samples=60, max_test_samples=20, batch_size=20)
     dataset, _ = experiment.read_data(config, ("shapes10",))
     with pytest.raises(UsageError, match=r"here holds the checkpoints of a run: give --resume"):
         experiment.train(config, dataset, Path("here"))
-    assert start("--out", "here") == 2
-    assert "--out here is not empty: give --resume" in capsys.readouterr().err
+    assert start("--output-dir", "here") == 2
+    assert "--output-dir here is not empty: give --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -135,40 +146,40 @@ def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
     [
         ("learning_rate", 0.5, "--learning-rate 0.01", "--learning-rate 0.5"),
         ("seed", 7, "--seed 0", "--seed 7"),
-        ("limit", 40, "--limit 60, training images 60", "--limit 40, training images 40"),
+        ("limit", 40, "--max-train-samples 60, training images 60", "--max-train-samples 40, training images 40"),
         ("flip", False, "--flip True", "--flip False"),
     ],
 )
 def test_another_configuration_is_refused(start, capsys, name, value, theirs, ours):
     """As where a second run has written its config.json into the folder; nothing is removed."""
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
     path = Path("here/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     left = sorted(Path("here/checkpoints").iterdir())
-    assert start("--out", "here", "--resume", words=()) == 2
+    assert start("--output-dir", "here", "--resume", words=()) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"step-00000003.npz: is of a run with {theirs}" in line and f"; this run has {ours}" in line
     assert sorted(Path("here/checkpoints").iterdir()) == left
 
 
 def test_other_images_are_refused(start, tmp_path, capsys):
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
     with np.load(write_shapes(tmp_path / "other.npz")) as stored:
         arrays = dict(stored)
     arrays["y_train"] = np.roll(arrays["y_train"], 1)
     np.savez(tmp_path / "other.npz", **arrays)
     path = Path("here/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(tmp_path / "other.npz")}))
-    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--out", "here"]) == 2
+    assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", "here"]) == 2
     assert "their labels sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"epochs": 3}, {"steps_at_once": 1, "images_on": "host"}, {"checkpoint_every": 2}])
+@pytest.mark.parametrize("change", [{"epochs": 3}, {"steps_per_execution": 1, "data_on": "host"}, {"save_every": 2}])
 def test_what_may_change_may_change(start, change):
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
     path = Path("here/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert start("--out", "here", "--resume", words=()) == 0
+    assert start("--output-dir", "here", "--resume", words=()) == 0
     rows = Path("here/metrics.jsonl").read_text().splitlines()
     assert len(rows) == change.get("epochs", 1)
 
@@ -221,7 +232,7 @@ def test_a_terminal_that_lacks_a_letter_ends_no_run(monkeypatch):
     """An ASCII pipe, and the name of a class."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    assert flags.guard("app", lambda: print("Vögel"), ()) == 0
+    assert flags.run_cli("app", lambda: print("Vögel"), ()) == 0
     stream.flush()
     assert stream.buffer.getvalue() == b"V\\xf6gel\n"
 
@@ -237,7 +248,7 @@ def test_tiny_networks_get_one_thread_of_pytorchs(monkeypatch):
 
 
 def test_threads_and_load_stand_in_the_metrics(start, capsys):
-    assert start("--out", "here") == 0
+    assert start("--output-dir", "here") == 0
     metrics = json.loads(Path("here/metrics.json").read_text())
     assert metrics["threads"] >= 1 and metrics["load_average"] >= 0
     assert f", {metrics['threads']} thread" in capsys.readouterr().out
@@ -246,9 +257,9 @@ def test_threads_and_load_stand_in_the_metrics(start, capsys):
 def test_the_terminal_may_go(start, monkeypatch, capsys):
     """SIGHUP saves, and the exit code says so."""
     act_in_app(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert start("--out", "here") == 75
+    assert start("--output-dir", "here") == 75
     assert "stopped by SIGHUP after step 2 and saved as here/checkpoints/step-00000002.npz" in capsys.readouterr().err
-    assert start("--out", "here", "--resume", words=()) == 0
+    assert start("--output-dir", "here", "--resume", words=()) == 0
 
 
 GONE = """

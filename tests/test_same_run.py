@@ -15,7 +15,7 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool, regularizers
 from kvision.tasks.classification import cross_entropy
-from kvision.training.optimizers import LearningRateFactors, make_optimizer, schedule
+from kvision.training.optimizers import LearningRateMultipliers, make_optimizer, schedule
 from kvision.weights.initialization import initialize
 
 layers, initializers = keras.layers, keras.initializers
@@ -162,13 +162,13 @@ def test_first_losses_and_what_they_leave(pictures):
     initialize(model, 0)
     regularizers.add_regularizer(model, keras.regularizers.L2(1e-2))
     inner = make_optimizer("sgd", schedule("cosine", 0.1, 8, warmup=0.25), weight_decay=0.05)
-    optimizer = LearningRateFactors(inner, {r".*_bn/beta": 8.0, "logits/.*": 0.5})
+    optimizer = LearningRateMultipliers(inner, {r".*_bn/beta": 8.0, "logits/.*": 0.5})
     optimizer.build(model.trainable_variables)
     floor = engine.create(model, optimizer, cross_entropy(smoothing=0.2))
     batches = tiny_batches(pictures)
     before = floor.predict(next(batches.epoch(0))[0])
     steps = [floor.train_step(*batch) for epoch in (0, 1) for batch in batches.epoch(epoch)][:5]
-    floor.push()
+    floor.sync_variables()
     np.testing.assert_allclose(before[0], FIRST_LOGITS, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([float(loss) for loss, _ in steps], LOSSES, rtol=1e-5)
     assert [int(correct) for _, correct in steps] == CORRECT

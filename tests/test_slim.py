@@ -35,7 +35,7 @@ def test_logits_and_names_are_tf_slims(name):
 
 
 @pytest.mark.parametrize(
-    ("lineage", "theirs"),
+    ("source", "theirs"),
     [
         (
             "slim",
@@ -49,20 +49,20 @@ def test_logits_and_names_are_tf_slims(name):
         ("frossard", {"conv5_3_W": (3, 3, 32, 32), "fc6_W": (1568, 8), "fc7_b": (8,), "fc8_W": (8, 10)}),
     ],
 )
-def test_vggs_of_those_years(lineage, theirs, tmp_path):
+def test_vggs_of_those_years(source, theirs, tmp_path):
     """vgg_16.ckpt and vgg16_weights.npz: the fully connected layers read height, width, channels, as ours do."""
     with skip_init():
         model, again = (zoo.build_model("vgg16", (224, 224, 3), 10, width=4, hidden=8) for _ in range(2))
     initialize(model, 0)
-    arrays = export_arrays(model, lineage)
+    arrays = export_arrays(model, source)
     assert theirs.items() <= {key: array.shape for key, array in arrays.items()}.items()
     kernel = values(model)["head_1_dense/kernel"]
     assert np.array_equal(arrays[next(key for key in theirs if "fc6" in key)].reshape(kernel.shape), kernel)
-    import_arrays(again, arrays, lineage)
+    import_arrays(again, arrays, source)
     assert all(np.array_equal(values(again)[key], array) for key, array in values(model).items())
     np.savez(tmp_path / "vgg16_weights.npz", **{key.replace("/", "."): array for key, array in arrays.items()})
-    if lineage == "frossard":
+    if source == "frossard":
         out = tmp_path / "vgg16.npz"
         report = convert(tmp_path / "vgg16_weights.npz", out, "vgg16", arguments={"width": 4, "hidden": 8})
-        assert (report.lineage, report.converted) == ("frossard", 32)
+        assert (report.source, report.converted) == ("frossard", 32)
         assert inspect(out)["manifest"]["preprocessing"]["mean"] == [123.68, 116.779, 103.939]

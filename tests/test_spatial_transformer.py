@@ -165,7 +165,7 @@ def test_gradients(kind, border):
         model, optimizer, lambda labels, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2
     )
     floor.train_step(np.zeros((3, 1), np.float32), np.zeros(IMAGE[:-1], np.int32))
-    floor.push()
+    floor.sync_variables()
     to_image, to_theta = (start - value(v) for start, v in zip((image, theta), model.trainable_variables, strict=True))
 
     x, y = places(kind, theta, IMAGE[1:3])

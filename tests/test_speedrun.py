@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def course(data):
-    recipe = replace(cifar10.RECIPES["softmax"], epochs=EPOCHS, views="mirror")
+    recipe = replace(cifar10.RECIPES["softmax"], epochs=EPOCHS, tta="flip")
     return speedrun.Course(recipe, load("cifar10", data))
 
 
@@ -35,11 +35,11 @@ def test_a_run_depends_on_its_seed_alone(course):
 
 
 def test_a_run_is_the_apps(course, data, tmp_path):
-    config = replace(course.recipe, data=data, out=str(tmp_path / "run"), seed=1)
+    config = replace(course.recipe, data=data, output_dir=str(tmp_path / "run"), seed=1)
     expected, found = cifar10.main(config), course.run(1)
     images = expected["test_images"]
     assert found["alone"] == pytest.approx(expected["test_accuracy"], abs=1.5 / images)
-    assert found["accuracy"] == pytest.approx(expected["views_accuracy"], abs=1.5 / images)
+    assert found["accuracy"] == pytest.approx(expected["tta_accuracy"], abs=1.5 / images)
 
 
 def test_its_table_holds_every_file(data, tmp_path, monkeypatch, capsys):
@@ -85,7 +85,7 @@ def test_muons_run_learns_and_depends_on_its_seed_alone(muon_course):
 def test_views_of_the_least_sure(muon_course):
     muon_course.run(0)
     alone, some = evaluation.predict_pictures(muon_course.engine, muon_course.test), muon_course.test_logits()
-    whole = evaluation.predict_pictures(muon_course.engine, muon_course.test, views="shifted")
+    whole = evaluation.predict_pictures(muon_course.engine, muon_course.test, tta="flip_shift")
     sure = np.argsort(log_probabilities(alone).max(axis=-1))[25:]
     np.testing.assert_array_equal(some[sure], alone[sure])
     unsure = np.setdiff1d(np.arange(len(alone)), sure)

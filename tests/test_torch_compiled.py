@@ -9,7 +9,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.device import Pictures
+from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
@@ -57,7 +57,7 @@ def test_compiled_steps_are_the_engines(float64):
         trainer = engine.create(model, optimizer, cross_entropy(0.2))
         if compiled:
             torch_compiled.compile_steps(trainer)
-        results = trainer.train_steps(Pictures(batches), np.stack(list(batches.draws(0))))
+        results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.draws(0))))
         found.append(
             [*results, *(np.array(ops.convert_to_numpy(v.value)) for v in (*model.variables, *optimizer.variables))]
         )

@@ -20,7 +20,7 @@ from PIL import Image
 import kvision
 from kvision import files
 from kvision.report import (
-    Mistake,
+    MisclassifiedExample,
     Progress,
     bar_chart,
     comparison_table,
@@ -115,8 +115,8 @@ def make_run(k: int = 3, names=None, epochs: int = 4) -> dict:
     image = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     names = names or [f"kind {index}" for index in range(k)]
     mistakes = [
-        Mistake(image, names[0], names[-1], 0.9876),
-        Mistake(image[..., :1], names[-1], names[0], 0.5),
+        MisclassifiedExample(image, names[0], names[-1], 0.9876),
+        MisclassifiedExample(image[..., :1], names[-1], names[0], 0.5),
     ]
     config = {"model": "resnet20", "epochs": epochs, "augment": True, "data": None, "learning_rate": 0.05}
     return {
@@ -341,11 +341,11 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_mistake_refuses_what_is_no_image(shape, dtype):
     with pytest.raises(ValueError, match="uint8"):
-        Mistake(np.zeros(shape, dtype), "a", "b", 0.5)
+        MisclassifiedExample(np.zeros(shape, dtype), "a", "b", 0.5)
 
 
 def test_mistake_is_frozen():
-    mistake = Mistake(np.zeros((2, 2, 1), np.uint8), "a", "b", 0.5)
+    mistake = MisclassifiedExample(np.zeros((2, 2, 1), np.uint8), "a", "b", 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         mistake.true = "c"
 

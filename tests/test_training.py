@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.mixing import CutMix, Mixed, Mixup, RandomErasing
+from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
 from kvision.layers.regularizers import MaxNorm, add_constraint
@@ -18,14 +18,14 @@ from kvision.tasks.classification import (
     cross_entropy,
     log_probabilities,
     score,
-    worst_mistakes,
+    top_losses,
 )
 from kvision.training import evaluation, optimizers, trainer
 from kvision.training.optimizers import (
-    ExponentialAverage,
-    LearningRateFactors,
+    EMA,
+    SWA,
+    LearningRateMultipliers,
     Lookahead,
-    StochasticAverage,
     make_optimizer,
     schedule,
 )
@@ -94,7 +94,7 @@ def test_unknown_schedules_and_optimizers_are_named():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, linear, steps, got 'sawtooth'"):
         schedule("sawtooth", 0.1, 10)
     with pytest.raises(ValueError, match="'linear', 'cosine' or not"):
-        optimizers.WarmUp(0.1, 10, kind="steps")
+        optimizers.WarmupSchedule(0.1, 10, kind="steps")
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adam, adamw, got 'lion'"):
         make_optimizer("lion", 0.1)
 
@@ -150,7 +150,7 @@ def test_gradients_are_clipped(kind, limit):
     optimizer.build(model.trainable_variables)
     floor = trainer.floors.create(model, optimizer, cross_entropy())
     floor.train_step(x, labels)
-    floor.push()
+    floor.sync_variables()
     for old, new, gradient in zip(before, trainer.values(model.variables), expected, strict=True):
         np.testing.assert_allclose(old - new, gradient, rtol=1e-3, atol=1e-6)
 
@@ -164,9 +164,9 @@ def test_one_way_of_clipping():
 
 
 AVERAGES = {
-    "ema": (lambda inner: ExponentialAverage(inner, 0.3), [1, 0.9, 9 / 11, 9 / 12, 0.7, 0.7, 0.7]),
-    "swa": (lambda inner: StochasticAverage(inner, 3, 2), [1, 1, 1, 0, 1 / 2, 0, 1 / 3]),
-    "swa_each": (lambda inner: StochasticAverage(inner, 1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7]),
+    "ema": (lambda inner: EMA(inner, 0.3), [1, 0.9, 9 / 11, 9 / 12, 0.7, 0.7, 0.7]),
+    "swa": (lambda inner: SWA(inner, 3, 2), [1, 1, 1, 0, 1 / 2, 0, 1 / 3]),
+    "swa_each": (lambda inner: SWA(inner, 1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7]),
 }
 
 
@@ -185,7 +185,7 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
     for share, batch in zip(shares, steps, strict=False):
         for floor in floors:
             floor.train_step(*batch)
-            floor.push()
+            floor.sync_variables()
         weights = trainer.values(model.trainable_variables)
         assert same(weights, trainer.values(twin.trainable_variables))
         expected = [(1 - share) * old + share * new for old, new in zip(expected, weights, strict=True)]
@@ -198,7 +198,7 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
 def test_an_average_is_taken_after_constraints(pictures):
     model, inner, batches = run(pictures, width=0)
     add_constraint(model, MaxNorm(0.1))
-    optimizer = StochasticAverage(inner, 1)
+    optimizer = SWA(inner, 1)
     fit(model, optimizer, cross_entropy(), batches, epochs=1)
     (kernel, _) = trainer.values(optimizer.averages)
     assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
@@ -208,7 +208,7 @@ def test_fit_scores_and_leaves_the_average(pictures):
     """With the batch norm's statistics under it, pooled over the epoch's batches; training is what it would be."""
     test = pictures(10, 6, 6, seed=2)
     (model, inner, batches), (twin, plain, _) = run(pictures), run(pictures)
-    optimizer = ExponentialAverage(inner, 0.9)
+    optimizer = EMA(inner, 0.9)
     history = fit(model, optimizer, cross_entropy(), batches, epochs=2, test=test)
     other = fit(twin, plain, cross_entropy(), batches, epochs=2, test=test)
     assert history.step_losses == other.step_losses
@@ -226,13 +226,13 @@ def test_fit_scores_and_leaves_the_average(pictures):
 def test_an_average_is_no_part_of_a_run_without_steps(pictures):
     model, inner, batches = run(pictures, width=0)
     before = trainer.values(model.trainable_variables)
-    fit(model, ExponentialAverage(inner), cross_entropy(), batches, epochs=0)
+    fit(model, EMA(inner), cross_entropy(), batches, epochs=0)
     assert same(trainer.values(model.trainable_variables), before)
 
 
 def test_averages_survive_their_configuration():
     inner = make_optimizer("sgd", 0.1, momentum=0.7)
-    for optimizer in (ExponentialAverage(inner, 0.5), StochasticAverage(inner, 4, 3)):
+    for optimizer in (EMA(inner, 0.5), SWA(inner, 4, 3)):
         again = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(optimizer))))
         assert type(again) is type(optimizer) and again.get_config() == optimizer.get_config()
 
@@ -240,8 +240,8 @@ def test_averages_survive_their_configuration():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda inner: ExponentialAverage(inner, 1.0), "decay .* must be at least 0 and below 1, got 1.0"),
-        (lambda inner: StochasticAverage(inner, 0), "at least 1 step, every at least 1; got 0 and 1"),
+        (lambda inner: EMA(inner, 1.0), "decay .* must be at least 0 and below 1, got 1.0"),
+        (lambda inner: SWA(inner, 0), "at least 1 step, every at least 1; got 0 and 1"),
     ],
 )
 def test_bad_averages_are_named(make, message):
@@ -273,7 +273,7 @@ def test_lookahead_follows_its_reference(every, decay):
     floor = trainer.floors.create(model, optimizer, cross_entropy())
     for step in range(1, 13):
         floor.train_step(x.astype(np.float32), labels)
-        floor.push()
+        floor.sync_variables()
         fast = [w - g for w, g in zip(fast, softmax_slope(fast, x, labels), strict=True)]
         if step % every == 0:
             kept = decay**every * min(step / 10, 1) ** 3
@@ -442,11 +442,11 @@ def test_confusion_matrix(dtype):
 
 
 def test_worst_mistakes():
-    found = worst_mistakes(FOUR, np.array([0, 1, 0, 2]))
+    found = top_losses(FOUR, np.array([0, 1, 0, 2]))
     assert [(index, predicted) for index, predicted, _ in found] == [(2, 2), (1, 0), (3, 1)]
     assert [confidence for *_, confidence in found] == pytest.approx([0.8001, 0.6, 0.5])
-    assert worst_mistakes(FOUR, np.array([0, 1, 0, 2]), count=1) == found[:1]
-    assert worst_mistakes(FOUR, np.array([0, 0, 2, 1])) == []
+    assert top_losses(FOUR, np.array([0, 1, 0, 2]), count=1) == found[:1]
+    assert top_losses(FOUR, np.array([0, 0, 2, 1])) == []
 
 
 # Runs
@@ -465,7 +465,7 @@ def run(pictures, width=4, kind="sgd", seed=0):
     model = network(width)
     initialize(model, seed)
     inner = make_optimizer(kind, schedule("cosine", 0.1, 12), weight_decay=0.01)
-    optimizer = LearningRateFactors(inner, {"bn/.*": 4.0} if width else {})
+    optimizer = LearningRateMultipliers(inner, {"bn/.*": 4.0} if width else {})
     images, labels = pictures(13, 6, 6)
     augmentation = Augmentation(True, 1, "reflect", 2)
     batches = Batches(images, labels, 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)), augmentation)
@@ -528,8 +528,8 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
     """Averages, slow weights, the best epoch so far and mixed samples too, with clipped gradients and a bound on the
     norms."""
     wrap = {
-        "ema": lambda o: ExponentialAverage(o, 0.9),
-        "swa": lambda o: StochasticAverage(o, 6, 3),
+        "ema": lambda o: EMA(o, 0.9),
+        "swa": lambda o: SWA(o, 6, 3),
         "lookahead": lambda o: Lookahead(o, 12, 5),
     }
     images, labels = pictures(10, 6, 6, seed=2)
@@ -540,7 +540,7 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
         optimizer = make_optimizer("adam", 0.01, clip_global_norm=0.5)
         optimizer = wrap.get(kind, wrap["ema"])(optimizer)
         stopping = {"validation": (images, labels), "early_stopping": EarlyStopping(1)} if kind not in wrap else {}
-        batches = Mixed(batches, 3, [Mixup(), CutMix()], RandomErasing())
+        batches = MixedBatches(batches, 3, [Mixup(), CutMix()], RandomErasing())
         history = fit(
             model,
             optimizer,

@@ -12,7 +12,7 @@ from kvision import engine, zoo
 from kvision.layers import regularizers
 from kvision.tasks.classification import cross_entropy
 from kvision.training.finetune import freeze, swap_head, unfreeze
-from kvision.training.optimizers import LearningRateFactors, make_optimizer
+from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
 from tests.arrays import noise, values
 
 layers = keras.layers
@@ -130,7 +130,7 @@ def test_frozen_layers_stay_as_they_are():
     optimizer.build(model.trainable_variables)
     floor = engine.create(model, optimizer, cross_entropy())
     floor.train_step(noise(6, 6, 6, 2), np.arange(6, dtype=np.int32) % 3)
-    floor.push()
+    floor.sync_variables()
     for path, now in values(model).items():
         assert (now == before[path]).all() == path.startswith("stage1"), path
 
@@ -161,7 +161,7 @@ def trained(optimizer, steps=4, how="engine"):
     for i in range(steps):
         step(noise(8, 4, seed=i), np.arange(8, dtype=np.int32) % 3)
     if how == "engine":
-        floor.push()
+        floor.sync_variables()
     return values(model)
 
 
@@ -183,7 +183,7 @@ def alone(name, rate, steps):
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_factor_is_a_scaled_learning_rate(name, how):
     """Several steps with one factor for all, against the optimizer alone with the rate times the factor."""
-    found = trained(LearningRateFactors(MAKERS[name](0.1), {".*": 0.25}), how=how)
+    found = trained(LearningRateMultipliers(MAKERS[name](0.1), {".*": 0.25}), how=how)
     for path, expected in alone(name, 0.025, 4).items():
         np.testing.assert_allclose(found[path], expected, atol=2e-6, err_msg=path)
 
@@ -193,7 +193,7 @@ def test_a_factor_is_a_scaled_learning_rate(name, how):
 def test_each_variable_has_the_factor_of_its_first_match(name, how):
     """After one step each variable stands where its own learning rate would have brought it."""
     factors = {"first/bias": 3.0, "first/.*": 0.25, "second/bias": 0.0}
-    found = trained(LearningRateFactors(MAKERS[name](0.1), factors), 1, how)
+    found = trained(LearningRateMultipliers(MAKERS[name](0.1), factors), 1, how)
     rates = {"first/kernel": 0.025, "first/bias": 0.3, "second/kernel": 0.1, "second/bias": 0.0}
     start = values(two_layers())
     for path, rate in rates.items():
@@ -213,7 +213,7 @@ def test_factors_under_fit():
 
     rate = keras.optimizers.schedules.PiecewiseConstantDecay
     plain = fitted(keras.optimizers.SGD(rate([2], [0.05, 0.005]), momentum=0.9))
-    factored = fitted(LearningRateFactors(keras.optimizers.SGD(rate([2], [0.1, 0.01]), momentum=0.9), {".*": 0.5}))
+    factored = fitted(LearningRateMultipliers(keras.optimizers.SGD(rate([2], [0.1, 0.01]), momentum=0.9), {".*": 0.5}))
     for path, expected in values(plain).items():
         np.testing.assert_allclose(values(factored)[path], expected, atol=2e-6, err_msg=path)
     assert int(ops.convert_to_numpy(factored.optimizer.iterations)) == 6
@@ -221,7 +221,7 @@ def test_factors_under_fit():
 
 
 def test_a_callback_may_set_the_learning_rate():
-    optimizer = LearningRateFactors(keras.optimizers.SGD(0.1), {".*": 0.5})
+    optimizer = LearningRateMultipliers(keras.optimizers.SGD(0.1), {".*": 0.5})
     optimizer.learning_rate = 0.2
     assert float(ops.convert_to_numpy(optimizer.inner.learning_rate)) == pytest.approx(0.2)
     optimizer.build(two_layers().trainable_variables)
@@ -229,10 +229,10 @@ def test_a_callback_may_set_the_learning_rate():
 
 
 def test_factors_survive_their_configuration():
-    optimizer = LearningRateFactors(keras.optimizers.Adam(0.1, beta_1=0.8), {"first/.*": 0.25, ".*": 2.0})
+    optimizer = LearningRateMultipliers(keras.optimizers.Adam(0.1, beta_1=0.8), {"first/.*": 0.25, ".*": 2.0})
     stored = json.loads(json.dumps(keras.saving.serialize_keras_object(optimizer)))
     again = keras.saving.deserialize_keras_object(stored)
-    assert type(again) is LearningRateFactors and again.get_config() == optimizer.get_config()
+    assert type(again) is LearningRateMultipliers and again.get_config() == optimizer.get_config()
     assert list(again.factors) == list(optimizer.factors)  # the first match counts
     first, second = trained(optimizer, 2), trained(again, 2)
     for path in first:
@@ -240,7 +240,7 @@ def test_factors_survive_their_configuration():
 
 
 def test_a_pattern_without_variables_is_refused():
-    optimizer = LearningRateFactors(keras.optimizers.SGD(0.1), {"first/.*": 2.0, "first": 3.0})
+    optimizer = LearningRateMultipliers(keras.optimizers.SGD(0.1), {"first/.*": 2.0, "first": 3.0})
     with pytest.raises(ValueError, match="no trainable variable matches the learning-rate factor's pattern 'first'"):
         optimizer.build(two_layers().trainable_variables)
 

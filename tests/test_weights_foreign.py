@@ -167,7 +167,7 @@ def small():
 
 def test_the_command_goes_both_ways(small, tmp_path, capsys):
     weights.save(small, tmp_path / "ours.npz", arguments={"depth": 8})
-    for suffix, lineage in ((".pth", "torchvision"), (".safetensors", "kvision")):
+    for suffix, source in ((".pth", "torchvision"), (".safetensors", "kvision")):
         there, back = tmp_path / f"there{suffix}", tmp_path / f"back{suffix}.npz"
         assert main(["weights", "convert", str(tmp_path / "ours.npz"), "-o", str(there)]) == 0
         arguments = [
@@ -183,12 +183,12 @@ def test_the_command_goes_both_ways(small, tmp_path, capsys):
             "shapes",
         ]
         assert main(["weights", "convert", str(there), "-o", str(back), *arguments]) == 0
-        assert f"({lineage})" in capsys.readouterr().out
+        assert f"({source})" in capsys.readouterr().out
         model = create_model("resnet20", weights=back)
         assert model.output_shape == (None, 4)  # read off the file
         assert same(values(model), values(small))
         manifest = weights.inspect(back)["manifest"]
-        assert (manifest["dataset"], manifest["provenance"]["source"]) == ("shapes", there.name)
+        assert (manifest["dataset"], manifest["provenance"]["file"]) == ("shapes", there.name)
     assert manifest["preprocessing"] is None
 
 

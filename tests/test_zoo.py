@@ -272,7 +272,7 @@ def test_the_logits_of_an_image_depend_on_it_alone(floor):
 
 def test_every_weight_has_a_gradient(floor):
     loss, _ = floor.train_step(images_for(floor.model), np.arange(4, dtype=np.int32))
-    floor.push()
+    floor.sync_variables()
     assert np.isfinite(float(loss))
     # After one step from rest the momenta are the gradients, at learning rate 1.
     gradients = [ops.convert_to_numpy(variable) for variable in floor.optimizer.variables[2:]]

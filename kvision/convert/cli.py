@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from kvision.convert.convert import LINEAGES, convert
+from kvision.convert.convert import SOURCES, convert
 from kvision.convert.verify import diff, verify
 from kvision.untrusted import printable
 from kvision.weights.archive import WeightsError
@@ -52,10 +52,10 @@ def add_commands(subparsers) -> None:
         "convert",
         help="weights of torchvision, Keras, TF-Slim or safetensors into .npz, or an .npz into .pth, .safetensors, .h5",
     )
-    command.add_argument("source", metavar="SOURCE")
+    command.add_argument("path", metavar="FILE")
     command.add_argument("-o", "--out", required=True, metavar="OUT")
     command.add_argument("--model", metavar="NAME", help="network that foreign weights are of, see `kvision models`")
-    command.add_argument("--lineage", choices=list(LINEAGES), help="whose names the foreign file has (found by itself)")
+    command.add_argument("--source", choices=list(SOURCES), help="whose names the foreign file has (found by itself)")
     command.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="names that may have no match")
     command.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"), help="the network's default")
     command.add_argument("--classes", type=int, help="read off the file where it can be")
@@ -68,7 +68,7 @@ def add_commands(subparsers) -> None:
     )
     command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="store floating-point arrays so")
     command.add_argument("--dataset", help="what the weights were trained on, for the manifest")
-    command.add_argument("--licence", help="of the weights, an SPDX identifier, for the manifest")
+    command.add_argument("--license", help="of the weights, an SPDX identifier, for the manifest")
     command.set_defaults(handler=_convert)
 
     command = commands.add_parser("table", help="print the Markdown table of a folder of weights files")
@@ -135,10 +135,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise WeightsError(f"--argument wants KEY=VALUE, got {error}") from None
     try:
         report = convert(
-            arguments.source,
+            arguments.path,
             arguments.out,
             arguments.model,
-            lineage=arguments.lineage,
+            source=arguments.source,
             skip=arguments.skip,
             input_shape=tuple(arguments.input_shape) if arguments.input_shape else None,
             classes=arguments.classes,

@@ -31,12 +31,12 @@ from kvision.convert import (
 from kvision.convert.pretrained import create_model
 from kvision.convert.reference import difference_from_peer
 from kvision.convert.verify import rebuild
-from kvision.weights.archive import Archive, WeightsError, listed, refusal
+from kvision.weights.archive import Archive, WeightsError, shorten, weights_error
 from kvision.weights.manifest import read_manifest
 from kvision.weights.npz import load, named_variables, save
 
-# Whose names a file has. Each module has `find`, `prepare`, `extras` and `preprocessing`.
-LINEAGES: dict[str, ModuleType] = {
+# Whose names a file has. Each module has `find`, `prepare`, `buffers` and `preprocessing`.
+SOURCES: dict[str, ModuleType] = {
     "torchvision": torchvision,
     "timm": timm,
     "keras": keras_applications,
@@ -44,7 +44,7 @@ LINEAGES: dict[str, ModuleType] = {
     "frossard": frossard,
     "kvision": native,
 }
-# What a suffix stands for when ours go out: the format's writer, and the lineage unless another is named.
+# What a suffix stands for when ours go out: the format's writer, and the source unless another is named.
 WRITERS = {
     ".pth": (pth.write, "torchvision"),
     ".pt": (pth.write, "torchvision"),
@@ -58,9 +58,9 @@ class Report:
     """What came of a conversion.
 
     Args:
-        source, out: the two files' names.
+        path, out: the two files' names.
         model: name of the network.
-        lineage: whose names the foreign file has.
+        source: whose names the foreign file has.
         converted: how many arrays found their place.
         skipped: names on either side that were left out because the caller said so.
         ignored: what the foreign file holds that is no weight: training state, counters, strings.
@@ -68,20 +68,20 @@ class Report:
             is not installed or has no such network.
     """
 
-    source: str
+    path: str
     out: str
     model: str
-    lineage: str
+    source: str
     converted: int
     skipped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     difference: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.source} ({self.lineage}) -> {self.out}: {self.model}, {self.converted} arrays"]
+        lines = [f"{self.path} ({self.source}) -> {self.out}: {self.model}, {self.converted} arrays"]
         for title, names in (("skipped", self.skipped), ("ignored", self.ignored)):
             if names:
-                lines.append(f"  {title}: {listed(names, 10)}")
+                lines.append(f"  {title}: {shorten(names, 10)}")
         if self.difference is not None:
             lines.append(f"  logits within {self.difference:.1e} of the source framework's, relative to their largest")
         else:
@@ -106,8 +106,8 @@ def _patterns(skip: str | Iterable[str]) -> list[str]:
 def _lineage(name: str | None, arrays: Mapping[str, np.ndarray], form: str) -> str:
     """Whose names these are."""
     if name is not None:
-        if name not in LINEAGES:
-            raise WeightsError(f"unknown lineage {name!r}; those are {', '.join(LINEAGES)}")
+        if name not in SOURCES:
+            raise WeightsError(f"unknown source {name!r}; those are {', '.join(SOURCES)}")
         return name
     if form == "tf_checkpoint":
         return "slim"
@@ -144,15 +144,15 @@ def unwrapped(arrays: Mapping[str, np.ndarray], known: Iterable[str]) -> dict[st
 
 
 def import_arrays(
-    model, arrays: Mapping[str, np.ndarray], lineage: str, skip: str | Iterable[str] = ()
+    model, arrays: Mapping[str, np.ndarray], source: str, skip: str | Iterable[str] = ()
 ) -> tuple[int, list[str], dict[str, np.ndarray]]:
-    """Set a network's variables to foreign arrays, by the names and in the layouts of a lineage.
+    """Set a network's variables to foreign arrays, by the names and in the layouts of a source.
 
     Everything is checked before the first variable is set.
 
     Args:
         model: a network of the zoo; its name decides the table.
-        lineage: one of `LINEAGES`.
+        source: one of `SOURCES`.
         skip: patterns of names, ours or theirs, that may be without a counterpart.
 
     Returns:
@@ -162,21 +162,21 @@ def import_arrays(
         WeightsError: a name without counterpart on either side, another shape, or values that are not finite; all
             that is wrong is in the one message.
     """
-    table, patterns = LINEAGES[lineage], _patterns(skip)
-    places, variables = table.find(model), named_variables(model)
-    known = {place.key for place in places.values()}
+    table, patterns = SOURCES[source], _patterns(skip)
+    tensor_maps, variables = table.find(model), named_variables(model)
+    known = {place.key for place in tensor_maps.values()}
     given = unwrapped(table.prepare(model.name, dict(arrays)), known)
-    extras = {key: given[key] for key in table.extras(model.name, places) if key in given and key not in known}
-    missing = [key for key, place in places.items() if place.key not in given]
-    homeless = [key for key in given if key not in known and key not in extras]
-    skipped = [key for key in (*missing, *homeless) if _matches(key, patterns)]
+    buffers = {key: given[key] for key in table.buffers(model.name, tensor_maps) if key in given and key not in known}
+    missing = [key for key, place in tensor_maps.items() if place.key not in given]
+    unexpected = [key for key in given if key not in known and key not in buffers]
+    skipped = [key for key in (*missing, *unexpected) if _matches(key, patterns)]
     faults = []
-    if left := [f"{key} ({places[key].key})" for key in missing if key not in skipped]:
-        faults.append(f"{len(left)} of {len(places)} variables get no array: {listed(left, 5)}")
-    if left := [key for key in homeless if key not in skipped]:
-        faults.append(f"{len(left)} of {len(given)} arrays find no place: {listed(left, 5)}")
+    if left := [f"{key} ({tensor_maps[key].key})" for key in missing if key not in skipped]:
+        faults.append(f"{len(left)} of {len(tensor_maps)} variables get no array: {shorten(left, 5)}")
+    if left := [key for key in unexpected if key not in skipped]:
+        faults.append(f"{len(left)} of {len(given)} arrays find no place: {shorten(left, 5)}")
     taken = {}
-    for key, place in places.items():
+    for key, place in tensor_maps.items():
         if place.key not in given or _matches(key, patterns):
             continue
         array = given[place.key]
@@ -185,68 +185,68 @@ def import_arrays(
         elif not np.isfinite(np.asarray(array, np.float64)).all():
             faults.append(f"{place.key} holds NaN or infinite values")
         else:
-            taken[key] = place.take(np.asarray(array, str(variables[key].dtype)), tuple(variables[key].shape))
+            taken[key] = place.import_(np.asarray(array, str(variables[key].dtype)), tuple(variables[key].shape))
     if faults:
-        raise WeightsError(f"the {lineage} arrays do not fit {model.name}: {'; '.join(faults[:6])}")
+        raise WeightsError(f"the {source} arrays do not fit {model.name}: {'; '.join(faults[:6])}")
     for key, array in taken.items():
         variables[key].assign(array)
-    return len(taken), skipped, extras
+    return len(taken), skipped, buffers
 
 
-def export_arrays(model, lineage: str, extras: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """A network's variables by the names and in the layouts of a lineage: the inverse of `import_arrays`.
+def export_arrays(model, source: str, buffers: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """A network's variables by the names and in the layouts of a source: the inverse of `import_arrays`.
 
     Args:
-        extras: arrays that are no weights, as `import_arrays` gave them; the rest starts from the lineage's defaults.
+        extras: arrays that are no weights, as `import_arrays` gave them; the rest starts from the source's defaults.
 
     Raises:
-        WeightsError: the lineage has no such network.
+        WeightsError: the source has no such network.
     """
     import keras
 
-    table, variables = LINEAGES[lineage], named_variables(model)
-    places = table.find(model)
+    table, variables = SOURCES[source], named_variables(model)
+    tensor_maps = table.find(model)
     arrays = {
-        place.key: place.export(np.asarray(keras.ops.convert_to_numpy(variables[key].value)))
-        for key, place in places.items()
+        place.key: place.export_(np.asarray(keras.ops.convert_to_numpy(variables[key].value)))
+        for key, place in tensor_maps.items()
     }
-    return arrays | table.extras(model.name, places) | dict(extras or {})
+    return arrays | table.buffers(model.name, tensor_maps) | dict(buffers or {})
 
 
-def _build(name: str, arrays: Mapping[str, np.ndarray], lineage: str, input_shape, classes, arguments: dict, skip):
+def _build(name: str, arrays: Mapping[str, np.ndarray], source: str, input_shape, classes, arguments: dict, skip):
     """The network that arrays are of, and its arguments: its classes and auxiliary heads are read off them."""
     from kvision.layers import skip_init  # here, because it imports Keras
 
-    table = LINEAGES[lineage]
+    table = SOURCES[source]
 
     def placed(*shape, **options) -> tuple[dict, dict[str, np.ndarray]]:
         """Where the variables of such a network lie, and the arrays by those names."""
         from kvision.layers import skip_init  # here, because it imports Keras
 
         with skip_init():
-            places = table.find(zoo.build_model(name, *shape, **options))
-        return places, unwrapped(table.prepare(name, dict(arrays)), [place.key for place in places.values()])
+            tensor_maps = table.find(zoo.build_model(name, *shape, **options))
+        return tensor_maps, unwrapped(table.prepare(name, dict(arrays)), [place.key for place in tensor_maps.values()])
 
     if "auxiliary" in zoo.arguments(name) and "auxiliary" not in arguments:
         try:
-            places, given = placed(**{**arguments, "auxiliary": True})
-            heads = [place.key for key, place in places.items() if key.startswith("aux")]
-        except WeightsError:  # a lineage without these heads
+            tensor_maps, given = placed(**{**arguments, "auxiliary": True})
+            heads = [place.key for key, place in tensor_maps.items() if key.startswith("aux")]
+        except WeightsError:  # a source without these heads
             heads, given = [], {}
         arguments = {**arguments, "auxiliary": bool(heads) and any(key in given for key in heads)}
     if "maps" in zoo.arguments(name) and "maps" not in arguments and input_shape is not None:
-        places, given = placed(input_shape, classes, **arguments)
-        head = places.get("head_1_dense/kernel")
+        tensor_maps, given = placed(input_shape, classes, **arguments)
+        head = tensor_maps.get("head_1_dense/kernel")
         if head and head.key in given and given[head.key].shape != head.shape:
             arguments = {**arguments, "maps": zoo.head_maps(name, zoo.default_shape(name), input_shape)}
     if classes is None:
-        places, given = placed(input_shape, **arguments)
-        place = places.get("logits/bias") or places["logits/kernel"]
-        if place.key in given and "logits/bias" in places:
+        tensor_maps, given = placed(input_shape, **arguments)
+        place = tensor_maps.get("logits/bias") or tensor_maps["logits/kernel"]
+        if place.key in given and "logits/bias" in tensor_maps:
             classes = given[place.key].size
-        elif not any(_matches(key, skip) for key in places if key.startswith("logits/")):
+        elif not any(_matches(key, skip) for key in tensor_maps if key.startswith("logits/")):
             body = {item.key for item in placed(input_shape, 0, **arguments)[0].values()}
-            head = {item.key for item in places.values()} - body
+            head = {item.key for item in tensor_maps.values()} - body
             classes = 0 if head.isdisjoint(given) and not body.isdisjoint(given) else None
     with skip_init():
         model = zoo.build_model(name, input_shape, classes, **arguments)
@@ -263,25 +263,25 @@ def _sister(name: str, arrays: Mapping[str, np.ndarray]) -> str:
         gc.collect()  # some take half a gigabyte
         with skip_init():
             model = zoo.build_model(other, **({"auxiliary": False} if "auxiliary" in zoo.arguments(other) else {}))
-        for lineage, table in LINEAGES.items():
+        for source, table in SOURCES.items():
             try:
-                places = table.find(model)
-                given = unwrapped(table.prepare(other, dict(arrays)), [place.key for place in places.values()])
+                tensor_maps = table.find(model)
+                given = unwrapped(table.prepare(other, dict(arrays)), [place.key for place in tensor_maps.values()])
             except WeightsError:
                 continue
             head = ("logits/kernel", "logits/bias")  # of however many classes
-            body = [place for key, place in places.items() if key not in head]
+            body = [place for key, place in tensor_maps.items() if key not in head]
             if all(place.key in given and given[place.key].shape == place.shape for place in body):
-                return f"; they fit {other} ({lineage}): --model {other}"
+                return f"; they fit {other} ({source}): --model {other}"
     return ""
 
 
 def convert(
-    source: str | os.PathLike,
+    path: str | os.PathLike,
     out: str | os.PathLike,
     model: str | None = None,
     *,
-    lineage: str | None = None,
+    source: str | None = None,
     skip: str | Iterable[str] = (),
     input_shape: tuple[int, int, int] | None = None,
     classes: int | None = None,
@@ -292,10 +292,10 @@ def convert(
     """Convert a weights file, into or out of the library's `.npz`.
 
     Args:
-        source: a foreign file, see `kvision.convert.formats.read`; or an `.npz` of ours, which goes out.
-        out: an `.npz` for a foreign source; else a `.pth`, `.safetensors` or `.h5`.
+        path: a foreign file, see `kvision.convert.formats.read`; or an `.npz` of ours, which goes out.
+        out: an `.npz` for a foreign file; else a `.pth`, `.safetensors` or `.h5`.
         model: the network that the weights are of; an `.npz` of ours says it itself.
-        lineage: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The
+        source: whose names the foreign file has: "torchvision", "timm", "keras", "slim", "frossard" or "kvision". The
             default is found from the names, or on the way out from the suffix.
         skip: patterns of names, ours or theirs, that may be without a counterpart.
         input_shape, classes, arguments: of the network, where they are not the default and cannot be read off the file.
@@ -303,70 +303,70 @@ def convert(
         manifest: fields of the manifest to state, such as dataset and licence; see `kvision.weights.save`.
 
     Raises:
-        WeightsError: the source is damaged, or does not fit the network; nothing is written then.
+        WeightsError: the file is damaged, or does not fit the network; nothing is written then.
         ValueError: an unknown network or argument.
     """
     from kvision.layers import skip_init  # here, because it imports Keras
 
     suffix = os.path.splitext(os.fspath(out))[1]
-    if os.path.splitext(os.fspath(source))[1] == ".npz" and suffix != ".npz":
-        return _send(source, out, suffix, lineage, compare)
+    if os.path.splitext(os.fspath(path))[1] == ".npz" and suffix != ".npz":
+        return _send(path, out, suffix, source, compare)
     if suffix != ".npz":
-        raise refusal(out, "conversion is into .npz, or from .npz into .pth, .safetensors or .h5")
+        raise weights_error(out, "conversion is into .npz, or from .npz into .pth, .safetensors or .h5")
     if model is None:
-        raise refusal(source, "does not say of which network it is: name it (--model)")
+        raise weights_error(path, "does not say of which network it is: name it (--model)")
     zoo.arguments(model)  # an unknown name ends here
-    found = formats.read(source)
-    lineage = _lineage(lineage, found.arrays, found.format)
-    table = LINEAGES[lineage]
+    found = formats.read(path)
+    source = _lineage(source, found.arrays, found.format)
+    table = SOURCES[source]
     try:
         network, own_arguments = _build(
-            model, found.arrays, lineage, input_shape, classes, dict(arguments or {}), _patterns(skip)
+            model, found.arrays, source, input_shape, classes, dict(arguments or {}), _patterns(skip)
         )
-        count, skipped, extras = import_arrays(network, found.arrays, lineage, skip)
+        count, skipped, buffers = import_arrays(network, found.arrays, source, skip)
     except WeightsError as error:
-        raise refusal(source, f"{error}{_sister(model, found.arrays)}") from None
+        raise weights_error(path, f"{error}{_sister(model, found.arrays)}") from None
     provenance = {
-        "source": os.path.basename(os.fspath(source)),
+        "file": os.path.basename(os.fspath(path)),
         "format": found.format,
-        "lineage": lineage,
+        "source": source,
         **manifest.pop("provenance", {}),
     }
-    if os.path.isfile(source):
-        provenance["sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    if counters := {key: array.tolist() for key, array in extras.items() if array.ndim == 0 and array.item()}:
+    if os.path.isfile(path):
+        provenance["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if counters := {key: array.tolist() for key, array in buffers.items() if array.ndim == 0 and array.item()}:
         provenance["counters"] = counters
     manifest.setdefault("preprocessing", table.preprocessing(model))
     save(network, out, arguments=own_arguments, provenance=provenance, **manifest)
-    left = found.arrays.keys() - table.prepare(model, dict(found.arrays)).keys() if lineage == "slim" else ()
+    left = found.arrays.keys() - table.prepare(model, dict(found.arrays)).keys() if source == "slim" else ()
     difference = None
     if compare and not skipped:  # what was written, in a network built from it
         with skip_init():
             again = create_model(model, weights=out)
         arrays = unwrapped(found.arrays, [place.key for place in table.find(again).values()])
-        difference = difference_from_peer(again, lineage, arrays)
+        difference = difference_from_peer(again, source, arrays)
     ignored = [*found.ignored, *sorted(left)]
-    return Report(os.fspath(source), os.fspath(out), model, lineage, count, skipped, ignored, difference)
+    return Report(os.fspath(path), os.fspath(out), model, source, count, skipped, ignored, difference)
 
 
-def _send(source, out, suffix: str, lineage: str | None, compare: bool) -> Report:
+def _send(path, out, suffix: str, source: str | None, compare: bool) -> Report:
     """Ours to theirs."""
     if suffix not in WRITERS:
-        raise refusal(out, f"weights go out as {', '.join(WRITERS)}")
+        raise weights_error(out, f"weights go out as {', '.join(WRITERS)}")
     writer, default = WRITERS[suffix]
-    lineage = _lineage(lineage or default, {}, "npz")
-    with Archive(source) as archive:
+    source = _lineage(source or default, {}, "npz")
+    with Archive(path) as archive:
         manifest = read_manifest(archive)
     name = manifest["architecture"]
-    network = rebuild(source, manifest)
-    load(network, source)
+    network = rebuild(path, manifest)
+    load(network, path)
     stored = manifest["provenance"].get("counters", {})
-    extras = {key: np.array(value, np.int64) for key, value in stored.items()} if lineage == "torchvision" else {}
+    buffers = {key: np.array(value, np.int64) for key, value in stored.items()} if source == "torchvision" else {}
     try:
-        arrays = export_arrays(network, lineage, extras)
+        arrays = export_arrays(network, source, buffers)
     except WeightsError as error:
-        raise refusal(source, str(error)) from None
-    versions = {"version": torchvision.version(name)} if writer is pth.write and lineage == "torchvision" else {}
+        raise weights_error(path, str(error)) from None
+    versions = {"version": torchvision.version(name)} if writer is pth.write and source == "torchvision" else {}
     writer(out, arrays, **versions)
-    difference = difference_from_peer(network, lineage, arrays) if compare else None
-    return Report(os.fspath(source), os.fspath(out), name, lineage, len(arrays), difference=difference)
+    difference = difference_from_peer(network, source, arrays) if compare else None
+    return Report(os.fspath(path), os.fspath(out), name, source, len(arrays), difference=difference)

@@ -11,7 +11,7 @@ import numpy as np
 from kvision.convert import hdf5, pth, safetensors, tf_checkpoint
 from kvision.data import zipped
 from kvision.untrusted import Budget, border, open_regular
-from kvision.weights.archive import Archive, WeightsError, refusal
+from kvision.weights.archive import Archive, WeightsError, weights_error
 from kvision.weights.manifest import MANIFEST
 
 KERAS_WEIGHTS = "model.weights.h5"  # the member of a .keras file
@@ -35,7 +35,7 @@ class Foreign:
 def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a `.keras` file, a zip that holds a `.weights.h5`; its description of the network is not read."""
     with (
-        border(partial(refusal, path), ".keras file", "save it in Keras again"),
+        border(partial(weights_error, path), ".keras file", "save it in Keras again"),
         open_regular(path) as file,
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -46,7 +46,7 @@ def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
         try:
             return hdf5.read(inner)
         except WeightsError as error:
-            raise refusal(path, str(error).removeprefix(f"{inner}: ")) from None
+            raise weights_error(path, str(error).removeprefix(f"{inner}: ")) from None
 
 
 def read(path: str | os.PathLike) -> Foreign:
@@ -60,8 +60,8 @@ def read(path: str | os.PathLike) -> Foreign:
     if os.path.isfile(f"{os.fspath(path).removesuffix('.index')}.index"):
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
     if not os.path.exists(path):
-        raise refusal(path, "no such file")
-    with border(partial(refusal, path), "weights file", "download it again"), open_regular(path) as file:
+        raise weights_error(path, "no such file")
+    with border(partial(weights_error, path), "weights file", "download it again"), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(9)
         file.seek(max(0, size - 8))
@@ -71,7 +71,7 @@ def read(path: str | os.PathLike) -> Foreign:
             try:
                 names = [entry.name for entry in zipped.directory(file)]
             except (zipfile.BadZipFile, ValueError) as error:
-                raise refusal(path, f"is a damaged zip file ({error})") from None
+                raise weights_error(path, f"is a damaged zip file ({error})") from None
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return Foreign("h5", hdf5.read(path))
     if head.startswith(b"PK"):
@@ -89,4 +89,6 @@ def read(path: str | os.PathLike) -> Foreign:
         return Foreign("pth", *pth.read(path))
     if int.from_bytes(tail, "little") == tf_checkpoint.MAGIC:
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
-    raise refusal(path, "is of no kind known here: .pth, .safetensors, .h5, .keras, a TensorFlow checkpoint, .npz")
+    raise weights_error(
+        path, "is of no kind known here: .pth, .safetensors, .h5, .keras, a TensorFlow checkpoint, .npz"
+    )

@@ -6,7 +6,7 @@ red, green and blue less ImageNet's mean.
 
 import numpy as np
 
-from kvision.convert.mapping import Place, places, same_place
+from kvision.convert.mapping import TensorMap, same_layout_map, tensor_maps
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -23,14 +23,14 @@ def _expect(name: str) -> None:
         raise WeightsError(f"vgg16_weights.npz is of vgg16, not of {name}")
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """The place of every variable of vgg16.
 
     Raises:
         WeightsError: another network.
     """
     _expect(model.name)
-    return places(model, ROWS, LEAVES, same_place, "_")
+    return tensor_maps(model, ROWS, LEAVES, same_layout_map, "_")
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -38,7 +38,7 @@ def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What the file has besides: nothing."""
     return {}
 

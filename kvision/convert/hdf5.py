@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvision.untrusted import BASE, Budget, border, open_regular, read_exactly
-from kvision.weights.archive import listed, refusal, whole
+from kvision.weights.archive import atomic_weights_file, shorten, weights_error
 
 # The variables' last names in files of Keras 1 and 2, and ours.
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     with (
-        border(partial(refusal, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
+        border(partial(weights_error, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
@@ -59,11 +59,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             if math.prod(max(1, length) for length in shape) >= 2**60:
                 raise ValueError(f"{key[:80]} has shape {shape}")
             size = math.prod(shape) * dtype.itemsize
-            budget.take(size, key[:80])
+            budget.import_(size, key[:80])
             values = read_exactly(file, offset, size, key[:80])
             arrays[key] = values.view(dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
     if not arrays:
-        raise refusal(path, "holds no weights")
+        raise weights_error(path, "holds no weights")
     return arrays
 
 
@@ -92,7 +92,7 @@ def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
         raise ValueError(f"HDF5 cannot read it and ends with {end} {reason[:200]}") from None
     if "error" in answer:
         raise ValueError(answer["error"])
-    budget.take(len(done.stdout), "the names of its arrays")
+    budget.import_(len(done.stdout), "the names of its arrays")
     return answer["arrays"]
 
 
@@ -119,7 +119,7 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     for key, array in arrays.items():
         layer, _, leaf = key.partition("/")
         if not leaf or "/" in leaf:
-            raise refusal(path, f"not written: {listed([key])} is no layer/variable")
+            raise weights_error(path, f"not written: {shorten([key])} is no layer/variable")
         layers.setdefault(layer, {})[leaf] = array
     import h5py  # here: reading needs it in another process alone
 
@@ -132,5 +132,5 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
             group.attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in variables]
             for leaf, array in variables.items():
                 group.create_dataset(f"{layer}/{leaf}:0", data=array, track_times=False)
-    with whole(path) as file:
+    with atomic_weights_file(path) as file:
         file.write(image.getbuffer())

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvision.convert.mapping import Place, places, same_place
+from kvision.convert.mapping import TensorMap, same_layout_map, tensor_maps
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -62,17 +62,17 @@ CONSTRUCTORS = {
 }
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """The place of every variable of a network in Keras's file, by "layer/variable".
 
     Raises:
         WeightsError: `keras.applications` has no such network.
     """
     if model.name == "inception_v3_tf":
-        return _in_order(places(model, _inception_v3(model), LEAVES, same_place, "/"))
+        return _in_order(tensor_maps(model, _inception_v3(model), LEAVES, same_layout_map, "/"))
     for pattern, rows in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
-            return places(model, rows, LEAVES, same_place, "/")
+            return tensor_maps(model, rows, LEAVES, same_layout_map, "/")
     raise WeightsError(f"keras.applications has no {model.name} that kvision knows the names of")
 
 
@@ -85,7 +85,7 @@ def _inception_v3(model) -> list[tuple[str, str]]:
     return rows
 
 
-def _in_order(found: dict[str, Place]) -> dict[str, Place]:
+def _in_order(found: dict[str, TensorMap]) -> dict[str, TensorMap]:
     """The places in the order of Keras's layers, which a file without `by_name` is read in.
 
     In its last two modules Keras joins the split branches before it joins all, which puts their layers first.
@@ -139,7 +139,7 @@ def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What Keras's file has besides: the biases of the ResNets' convolutions, all 0."""
     if not re.fullmatch(r"resnet\d+_v1", name):
         return {}

@@ -1,6 +1,6 @@
 """Where each variable of ours lies in another framework's file: its name there, and its axes.
 
-A lineage (torchvision, Keras, TF-Slim) is a table: for each family of networks, rows from our layers' names to its own.
+A source (torchvision, Keras, TF-Slim) is a table: for each family of networks, rows from our layers' names to its own.
 Every layout is a permutation of the same numbers, so what goes there and back is the same to the bit.
 """
 
@@ -15,7 +15,7 @@ from kvision.weights.npz import named_variables
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorMap:
     """One variable's place in a foreign file.
 
     Args:
@@ -30,12 +30,12 @@ class Place:
     axes: tuple[int, ...]
     view: tuple[int, ...] | None = None
 
-    def export(self, array: np.ndarray) -> np.ndarray:
+    def export_(self, array: np.ndarray) -> np.ndarray:
         """The foreign array of our array."""
         array = array if self.view is None else array.reshape(self.view)
         return np.ascontiguousarray(array.transpose(self.axes)).reshape(self.shape)
 
-    def take(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def import_(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Our array, of `shape`, of the foreign array."""
         viewed = shape if self.view is None else self.view
         array = array.reshape([viewed[axis] for axis in self.axes])
@@ -76,35 +76,35 @@ def flattened(layer) -> tuple[int, ...] | None:
     return None
 
 
-def torch_place(layer, variable: str, shape: tuple[int, ...], key: str) -> Place:
+def torch_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
     """The place of a variable in PyTorch's layouts: convolutions (out, in, h, w), dense (out, in), channels first."""
     kind = type(layer).__name__
     if kind == "DepthwiseConv2D" and variable == "kernel":
         height, width, inputs, multiplier = shape
-        return Place(key, (inputs * multiplier, 1, height, width), (2, 3, 0, 1))
+        return TensorMap(key, (inputs * multiplier, 1, height, width), (2, 3, 0, 1))
     if variable == "kernel" and len(shape) == 4:
-        return Place(key, tuple(shape[axis] for axis in (3, 2, 0, 1)), (3, 2, 0, 1))
+        return TensorMap(key, tuple(shape[axis] for axis in (3, 2, 0, 1)), (3, 2, 0, 1))
     if variable == "kernel" and len(shape) == 2:
         if maps := flattened(layer):
-            return Place(key, (shape[1], shape[0]), (3, 2, 0, 1), (*maps, shape[1]))
-        return Place(key, (shape[1], shape[0]), (1, 0))
-    return Place(key, shape, tuple(range(len(shape))))
+            return TensorMap(key, (shape[1], shape[0]), (3, 2, 0, 1), (*maps, shape[1]))
+        return TensorMap(key, (shape[1], shape[0]), (1, 0))
+    return TensorMap(key, shape, tuple(range(len(shape))))
 
 
-def same_place(layer, variable: str, shape: tuple[int, ...], key: str) -> Place:
+def same_layout_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
     """The place of a variable in Keras's and TensorFlow's layouts, which are ours."""
-    return Place(key, shape, tuple(range(len(shape))))
+    return TensorMap(key, shape, tuple(range(len(shape))))
 
 
-def places(
+def tensor_maps(
     model, rows: Iterable[tuple[str, str]], leaves: Mapping[str, str], place, separator: str
-) -> dict[str, Place]:
+) -> dict[str, TensorMap]:
     """The place of every variable of `model` in a foreign file, by our names.
 
     Args:
         rows: from our layers' names to the foreign ones, see `rename`.
         leaves: from our variables' names (kernel, bias, gamma, beta, moving_mean, moving_variance) to the foreign ones.
-        place: `torch_place` or `same_place`.
+        place: `torch_map` or `same_layout_map`.
         separator: between layer and variable there.
 
     Raises:
@@ -115,6 +115,6 @@ def places(
         name, leaf = key.rsplit("/", 1)
         foreign = rename(name, rows)
         if foreign is None or leaf not in leaves:
-            raise WeightsError(f"{key} of {model.name} has no name in that lineage")
+            raise WeightsError(f"{key} of {model.name} has no name in that source")
         found[key] = place(layers[name], leaf, tuple(variable.shape), f"{foreign}{separator}{leaves[leaf]}")
     return found

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from kvision.convert.mapping import Place
+from kvision.convert.mapping import TensorMap
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.npz import named_variables
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """Every variable under its own name, as it is."""
     shapes = {key: tuple(variable.shape) for key, variable in named_variables(model).items()}
-    return {key: Place(key, shape, tuple(range(len(shape)))) for key, shape in shapes.items()}
+    return {key: TensorMap(key, shape, tuple(range(len(shape)))) for key, shape in shapes.items()}
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -18,7 +18,7 @@ def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What a file has besides: nothing."""
     return {}
 

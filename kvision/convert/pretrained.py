@@ -97,9 +97,9 @@ def create_model(
 
 def published_preprocessing(architecture: str) -> Preprocessing | None:
     """What the weights that a network was published with expect of images; None where nobody published any."""
-    for lineage in (torchvision, keras_applications, slim):
+    for source in (torchvision, keras_applications, slim):
         try:
-            return lineage.preprocessing(architecture)
+            return source.preprocessing(architecture)
         except WeightsError:
             continue
     return None

@@ -20,7 +20,7 @@ import numpy as np
 from kvision.data import zipped
 from kvision.safe_pickle import Refused, copied, expect, interpret, text
 from kvision.untrusted import Budget, border, open_regular, read_exactly
-from kvision.weights.archive import plain_bytes, refusal, write_zip
+from kvision.weights.archive import plain_bytes, weights_error, write_zip
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before the zip format
 STORAGES = {
@@ -72,7 +72,7 @@ class _Tensor:
         strides = [stride * values.itemsize for stride in self.strides]
         array = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
         if not array.flags.c_contiguous:
-            budget.take(array.nbytes, "tensors that are no plain part of their storage")
+            budget.import_(array.nbytes, "tensors that are no plain part of their storage")
             array = array.copy(order="C")
         return array
 
@@ -133,17 +133,17 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
             than its size explains. Nothing was executed.
     """
     with (
-        border(partial(refusal, path), "file of PyTorch", "download it again, or save a plain state_dict"),
+        border(partial(weights_error, path), "file of PyTorch", "download it again, or save a plain state_dict"),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
         try:
             tensors, storages = (_read_zip if file.read(2) == b"PK" else _read_legacy)(file, budget)
         except Refused as error:
-            raise refusal(path, f"holds {error}; it was not executed") from None
+            raise weights_error(path, f"holds {error}; it was not executed") from None
         arrays, ignored = _arrays(expect(tensors, dict), storages, budget)
     if not arrays:
-        raise refusal(path, "holds no tensors")
+        raise weights_error(path, "holds no tensors")
     return arrays, ignored
 
 
@@ -204,7 +204,7 @@ def _read_legacy(file: BinaryIO, budget: Budget):
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("written on a big-endian machine")
     tensors = _unpickle(file, budget)
-    places = {}
+    tensor_maps = {}
     sizes = {
         value.storage.key: value.storage
         for group in (tensors, *(tensors.values() if isinstance(tensors, dict) else ()))
@@ -217,13 +217,13 @@ def _read_legacy(file: BinaryIO, budget: Budget):
         storage = sizes[text(key)]  # a storage that no tensor uses has no known size
         if count != storage.count:
             raise ValueError(f"storage {text(key)} has {count} values, its tensors expect {storage.count}")
-        places[text(key)] = file.tell()
+        tensor_maps[text(key)] = file.tell()
         file.seek(count * storage.dtype.itemsize, os.SEEK_CUR)
 
     def content(storage: _Storage) -> np.ndarray:
         size = storage.count * storage.dtype.itemsize
-        budget.take(size, f"the storage {storage.key[:80]}")
-        return read_exactly(file, places[storage.key], size, f"the storage {storage.key[:80]}")
+        budget.import_(size, f"the storage {storage.key[:80]}")
+        return read_exactly(file, tensor_maps[storage.key], size, f"the storage {storage.key[:80]}")
 
     return tensors, content
 
@@ -244,7 +244,7 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray], version: int |
     number = lambda value: b"\x8a\x08" + struct.pack("<q", value)  # noqa: E731  (LONG1)
     for i, (key, array) in enumerate(arrays.items()):
         if array.dtype.newbyteorder("=") not in kinds:
-            raise refusal(path, f"{key} has dtype {array.dtype}, which PyTorch does not have")
+            raise weights_error(path, f"{key} has dtype {array.dtype}, which PyTorch does not have")
         kind = kinds[array.dtype.newbyteorder("=")]
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
         pickle += [string(key), b"ctorch._utils\n_rebuild_tensor_v2\n(("]

@@ -12,7 +12,7 @@ from kvision.convert.keras_applications import CONSTRUCTORS, prepare, renumbered
 from kvision.weights.archive import WeightsError
 
 
-def difference_from_peer(model, lineage: str, arrays: dict[str, np.ndarray]) -> float | None:
+def difference_from_peer(model, source: str, arrays: dict[str, np.ndarray]) -> float | None:
     """How far the logits of `model` are from those of the network that has `arrays` in its own framework.
 
     Returns:
@@ -22,7 +22,7 @@ def difference_from_peer(model, lineage: str, arrays: dict[str, np.ndarray]) -> 
     import keras
 
     images = np.random.default_rng(0).standard_normal((2, *model.input_shape[1:]), np.float32)
-    expected = {"torchvision": _torchvision, "keras": _keras}.get(lineage, lambda *_: None)(model, arrays, images)
+    expected = {"torchvision": _torchvision, "keras": _keras}.get(source, lambda *_: None)(model, arrays, images)
     if expected is None:
         return None
     logits = model(images, training=False)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from kvision.untrusted import Budget, border, open_regular, read_exactly, unique
-from kvision.weights.archive import plain_bytes, refusal, whole
+from kvision.weights.archive import atomic_weights_file, plain_bytes, weights_error
 
 DTYPES = {
     "F64": np.float64,
@@ -41,13 +41,13 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: the file is damaged, or no safetensors file.
     """
-    with border(partial(refusal, path), "safetensors file", "download it again"), open_regular(path) as file:
+    with border(partial(weights_error, path), "safetensors file", "download it again"), open_regular(path) as file:
         whole_size = os.fstat(file.fileno()).st_size
         budget = Budget(whole_size)
         size = int.from_bytes(file.read(8), "little")
         if whole_size < 8 or size > min(MAX_HEADER, whole_size - 8):
-            raise refusal(path, "is no safetensors file, or is cut short")
-        budget.take(30 * size, "its header")  # as Python's objects: lists within lists take so much
+            raise weights_error(path, "is no safetensors file, or is cut short")
+        budget.import_(30 * size, "its header")  # as Python's objects: lists within lists take so much
         header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         return _arrays(header, read_exactly(file, 8 + size, whole_size - 8 - size, "its values"))
@@ -70,8 +70,8 @@ def _arrays(header: dict, values: np.ndarray) -> dict[str, np.ndarray]:
         if begin % dtype.alignment:
             part = part.copy()  # once: the tensors do not overlap
         arrays[key] = part.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
-    places = [0, *(place for pair in sorted(taken) for place in pair), len(values)]
-    if any(end != begin for end, begin in zip(places[::2], places[1::2], strict=True)):
+    tensor_maps = [0, *(place for pair in sorted(taken) for place in pair), len(values)]
+    if any(end != begin for end, begin in zip(tensor_maps[::2], tensor_maps[1::2], strict=True)):
         raise ValueError("its tensors overlap or leave bytes between them")
     return arrays
 
@@ -86,14 +86,14 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     header, offset = {}, 0
     for key, array in sorted(arrays.items()):
         if array.dtype.newbyteorder("=") not in names:
-            raise refusal(path, f"{key} has dtype {array.dtype}, which safetensors does not have")
+            raise weights_error(path, f"{key} has dtype {array.dtype}, which safetensors does not have")
         end = offset + array.nbytes
         kind = names[array.dtype.newbyteorder("=")]
         header[key] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the values start at a multiple of 8 bytes
-    with whole(path) as file:
+    with atomic_weights_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in sorted(arrays.items()):
             file.write(plain_bytes(array))

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from kvision.convert.mapping import Place, flattened, places
+from kvision.convert.mapping import TensorMap, flattened, tensor_maps
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -62,13 +62,13 @@ def _inception_v3() -> tuple[tuple[str, str], ...]:
     }
     for ours, (theirs, branches) in modules.items():
         for i, steps in enumerate(branches):
-            places = [f"{'Conv_' if step.startswith('1_0c') else 'Conv2d_'}{step}" for step in steps.split()]
-            numbers = [str(j) for j in range(1, len(places) + 1)]
+            tensor_maps = [f"{'Conv_' if step.startswith('1_0c') else 'Conv2d_'}{step}" for step in steps.split()]
+            numbers = [str(j) for j in range(1, len(tensor_maps) + 1)]
             if theirs in ("7b", "7c") and i in (1, 2):  # the last two stand side by side
-                numbers[-2:] = [f"{len(places) - 1}a", f"{len(places) - 1}b"]
+                numbers[-2:] = [f"{len(tensor_maps) - 1}a", f"{len(tensor_maps) - 1}b"]
             units += [
                 (f"{ours}_branch{i + 1}_{number}", f"Mixed_{theirs}/Branch_{i}/{place}")
-                for number, place in zip(numbers, places, strict=True)
+                for number, place in zip(numbers, tensor_maps, strict=True)
             ]
     for ours, theirs in units:
         rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
@@ -107,15 +107,15 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def _place(layer, variable: str, shape: tuple[int, ...], key: str) -> Place:
+def _tensor_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
     """As in Keras, but for the dense layers, which are convolutions over the whole map there."""
     if variable == "kernel" and len(shape) == 2:
         maps = flattened(layer) or (1, 1, shape[0])
-        return Place(key, (*maps, shape[1]), (0, 1, 2, 3), (*maps, shape[1]))
-    return Place(key, shape, tuple(range(len(shape))))
+        return TensorMap(key, (*maps, shape[1]), (0, 1, 2, 3), (*maps, shape[1]))
+    return TensorMap(key, shape, tuple(range(len(shape))))
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """The place of every variable of a network in TF-Slim's checkpoint.
 
     Raises:
@@ -127,7 +127,7 @@ def find(model) -> dict[str, Place]:
                 if layer.name == "aux1_2_conv":  # named there by its window, which small images make smaller
                     window = "x".join(map(str, layer.kernel_size))
                     rows = [(ours, theirs.replace("Conv2d_2a_5x5", f"Conv2d_2a_{window}")) for ours, theirs in rows]
-            return places(model, rows, LEAVES, _place, "/")
+            return tensor_maps(model, rows, LEAVES, _tensor_map, "/")
     raise WeightsError(f"TF-Slim has no {model.name} that kvision knows the names of")
 
 
@@ -136,7 +136,7 @@ def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: array for key, array in arrays.items() if not re.fullmatch(TRAINING, key)}
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What a checkpoint has besides: nothing."""
     return {}
 

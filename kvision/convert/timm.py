@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from kvision.convert import torchvision
-from kvision.convert.mapping import Place, flattened, places, torch_place
+from kvision.convert.mapping import TensorMap, flattened, tensor_maps, torch_map
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """The place of every variable of a network in timm's `state_dict`.
 
     Raises:
@@ -57,26 +57,26 @@ def find(model) -> dict[str, Place]:
     if re.fullmatch(r"vgg\d+(_bn)?", model.name):
         rows = [row for row in torchvision.rows_of(model.name) if not re.match("head|logits", row[0])]
         rows += [(r"head_(\d)_dense", "pre_logits.fc{1}"), (r"logits", "head.fc")]
-        return places(model, rows, LEAVES, _vgg_place, ".")
+        return tensor_maps(model, rows, LEAVES, _vgg_map, ".")
     for pattern, rows in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
-            return places(model, rows or torchvision.rows_of(model.name), LEAVES, torch_place, ".")
+            return tensor_maps(model, rows or torchvision.rows_of(model.name), LEAVES, torch_map, ".")
     raise WeightsError(f"timm has no {model.name} that kvision knows the names of")
 
 
-def _vgg_place(layer, variable: str, shape: tuple[int, ...], key: str) -> Place:
+def _vgg_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
     """The hidden layers of timm's VGG are convolutions over the whole map."""
-    place = torch_place(layer, variable, shape, key)
+    place = torch_map(layer, variable, shape, key)
     if variable == "kernel" and key.startswith("pre_logits"):
         height, width, channels = flattened(layer) or (1, 1, shape[0])
-        return Place(key, (shape[1], channels, height, width), (3, 2, 0, 1), (height, width, channels, shape[1]))
+        return TensorMap(key, (shape[1], channels, height, width), (3, 2, 0, 1), (height, width, channels, shape[1]))
     return place
 
 
 prepare, counters = torchvision.prepare, torchvision.counters
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What a `state_dict` has besides the variables: batch norm's counters."""
     return counters(found)
 

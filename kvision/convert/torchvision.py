@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from kvision.convert.mapping import Place, places, torch_place
+from kvision.convert.mapping import TensorMap, tensor_maps, torch_map
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -201,9 +201,9 @@ def rows_of(name: str) -> tuple[tuple[str, str], ...]:
     raise WeightsError(f"torchvision has no {name} that kvision knows the names of")
 
 
-def find(model) -> dict[str, Place]:
+def find(model) -> dict[str, TensorMap]:
     """The place of every variable of a network in torchvision's `state_dict`."""
-    return places(model, rows_of(model.name), LEAVES, torch_place, ".")
+    return tensor_maps(model, rows_of(model.name), LEAVES, torch_map, ".")
 
 
 def version(name: str) -> int | None:
@@ -214,7 +214,7 @@ def version(name: str) -> int | None:
     return 2 if name.startswith("mnasnet") else None
 
 
-def counters(found: dict[str, Place]) -> dict[str, np.ndarray]:
+def counters(found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What the `state_dict` has besides: the steps that each batch norm has counted, which start from 0."""
     means = (place.key for place in found.values() if place.key.endswith(".running_mean"))
     return {key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64) for key in means}
@@ -234,8 +234,8 @@ def preprocessing(name: str) -> Preprocessing:
     if re.fullmatch(r"resnet(20|32|44|56|110)", name):
         return Preprocessing(mean=MEAN, std=STD, size=(32, 32))
     mean, std = (HALF, HALF) if name in ("googlenet", "inception_v3") else (MEAN, STD)
-    size, whole = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
-    return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / whole)
+    size, atomic_weights_file = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
+    return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / atomic_weights_file)
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -245,6 +245,6 @@ def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def extras(name: str, found: dict[str, Place]) -> dict[str, np.ndarray]:
+def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
     """What a `state_dict` has besides the variables: `counters`."""
     return counters(found)

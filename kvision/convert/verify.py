@@ -8,7 +8,7 @@ import numpy as np
 
 from kvision import zoo
 from kvision.untrusted import MALFORMED
-from kvision.weights.archive import Archive, refusal
+from kvision.weights.archive import Archive, weights_error
 from kvision.weights.manifest import MANIFEST, read_manifest, room_for
 from kvision.weights.npz import load, probe_logits
 
@@ -84,7 +84,7 @@ def rebuild(path: str | os.PathLike, manifest: dict):
     except MALFORMED as error:
         reason = str(error) or type(error).__name__
         message = f"{manifest['architecture']} cannot be rebuilt from the manifest's arguments: {reason}"
-        raise refusal(path, message) from None
+        raise weights_error(path, message) from None
 
 
 def _difference(path, model, manifest: dict, probe: dict | None) -> float | None:
@@ -101,7 +101,7 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
         if expected.shape != logits.shape or not expected.size:
             raise ValueError(f"logits of shape {expected.shape}, the model gives {logits.shape}")
     except MALFORMED as error:
-        raise refusal(path, f"the manifest's probe cannot be repeated: {error}") from None
+        raise weights_error(path, f"the manifest's probe cannot be repeated: {error}") from None
     scale = float(np.abs(expected).max()) or 1.0
     return float(np.abs(logits - expected).max()) / scale
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing, as_uint8
-from kvision.random import stream
+from kvision.random import rng
 
-BORDERS = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
-FIELDS = ("number", "row", "column", "mirrored", "blank row", "blank column")  # of what is drawn for an image
+PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
+PARAMS = ("number", "row", "column", "mirrored", "blank row", "blank column")  # of what is drawn for an image
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Augmentation:
     """
 
     flip: bool = False
-    shift: int = 0
-    border: str = "zero"
+    crop_padding: int = 0
+    padding_mode: str = "zero"
     cutout: int = 0
 
     def __post_init__(self):
-        if self.border not in BORDERS:
-            raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {self.border!r}")
-        if self.shift < 0 or self.cutout < 0:
-            raise ValueError(f"shift and cutout are numbers of pixels, got {self.shift} and {self.cutout}")
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(f"border must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
+        if self.crop_padding < 0 or self.cutout < 0:
+            raise ValueError(f"shift and cutout are numbers of pixels, got {self.crop_padding} and {self.cutout}")
 
 
 def _checked(labels, classes: int | None) -> np.ndarray:
@@ -95,15 +95,19 @@ class Batches:
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
         self.height, self.width = images.shape[1:3]
-        shift = self.augmentation.shift
-        mode = BORDERS[self.augmentation.border]
-        self.padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode) if shift else images
+        crop_padding = self.augmentation.crop_padding
+        mode = PADDING_MODES[self.augmentation.padding_mode]
+        self.padded = (
+            np.pad(images, ((0, 0), (crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0)), mode)
+            if crop_padding
+            else images
+        )
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
         """Show the same images in another order, otherwise mirrored, moved and blanked."""
         self.seed = seed
-        self.flipped = stream(seed, "flip").random(len(self.labels)) < 0.5
+        self.flipped = rng(seed, "flip").random(len(self.labels)) < 0.5
 
     @property
     def steps(self) -> int:
@@ -121,13 +125,13 @@ class Batches:
             start: the step to begin with; the former ones are not drawn.
         """
         augmentation, n = self.augmentation, self.batch_size
-        order = stream(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
+        order = rng(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
         for step in range(start, self.steps):
-            draws = np.zeros((len(FIELDS), n), np.int32)
+            draws = np.zeros((len(PARAMS), n), np.int32)
             draws[0] = order[step * n : (step + 1) * n]
-            generator = stream(self.seed, "augment", epoch, step)
-            if augmentation.shift:
-                draws[1:3] = generator.integers(0, 2 * augmentation.shift + 1, (2, n))
+            generator = rng(self.seed, "augment", epoch, step)
+            if augmentation.crop_padding:
+                draws[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
             if augmentation.flip:
                 draws[3] = self.flipped[draws[0]] ^ bool(epoch % 2)
             if augmentation.cutout:

@@ -1,6 +1,6 @@
 """Training images in the device's memory: what a step shows of them is cut out, mirrored and scaled there.
 
-The host then sends a step six integers an image (`kvision.data.batches.FIELDS`) instead of its pixels as floats. The
+The host then sends a step six integers an image (`kvision.data.batches.PARAMS`) instead of its pixels as floats. The
 integers are drawn as ever, so the images are those of the host's way, but for the rounding of the scaling.
 """
 
@@ -11,7 +11,7 @@ from kvision.data.batches import Batches
 PLACES = 2**31  # of pixels; they are counted by int32
 
 
-class Pictures:
+class DeviceDataset:
     """The images and labels of `batches` on the device.
 
     Attributes:
@@ -31,7 +31,7 @@ class Pictures:
                 "to be kept on the device"
             )
         self.height, self.width, self.cutout = batches.height, batches.width, batches.augmentation.cutout
-        self.count, self.border = len(padded), batches.augmentation.shift
+        self.count, self.border = len(padded), batches.augmentation.crop_padding
         self.rows, self.columns, channels = padded.shape[1:]
         if batches.preprocessing.channel_order == "bgr":
             padded = padded[..., ::-1]

@@ -119,7 +119,8 @@ def _check_memory(folder: Path, count: int, shape: tuple[int, int, int], memory:
         side = int((memory / count / shape[2]) ** 0.5)
         raise DataError(
             f"{folder}: {text}, more than the {memory / 2**20:,.0f} MiB that are allowed: make them smaller "
-            f"(--image-size {max(side, 1)}), take fewer (--limit, --limit-test: {memory // each:,} in all), or allow "
+            f"(--image-size {max(side, 1)}), take fewer (--max-train-samples, --max-test-samples: "
+            f"{memory // each:,} in all), or allow "
             f"more (--data-memory {np.ceil(10 * count * each / 2**30) / 10:g}, in GiB)"
         )
     log(f"decoding {folder}: {text}")

@@ -2,8 +2,8 @@
 
 Each is a dataclass with two methods. `draw(generator, shape)` makes the random numbers of a batch in NumPy, and
 `apply(images, targets, draws)` is a pure function of tensors on Keras ops, which differs between backends by rounding
-alone. `Mixed` lays them over the batches of a run, with draws keyed by seed, epoch and step: the same on every backend,
-and in a run that was stopped and goes on.
+alone. `MixedBatches` applies them to the batches of a run, with draws keyed by seed, epoch and step: the same on every
+backend, and in a run that was stopped and resumed.
 
 Targets are probabilities (n, classes). Of each image's label something is mixed with another's, so accuracy on the
 images as shown says little.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from kvision.random import stream
+from kvision.random import rng
 
 ATTEMPTS = 10  # to find a rectangle that fits into the image; without one the image stays whole
 
@@ -152,7 +152,7 @@ class RandomErasing:
         return ops.where(inside, draws["noise"], images), targets
 
 
-class Mixed:
+class MixedBatches:
     """The batches of a run with samples regularized: to `training.fit` what `kvision.data.batches.Batches` is.
 
     Args:
@@ -174,7 +174,7 @@ class Mixed:
             start: the step to begin with; the former ones are not drawn.
         """
         for step, (images, labels) in enumerate(self.batches.epoch(epoch, start), start):
-            generator = stream(self.batches.seed, "samples", epoch, step)
+            generator = rng(self.batches.seed, "samples", epoch, step)
             targets = np.eye(self.classes, dtype=np.float32)[labels]
             kinds = [self.mixers[generator.integers(len(self.mixers))]] if self.mixers else []
             for kind in [*kinds, *([self.erasing] if self.erasing else [])]:

@@ -2,25 +2,27 @@
 
 Each floor has a class `Engine` with the same methods, so that nothing above knows which it stands on:
 
-- `Engine(model, optimizer, loss, accumulate, metrics)`; `optimizer` and `loss` may be None where only `predict` is
-  wanted. With `accumulate` a batch is cut into so many equal parts, whose mean gradient makes the step; batch norm sees
-  each part. `metrics` are Keras metrics of labels and logits, updated by what a training step shows.
+- `Engine(model, optimizer, loss, gradient_accumulation_steps, metrics)`; `optimizer` and `loss` may be None where only
+  `predict` is called. With `gradient_accumulation_steps` a batch is cut into so many equal parts, whose mean gradient
+  makes the step; batch norm sees each part. `metrics` are Keras metrics of labels and
+  logits, updated by what a training step shows.
 - `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
   (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
 - `train_steps(pictures, draws) -> (losses, correct)`: one step for each of `draws`, int32 (k, 6, n), of
-  `kvision.data.device.Pictures`; both have k values, still on the device. On an accelerator they are one program.
+  `kvision.data.device.DeviceDataset`; both have k values, still on the device. On an accelerator they are one program.
 - `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
   `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
   scales the loss scales these gradients.
 - `evaluate(images, labels) -> (loss, correct)`: in inference mode, penalties included, still on the device.
 - `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
   heads) the first is predicted; the loss sees them all.
-- `predict_shown(pictures, draws) -> logits`: NumPy (k, n, classes), of pictures on the device likewise. Keras's own
+- `predict_on_device(pictures, draws) -> logits`: NumPy (k, n, classes), of pictures on the device likewise. Keras's own
   step (`kind="keras"`) has neither this nor `train_steps`.
-- `tap(images, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in the order
-  of execution.
-- `push()`: bring the model's and the optimizer's variables up to date. Where the floor keeps the state elsewhere
-  between steps (JAX), they cannot be read until then. What is assigned to a variable after it counts in the next step.
+- `layer_outputs(images, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in
+  the order of execution.
+- `sync_variables()`: bring the model's and the optimizer's variables up to date. Where the engine keeps the state
+  elsewhere between steps (JAX), they cannot be read until then. What is assigned to a variable
+  after it counts in the next step.
 
 And a function `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train together, for
 `kvision.layers.norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
@@ -35,8 +37,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FLOORS = ("jax", "tensorflow", "torch")
-KINDS = ("native", "keras")
+BACKENDS = ("jax", "tensorflow", "torch")
+ENGINES = ("native", "keras")
 
 
 def installed(backend: str) -> bool:
@@ -44,7 +46,7 @@ def installed(backend: str) -> bool:
     return importlib.util.find_spec(backend) is not None
 
 
-def floor():
+def backend_module():
     """The module of the active backend.
 
     Raises:
@@ -53,21 +55,21 @@ def floor():
     import keras  # here, because it imports the backend
 
     name = keras.backend.backend()
-    if name not in FLOORS:
+    if name not in BACKENDS:
         raise RuntimeError(
-            f"kvision trains on {', '.join(FLOORS)}, and KERAS_BACKEND is {name!r}: set it to one of them"
+            f"kvision trains on {', '.join(BACKENDS)}, and KERAS_BACKEND is {name!r}: set it to one of them"
         )
     return importlib.import_module(f"kvision.engine.{name}")
 
 
 def accelerated() -> bool:
     """Whether the active backend computes on something faster than a CPU."""
-    return floor().accelerated()
+    return backend_module().accelerated()
 
 
 def full_precision():
     """A context in which float32 is float32: GPUs shorten the factors of a product to 10 bits (TF32) by default."""
-    return floor().full_precision()
+    return backend_module().full_precision()
 
 
 def main_output(outputs):
@@ -169,14 +171,16 @@ def configure(
     double = dtype == "float64" or keras.backend.backend() == "tensorflow"
     importlib.import_module("kvision.engine.keras_internals").narrow_float64("float64" if double else "float32")
     keras.config.set_dtype_policy(POLICIES[dtype])
-    floor().configure(dtype, deterministic, compile_cache)
+    backend_module().configure(dtype, deterministic, compile_cache)
 
 
 class HandedToKeras(UserWarning):
     """A model is trained by Keras's own step, because it has a part of one of its own."""
 
 
-def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "native", metrics: Sequence = ()):
+def create(
+    model, optimizer=None, loss=None, gradient_accumulation_steps: int = 1, kind: str = "native", metrics: Sequence = ()
+):
     """The `Engine` of a model: the active backend's, or with `kind` "keras" Keras's own step.
 
     A model whose class has a `train_step`, `test_step`, `predict_step`, `compute_loss` or `compute_metrics` of its own
@@ -184,10 +188,10 @@ def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "n
 
     Raises:
         ValueError: an unknown kind; a model that the engine cannot run (see `check_model`); Keras's own step of a model
-            with several outputs or with `accumulate`.
+            with several outputs or with `gradient_accumulation_steps`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"engine must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {kind!r}")
     check_model(model)
     if kind == "native" and optimizer is not None:
         own = importlib.import_module("kvision.engine.keras_internals").own_step(model)
@@ -198,5 +202,5 @@ def create(model, optimizer=None, loss=None, accumulate: int = 1, kind: str = "n
                 HandedToKeras,
                 stacklevel=2,
             )
-    module = floor() if kind == "native" else importlib.import_module("kvision.engine.keras")
-    return module.Engine(model, optimizer, loss, accumulate, metrics)
+    module = backend_module() if kind == "native" else importlib.import_module("kvision.engine.keras")
+    return module.Engine(model, optimizer, loss, gradient_accumulation_steps, metrics)

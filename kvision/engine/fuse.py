@@ -62,9 +62,9 @@ class Graph:
         joined: whether neighbours become one call. For looking at each layer's output they must not.
     """
 
-    def __init__(self, model: keras.Model, lower: Callable, training: bool, joined: bool = True):
+    def __init__(self, model: keras.Model, lower: Callable, training: bool, fuse: bool = True):
         self.model = graph_of(model)
-        self.lower, self.training, self.joined = lower, training, joined
+        self.lower, self.training, self.fuse = lower, training, fuse
         nodes = nodes_of(self.model)
         self.inputs = [id(tensor) for tensor in self.model.inputs]
         self.outputs = [id(tensor) for tensor in self.model.outputs]
@@ -76,7 +76,7 @@ class Graph:
 
         joined_calls = {}  # the call of two neighbours, by the second
         taken = set()  # the first of two neighbours
-        for node in nodes if joined else ():
+        for node in nodes if fuse else ():
             tensor = only_tensor(node.arguments)
             first = maker.get(id(tensor)) if tensor is not None and uses[id(tensor)] == 1 else None
             function = None if first is None or first in taken else self._join(first, node)
@@ -112,7 +112,7 @@ class Graph:
     def _function(self, node) -> Callable:
         operation = node.operation
         if isinstance(operation, keras.Model) and is_graph(operation) and not is_masked(node):
-            return Graph(operation, self.lower, self.training, self.joined).nested
+            return Graph(operation, self.lower, self.training, self.fuse).nested
         function = self.lower(operation) if is_plain(node) else None
         if function is not None:
             return function
@@ -224,8 +224,8 @@ def penalties(model: keras.Model):
     return sum(ops.sum(loss) if loss.ndim else loss for loss in model.losses)
 
 
-class Taps:
-    """The values within a model, in the order of execution: what `tap` of an engine returns."""
+class Recorder:
+    """The values within a model, in the order of execution: what `layer_outputs` of an engine returns."""
 
     def __init__(self):
         self.rows: list[tuple[keras.layers.Layer, list[np.ndarray]]] = []

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_channels_last, is_graph, parts, penalties
 from kvision.engine.keras_internals import calling, takes_training
 
 CHUNKS = 16  # the best of 4, 16 and 48 on most of those shapes
@@ -66,9 +66,14 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
         check_model(model)
-        self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
+            model,
+            optimizer,
+            loss,
+            gradient_accumulation_steps,
+        )
         self.metrics, self._is_graph = list(metrics), is_graph(model)
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
@@ -115,7 +120,7 @@ class Engine:
         return fixed, (loss, correct, gradients)
 
     def _differentiate(self, trainable, fixed, slots, images, labels):
-        if self.accumulate == 1:
+        if self.gradient_accumulation_steps == 1:
             fixed, (loss, correct, gradients) = self._part(trainable, fixed, slots, images, labels)
             return loss, correct, gradients, fixed
 
@@ -124,11 +129,18 @@ class Engine:
             fixed, more = self._part(trainable, fixed, slots, *part)
             return (fixed, jax.tree.map(jnp.add, sums, more)), None
 
-        pieces = [jnp.stack(piece) for piece in zip(*parts(self.accumulate, (images, labels)), strict=True)]
+        pieces = [
+            jnp.stack(piece) for piece in zip(*parts(self.gradient_accumulation_steps, (images, labels)), strict=True)
+        ]
         of_part = jax.eval_shape(self._part, trainable, fixed, slots, *(piece[0] for piece in pieces))[1]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_part)
         (fixed, (loss, correct, gradients)), _ = lax.scan(add, (fixed, zeros), pieces)
-        return loss / self.accumulate, correct, [total / self.accumulate for total in gradients], fixed
+        return (
+            loss / self.gradient_accumulation_steps,
+            correct,
+            [total / self.gradient_accumulation_steps for total in gradients],
+            fixed,
+        )
 
     def _train(self, state, images, labels):
         trainable, fixed, slots = state
@@ -183,7 +195,7 @@ class Engine:
         return results[0] if len(results) == 1 else [jnp.concatenate(values) for values in zip(*results, strict=True)]
 
     def value_and_grad(self, images, labels):
-        self.push()
+        self.sync_variables()
         trainable, fixed, slots = self._values()
         loss, _, gradients, fixed = self._gradients(trainable, fixed, slots, images, labels)
         for variable, value in zip(self._fixed, fixed, strict=True):
@@ -191,25 +203,25 @@ class Engine:
         return loss, gradients
 
     def predict(self, images):
-        self.push()
+        self.sync_variables()
         return np.asarray(self._forward(*self._values()[:2], images))
 
-    def predict_shown(self, pictures, draws):
-        self.push()
+    def predict_on_device(self, pictures, draws):
+        self.sync_variables()
         values = self._values()[:2]
         return np.stack([self._forward_shown(*values, pictures, pictures.tensors, draw) for draw in draws])
 
     def evaluate(self, images, labels):
-        self.push()
+        self.sync_variables()
         return self._score(*self._values()[:2], images, labels)
 
-    def tap(self, images, training=False):
-        seen = Taps()
+    def layer_outputs(self, images, training=False):
+        seen = Recorder()
         with calling(self.model, training):
-            Graph(self.model, _lower, training, joined=False)(jnp.asarray(images), seen)
+            Graph(self.model, _lower, training, fuse=False)(jnp.asarray(images), seen)
         return seen.rows
 
-    def push(self):
+    def sync_variables(self):
         if self._state is not None:
             for group, values in zip(self._variables(), self._state, strict=True):
                 for variable, value in zip(group, values, strict=True):

@@ -10,8 +10,8 @@ from keras import ops
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
-        if accumulate != 1:
+    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
+        if gradient_accumulation_steps != 1:
             raise ValueError("Keras's own step accumulates over steps: give its optimizer gradient_accumulation_steps")
         count = len(model.outputs or [None])
         if count != 1:
@@ -35,7 +35,7 @@ class Engine:
     def predict(self, images):
         return np.asarray(self.model.predict_on_batch(images))
 
-    def push(self):
+    def sync_variables(self):
         pass
 
 

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Taps, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_graph, parts, penalties
 from kvision.engine.keras_internals import calling, index_of, takes_training, with_methods
 
 HALVES = ("float16", "bfloat16")
@@ -39,9 +39,14 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
         check_model(model)
-        self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
+            model,
+            optimizer,
+            loss,
+            gradient_accumulation_steps,
+        )
         self.metrics, self._is_graph = list(metrics), is_graph(model)
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
@@ -75,9 +80,11 @@ class Engine:
         return loss, _count(labels, main_output(outputs)), tape.gradient(scaled, variables)
 
     def _differentiate(self, images, labels):
-        if self.accumulate == 1:
+        if self.gradient_accumulation_steps == 1:
             return self._part(images, labels)
-        pieces = [tf.stack(piece) for piece in zip(*parts(self.accumulate, (images, labels)), strict=True)]
+        pieces = [
+            tf.stack(piece) for piece in zip(*parts(self.gradient_accumulation_steps, (images, labels)), strict=True)
+        ]
         loss, correct, gradients = self._part(*(piece[0] for piece in pieces))
         used = [gradient is not None for gradient in gradients]
         sums = [
@@ -92,15 +99,20 @@ class Engine:
             return i + 1, *(kind.add(i, *pair) for kind, *pair in zip(sums, totals, more, strict=True))
 
         start = [loss, correct, *itertools.compress(gradients, used)]
-        start = [kind.start(value, self.accumulate) for kind, value in zip(sums, start, strict=True)]
+        start = [kind.start(value, self.gradient_accumulation_steps) for kind, value in zip(sums, start, strict=True)]
         # One part at a time: side by side they would need the memory that accumulation is to save.
-        _, *totals = tf.while_loop(lambda i, *_: i < self.accumulate, add, (1, *start), parallel_iterations=1)
+        _, *totals = tf.while_loop(
+            lambda i, *_: i < self.gradient_accumulation_steps, add, (1, *start), parallel_iterations=1
+        )
         variables = itertools.compress(self.model.trainable_variables, used)
         loss, correct, *totals = totals
         means = iter(
-            [kind.mean(total, self.accumulate, v) for kind, total, v in zip(sums[2:], totals, variables, strict=True)]
+            [
+                kind.mean(total, self.gradient_accumulation_steps, v)
+                for kind, total, v in zip(sums[2:], totals, variables, strict=True)
+            ]
         )
-        return loss / self.accumulate, correct, [next(means) if is_used else None for is_used in used]
+        return loss / self.gradient_accumulation_steps, correct, [next(means) if is_used else None for is_used in used]
 
     def _dense_gradients(self, images, labels):
         loss, _, gradients = self._differentiate(images, labels)
@@ -133,20 +145,20 @@ class Engine:
     def predict(self, images):
         return self._forward(tf.convert_to_tensor(images)).numpy()
 
-    def predict_shown(self, pictures, draws):
+    def predict_on_device(self, pictures, draws):
         results = [self._forward_shown(pictures, pictures.tensors, draw) for draw in tf.unstack(draws)]
         return tf.stack(results).numpy()
 
     def evaluate(self, images, labels):
         return self._score(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
-    def tap(self, images, training=False):
-        seen, lower = Taps(), partial(_lower, training=training)
+    def layer_outputs(self, images, training=False):
+        seen, lower = Recorder(), partial(_lower, training=training)
         with calling(self.model, training):
-            Graph(self.model, lower, training, joined=False)(tf.convert_to_tensor(images), seen)
+            Graph(self.model, lower, training, fuse=False)(tf.convert_to_tensor(images), seen)
         return seen.rows
 
-    def push(self):
+    def sync_variables(self):
         pass
 
 

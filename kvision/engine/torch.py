@@ -21,7 +21,7 @@ import torch
 from keras import ops
 
 from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Taps, is_channels_last, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_channels_last, is_graph, parts, penalties
 from kvision.engine.keras_internals import (
     calling,
     index_of,
@@ -70,9 +70,14 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, accumulate=1, metrics=()):
+    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
         check_model(model)
-        self.model, self.optimizer, self.loss, self.accumulate = model, optimizer, loss, accumulate
+        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
+            model,
+            optimizer,
+            loss,
+            gradient_accumulation_steps,
+        )
         self.metrics, self._is_graph = list(metrics), is_graph(model)
         self._graphs = {}
         self._recording = None
@@ -93,11 +98,9 @@ class Engine:
         statistics.keep()
         return outputs
 
-    def _graph(self, training, joined=True):
+    def _graph(self, training, fuse=True):
         statistics = _Statistics()
-        return Graph(
-            self.model, partial(_lower, training=training, statistics=statistics), training, joined
-        ), statistics
+        return Graph(self.model, partial(_lower, training=training, statistics=statistics), training, fuse), statistics
 
     def _objective(self, images, labels, training):
         """The loss with its penalties, the labels on the device, and the outputs."""
@@ -116,9 +119,9 @@ class Engine:
             return loss.detach(), _count(labels, logits), gradients
 
     def _differentiate(self, images, labels):
-        if self.accumulate == 1:
+        if self.gradient_accumulation_steps == 1:
             return self._part(images, labels)
-        first, *others = parts(self.accumulate, (images, labels))
+        first, *others = parts(self.gradient_accumulation_steps, (images, labels))
         loss, correct, gradients = self._part(*first)
         used = [gradient is not None for gradient in gradients]
         sums = list(itertools.compress(gradients, used))
@@ -126,9 +129,9 @@ class Engine:
             more_loss, more_correct, more = self._part(*part)
             loss, correct = loss + more_loss, correct + more_correct
             torch._foreach_add_(sums, list(itertools.compress(more, used)))
-        torch._foreach_div_(sums, self.accumulate)
+        torch._foreach_div_(sums, self.gradient_accumulation_steps)
         sums = iter(sums)
-        return loss / self.accumulate, correct, [next(sums) if is_used else None for is_used in used]
+        return loss / self.gradient_accumulation_steps, correct, [next(sums) if is_used else None for is_used in used]
 
     def train_step(self, images, labels):
         check_targets(labels)
@@ -157,7 +160,7 @@ class Engine:
         with torch.inference_mode():
             return ops.convert_to_numpy(main_output(self._call(images, training=False)))
 
-    def predict_shown(self, pictures, draws):
+    def predict_on_device(self, pictures, draws):
         with torch.inference_mode():
             shown = (pictures.show(pictures.tensors, draw)[0] for draw in ops.convert_to_tensor(draws))
             return ops.convert_to_numpy(torch.stack([main_output(self._call(x, training=False)) for x in shown]))
@@ -167,14 +170,14 @@ class Engine:
             loss, labels, logits = self._objective(images, labels, training=False)
             return loss, _count(labels, logits)
 
-    def tap(self, images, training=False):
-        seen, (graph, statistics) = Taps(), self._graph(training, joined=False)
+    def layer_outputs(self, images, training=False):
+        seen, (graph, statistics) = Recorder(), self._graph(training, fuse=False)
         with torch.no_grad(), calling(self.model, training):
             graph(ops.convert_to_tensor(images), seen)
         statistics.keep()
         return seen.rows
 
-    def push(self):
+    def sync_variables(self):
         pass
 
 

@@ -8,7 +8,7 @@ those. Where they part, the first layer to do so is named: its inputs agreed, so
 In float64 rounding is so small that what parts is an error: a padding, an epsilon, a layer that computes in float32. In
 float32 the forward pass and the first loss tell; later losses part by rounding alone, and are shown and not judged.
 
-What is asked is in `question`; the parent in `parent`, its command in `cli`; a child in `child`, its model and images
+What is asked is in `spec`; the parent in `parent`, its command in `cli`; a child in `child`, its model and images
 in `subject`; what it leaves in `result` and `tensors`; who is right in `verdict`; the words in `report`. `child` and
 `subject` import Keras, and no other file here imports them.
 """
@@ -16,6 +16,6 @@ in `subject`; what it leaves in `result` and `tensors`; who is right in `verdict
 from kvision.parity.cli import add_commands
 from kvision.parity.launcher import compare
 from kvision.parity.report import text
-from kvision.parity.spec import Question
+from kvision.parity.spec import Spec
 
-__all__ = ["Question", "add_commands", "compare", "text"]
+__all__ = ["Spec", "add_commands", "compare", "text"]

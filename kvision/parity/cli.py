@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from kvision.children import StoppedError
 from kvision.convert.cli import assignments
-from kvision.engine import FLOORS
+from kvision.engine import BACKENDS
 from kvision.files import write_json
 from kvision.flags import UsageError
 from kvision.parity.compare import LIMITS
 from kvision.parity.launcher import HOUR, compare
 from kvision.parity.report import text
-from kvision.parity.spec import Question
+from kvision.parity.spec import Spec
 
 
 def finite(value):
@@ -41,7 +41,7 @@ def _own(words: Sequence[str]) -> dict[str, object]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run a comparison as parsed, print its report; 0 where the backends agree, 1 where they do not."""
-    question = Question(
+    spec = Spec(
         arguments.model,
         arguments.dtype,
         arguments.input_shape,
@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
     )
     try:
         report = compare(
-            question,
+            spec,
             arguments.backends.split(","),
             log=lambda line: print(line, file=sys.stderr),
             limit=arguments.timeout or None,
@@ -74,10 +74,10 @@ def add_commands(subparsers) -> None:
     parser = subparsers.add_parser(
         "parity", help="whether a model computes the same on every backend, layer by layer", allow_abbrev=False
     )
-    defaults = Question("")
+    defaults = Spec("")
     parser.add_argument("model", metavar="MODEL", help="network of the zoo, .keras file, or module:function")
     parser.add_argument("--dtype", choices=tuple(LIMITS), default=defaults.dtype, help="(default: %(default)s)")
-    parser.add_argument("--backends", default=",".join(FLOORS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--input-shape", type=_shape, metavar="HxWxC", help="of the images; default: the model's own")
     parser.add_argument("--classes", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of the model's own")

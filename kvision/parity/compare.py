@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvision.parity.result import Result
-from kvision.parity.tensors import Gap, Tensor, gap, keep, places, worst
+from kvision.parity.tensors import Difference, Tensor, difference, keep, places, worst
 
 # The stages in the order in which a difference spreads, with what each is called in the table.
 STAGES = {
@@ -49,39 +49,41 @@ def _by_name(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def layer_gaps(a: Result, b: Result, stage: str) -> dict[str, Gap]:
+def layer_gaps(a: Result, b: Result, stage: str) -> dict[str, Difference]:
     """How far the outputs that both have are apart, in the order of execution."""
     others = _by_name(b.tensors[stage])
-    return {tensor.name: gap(tensor, others[tensor.name]) for tensor in a.tensors[stage] if tensor.name in others}
+    return {
+        tensor.name: difference(tensor, others[tensor.name]) for tensor in a.tensors[stage] if tensor.name in others
+    }
 
 
-def variable_gaps(a: Result, b: Result, stage: str) -> list[Gap]:
+def variable_gaps(a: Result, b: Result, stage: str) -> list[Difference]:
     """How far variables or gradients are apart, relative to the largest in their layer; infinitely where one lacks it.
 
     A layer whose gradients are less than a millionth of the largest of all is measured by that.
     """
     mine, theirs = _by_name(a.tensors[stage]), _by_name(b.tensors[stage])
     if lone := sorted(mine.keys() ^ theirs.keys()):
-        return [Gap(name, math.inf) for name in lone]
+        return [Difference(name, math.inf) for name in lone]
     largest: dict[str, float] = {}
     for name, tensor in mine.items():
         layer = name.rpartition("/")[0]
         largest[layer] = max(largest.get(layer, 0.0), tensor.largest)
     floor = 1e-6 * max(largest.values(), default=0.0) if stage == "gradients" else 0.0
-    return [gap(mine[name], theirs[name], max(largest[name.rpartition("/")[0]], floor)) for name in mine]
+    return [difference(mine[name], theirs[name], max(largest[name.rpartition("/")[0]], floor)) for name in mine]
 
 
-def _loss_gap(name: str, a: float, b: float) -> Gap:
-    found = gap(keep(name, [a]), keep(name, [b]), abs(a) if math.isfinite(a) else None)
-    return Gap(name, found.size, None, (a, b))
+def _loss_gap(name: str, a: float, b: float) -> Difference:
+    found = difference(keep(name, [a]), keep(name, [b]), abs(a) if math.isfinite(a) else None)
+    return Difference(name, found.size, None, (a, b))
 
 
-def step_gaps(a: Result, b: Result) -> list[Gap]:
+def step_gaps(a: Result, b: Result) -> list[Difference]:
     """How far the losses of the steps are apart."""
     return [_loss_gap(f"step {i}", *pair) for i, pair in enumerate(zip(a.losses, b.losses, strict=True), start=1)]
 
 
-def stage_gaps(a: Result, b: Result) -> dict[str, Gap]:
+def stage_gaps(a: Result, b: Result) -> dict[str, Difference]:
     """The largest difference of each stage."""
     inference, training = (layer_gaps(a, b, f"{stage}_layers") for stage in ("inference", "training"))
     return {
@@ -89,7 +91,7 @@ def stage_gaps(a: Result, b: Result) -> dict[str, Gap]:
         "inference_layers": worst(inference.values()),
         "inference": worst(layer_gaps(a, b, "inference").values()),
         "training_layers": worst(training.values()),
-        "training": worst(training.get(name, Gap(name, math.inf)) for name in a.outputs),
+        "training": worst(training.get(name, Difference(name, math.inf)) for name in a.outputs),
         "loss": _loss_gap("loss", a.loss, b.loss),
         "gradients": worst(variable_gaps(a, b, "gradients")),
         "losses": worst(step_gaps(a, b)),
@@ -97,7 +99,7 @@ def stage_gaps(a: Result, b: Result) -> dict[str, Gap]:
     }
 
 
-def beyond(found: Mapping[str, Gap], limits: Mapping[str, float | None]) -> list[str]:
+def beyond(found: Mapping[str, Difference], limits: Mapping[str, float | None]) -> list[str]:
     """The stages that are judged and not within their limits, in the order in which a difference spreads."""
     return [stage for stage in STAGES if limits[stage] is not None and not found[stage].size <= limits[stage]]
 
@@ -112,7 +114,7 @@ def reference(results: Sequence[Result], limits: Mapping[str, float | None]) -> 
 
 
 def first_fault(
-    results: Sequence[Result], a: Result, b: Result, found: Mapping[str, Gap], limits: Mapping[str, float | None]
+    results: Sequence[Result], a: Result, b: Result, found: Mapping[str, Difference], limits: Mapping[str, float | None]
 ) -> dict | None:
     """The first place where `b` parts from the reference `a`, of the stages `found`; None where it does not.
 
@@ -135,23 +137,24 @@ def first_fault(
     return fault | {"kind": "loss" if stage == "loss" else "variable"}
 
 
-def _place(found: Gap) -> dict:
+def _place(found: Difference) -> dict:
     return {"name": found.name, "difference": found.size, "index": found.index, "values": found.values}
 
 
 def _layer_fault(results: Sequence[Result], a: Result, b: Result, stage: str, limit: float) -> dict | None:
     """The first layer whose outputs part by more than the limit; None where none does, one by one."""
-    gaps = layer_gaps(a, b, stage)
-    found = next((item for item in gaps.values() if not item.size <= limit), None)
+    differences = layer_gaps(a, b, stage)
+    found = next((item for item in differences.values() if not item.size <= limit), None)
     if found is None:
         return None
     mine, theirs = ({operation["name"]: operation for operation in r.operations} for r in (a, b))
     operation, other = mine[found.name], theirs[found.name]
     tensors = {r.backend: tensor for r in results if (tensor := _by_name(r.tensors[stage]).get(found.name))}
     shapes = {r.backend: tensors[r.backend].shape for r in (a, b)}
-    inputs = {name: gaps[name].size for name in operation["inputs"] if name in gaps}
+    inputs = {name: differences[name].size for name in operation["inputs"] if name in differences}
     lone = {
-        r: [name for name in op["inputs"] if name not in gaps] for r, op in ((a.backend, operation), (b.backend, other))
+        r: [name for name in op["inputs"] if name not in differences]
+        for r, op in ((a.backend, operation), (b.backend, other))
     }
     return {
         "kind": "layer",
@@ -189,17 +192,22 @@ def _backward_fault(a: Result, b: Result, limit: float) -> dict:
     """Gradients flow backwards: the fault is behind the last layer, in the order of execution, whose gradient parts."""
     names = [operation["name"] for operation in a.operations]
     order = {name: i for i, name in enumerate(names)}
-    gaps = [(order.get(item.name.split("/")[0], -1), item) for item in variable_gaps(a, b, "gradients")]
-    last, found = max(((i, item) for i, item in gaps if not item.size <= limit), key=lambda pair: pair[0])
-    end = min((i for i, item in gaps if item.size <= limit and i > last), default=len(names) - 1)
+    differences = [(order.get(item.name.split("/")[0], -1), item) for item in variable_gaps(a, b, "gradients")]
+    last, found = max(((i, item) for i, item in differences if not item.size <= limit), key=lambda pair: pair[0])
+    end = min((i for i, item in differences if item.size <= limit and i > last), default=len(names) - 1)
     return {"kind": "backward", **_place(found), "between": names[last : end + 1] if last >= 0 else []}
 
 
 def _step_fault(a: Result, b: Result, limit: float, gradients: float) -> dict:
-    gaps = step_gaps(a, b)
-    at = next(i for i, item in enumerate(gaps) if not item.size <= limit)
-    before = max(worst(gaps[:at]).size, gradients)
-    return {"kind": "step", **_place(gaps[at]), "before": before, "grown": before > GROWN_IN_A_STEP * gaps[at].size}
+    differences = step_gaps(a, b)
+    at = next(i for i, item in enumerate(differences) if not item.size <= limit)
+    before = max(worst(differences[:at]).size, gradients)
+    return {
+        "kind": "step",
+        **_place(differences[at]),
+        "before": before,
+        "grown": before > GROWN_IN_A_STEP * differences[at].size,
+    }
 
 
 # The judgement

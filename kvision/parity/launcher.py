@@ -10,20 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvision.children import Children, TimeLimitError
-from kvision.engine import FLOORS, installed
+from kvision.engine import BACKENDS, installed
 from kvision.flags import UsageError
 from kvision.parity.compare import judge
 from kvision.parity.result import Result
-from kvision.parity.spec import Question, check
-from kvision.report.environment import BACKENDS, hardware, versions
+from kvision.parity.spec import Spec, check
+from kvision.report.environment import PACKAGES, hardware, versions
 
 HOUR = 3600.0  # seconds that a child may take
 AT_ONCE = 2  # child processes that run side by side: starting one takes a core some seconds
 
 
 def compare(
-    question: Question,
-    backends: Sequence[str] = FLOORS,
+    spec: Spec,
+    backends: Sequence[str] = BACKENDS,
     log: Callable[[str], None] = print,
     limit: float | None = HOUR,
 ) -> dict:
@@ -38,11 +38,11 @@ def compare(
         UsageError: an unknown backend, fewer than two that are installed, no such model; one clear line.
         kvision.children.StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The children have ended.
     """
-    check(question)
+    check(spec)
     if limit is not None and not limit > 0:
         raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
-    if unknown := [backend for backend in backends if backend not in FLOORS]:
-        raise UsageError(f"--backends knows {', '.join(FLOORS)}, got {', '.join(unknown)}")
+    if unknown := [backend for backend in backends if backend not in BACKENDS]:
+        raise UsageError(f"--backends knows {', '.join(BACKENDS)}, got {', '.join(unknown)}")
     present = [backend for backend in dict.fromkeys(backends) if installed(backend)]
     if len(present) < 2:
         raise UsageError(
@@ -51,7 +51,7 @@ def compare(
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "question.json").write_text(json.dumps(asdict(question)))
+        (folder / "question.json").write_text(json.dumps(asdict(spec)))
         wrong: list[str] = []
 
         def run(backend: str) -> tuple[int, str]:
@@ -82,10 +82,10 @@ def compare(
         }
         results = [Result.load(folder, backend) for backend in present if backend not in failed]
     report = {
-        "question": asdict(question),
+        "question": asdict(spec),
         "backends": present,
         "versions": {
-            backend: {name: v for name, v in versions(backend).items() if name in BACKENDS[backend]}
+            backend: {name: v for name, v in versions(backend).items() if name in PACKAGES[backend]}
             for backend in present
         },
         "hardware": hardware(),
@@ -93,7 +93,7 @@ def compare(
     }
     if len(results) < 2:
         reasons = "; ".join(f"{backend}: {row['reason']}" for backend, row in failed.items())
-        raise UsageError(f"{question.model} does not run on two backends: {reasons}")
-    report |= judge(results, question.dtype)
+        raise UsageError(f"{spec.model} does not run on two backends: {reasons}")
+    report |= judge(results, spec.dtype)
     report["passed"] = report["passed"] and not failed
     return report

@@ -17,7 +17,7 @@ from kvision.data import load
 from kvision.engine.fuse import is_graph
 from kvision.flags import UsageError
 from kvision.layers import VarianceScaling, skip_init
-from kvision.parity.spec import Question
+from kvision.parity.spec import Spec
 from kvision.random import stream
 from kvision.weights.initialization import initialize
 
@@ -44,116 +44,116 @@ def in_double(path: Path, dtype: str, folder: Path) -> Path:
     return copy
 
 
-def _load_file(question: Question) -> keras.Model:
+def _load_file(spec: Spec) -> keras.Model:
     zoo.list_models()  # imports every network's own layers, so that Keras knows them
-    if question.own or question.classes is not None:
-        raise UsageError(f"{question.model} is built already: --set and --classes do not apply to a .keras file")
+    if spec.own or spec.classes is not None:
+        raise UsageError(f"{spec.model} is built already: --set and --classes do not apply to a .keras file")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(question.model)
+        path = Path(spec.model)
         try:
-            if question.dtype != "float32":
-                path = in_double(path, question.dtype, Path(folder))
+            if spec.dtype != "float32":
+                path = in_double(path, spec.dtype, Path(folder))
             return keras.saving.load_model(path, compile=False, safe_mode=True)
         except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
-                f"{question.model} cannot be loaded: {reason} (a model with code of its own is named module:function)"
+                f"{spec.model} cannot be loaded: {reason} (a model with code of its own is named module:function)"
             ) from None
 
 
-def _call_function(question: Question) -> keras.Model:
-    module, _, name = question.model.partition(":")
+def _call_function(spec: Spec) -> keras.Model:
+    module, _, name = spec.model.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UsageError(f"{question.model}: cannot import {module}: {error}") from None
+        raise UsageError(f"{spec.model}: cannot import {module}: {error}") from None
     except AttributeError:
-        raise UsageError(f"{question.model}: {module} has no {name}") from None
-    given = dict(question.own)
-    if question.input_shape is not None:
-        given["input_shape"] = question.input_shape
-    if question.classes is not None:
-        given["classes"] = question.classes
+        raise UsageError(f"{spec.model}: {module} has no {name}") from None
+    given = dict(spec.own)
+    if spec.input_shape is not None:
+        given["input_shape"] = spec.input_shape
+    if spec.classes is not None:
+        given["classes"] = spec.classes
     try:
         inspect.signature(function).bind(**given)
     except TypeError as error:
-        raise UsageError(f"{question.model} cannot be called with {given or 'no arguments'}: {error}") from None
+        raise UsageError(f"{spec.model} cannot be called with {given or 'no arguments'}: {error}") from None
     model = function(**given)
     if not isinstance(model, keras.Model):
-        raise UsageError(f"{question.model} returned a {type(model).__name__}; expected a keras.Model")
+        raise UsageError(f"{spec.model} returned a {type(model).__name__}; expected a keras.Model")
     return model
 
 
-def build(question: Question) -> tuple[keras.Model, tuple[int, int, int]]:
+def build(spec: Spec) -> tuple[keras.Model, tuple[int, int, int]]:
     """The model, and the (height, width, channels) of its images.
 
     Raises:
         UsageError: no such model, or one that this test cannot run; one clear line.
     """
-    if question.model.endswith(".keras"):
-        model = _load_file(question)
-    elif ":" in question.model:
-        model = _call_function(question)
+    if spec.model.endswith(".keras"):
+        model = _load_file(spec)
+    elif ":" in spec.model:
+        model = _call_function(spec)
     else:
         try:
             with skip_init():
-                model = zoo.build_model(question.model, question.input_shape, question.classes, **question.own)
+                model = zoo.build_model(spec.model, spec.input_shape, spec.classes, **spec.own)
         except ValueError as error:
             raise UsageError(str(error)) from None
     if isinstance(model, keras.Sequential):
-        if not model.built and question.input_shape is not None:
-            model.build((None, *question.input_shape))
+        if not model.built and spec.input_shape is not None:
+            model.build((None, *spec.input_shape))
         if model.built:
             model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers, as a graph
-    shape = model.input_shape if is_graph(model) else (None, *(question.input_shape or ()))
-    return model, check_shape(question, shape, is_graph(model))
+    shape = model.input_shape if is_graph(model) else (None, *(spec.input_shape or ()))
+    return model, check_shape(spec, shape, is_graph(model))
 
 
-def check_shape(question: Question, shape, graph: bool) -> tuple[int, int, int]:
+def check_shape(spec: Spec, shape, graph: bool) -> tuple[int, int, int]:
     """The (height, width, channels) to take for a model that reads inputs of `shape`."""
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise UsageError(
-            f"{question.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
+            f"{spec.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
             + ("" if graph else ": the model does not say which it reads, give --input-shape")
         )
-    wanted = question.input_shape or shape[1:]
+    wanted = spec.input_shape or shape[1:]
     if any(side is None for side in wanted):
-        raise UsageError(f"{question.model} reads images of any size {shape[1:]}: give --input-shape, as in 32x32x3")
+        raise UsageError(f"{spec.model} reads images of any size {shape[1:]}: give --input-shape, as in 32x32x3")
     if any(side not in (None, given) for side, given in zip(shape[1:], wanted, strict=True)):
-        raise UsageError(f"{question.model} reads images of {shape[1:]}, not of --input-shape {wanted}")
+        raise UsageError(f"{spec.model} reads images of {shape[1:]}, not of --input-shape {wanted}")
     return tuple(wanted)
 
 
-def start(model, question: Question) -> None:
+def start(model, spec: Spec) -> None:
     """Set the weights that every backend starts from; a file keeps its own. Generators are set in any case."""
     weights = [(variable, np.array(variable.numpy())) for variable in model.weights]
     try:
-        initialize(model, question.seed)
+        initialize(model, spec.seed)
     except ValueError:  # of a user's model, an initialiser that NumPy does not know
         for variable, value in weights:
             if value.size and (value != value.flat[0]).any():
-                generator = stream(question.seed, "initial", variable.path)
+                generator = stream(spec.seed, "initial", variable.path)
                 variable.assign(VarianceScaling(1.0, "in").draw(value.shape, generator))
         for i, variable in enumerate(v for v in model.variables if v.dtype in ("uint32", "int32", "int64")):
             if tuple(variable.shape) == (2,):
-                variable.assign(np.array([stream(question.seed, "generator", i).integers(2**31), 0], np.uint32))
-    if question.model.endswith(".keras"):
+                variable.assign(np.array([stream(spec.seed, "generator", i).integers(2**31), 0], np.uint32))
+    if spec.model.endswith(".keras"):
         for variable, value in weights:
             variable.assign(value)
 
 
-def draw(question: Question, shape: tuple[int, int, int], classes: int | None) -> tuple[np.ndarray, np.ndarray]:
+def draw(spec: Spec, shape: tuple[int, int, int], classes: int | None) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images, four batches of them where they are drawn, and labels."""
-    count = 4 * question.batch
-    if question.data is not None:
-        dataset = load("cifar10", question.data, size=shape[:2], log=lambda line: None)
+    count = 4 * spec.batch
+    if spec.data is not None:
+        dataset = load("cifar10", spec.data, size=shape[:2], log=lambda line: None)
         images, labels = dataset.x_train[:count], dataset.y_train[:count]
         if images.shape[1:] != shape:
-            raise UsageError(f"--data has images of {images.shape[1:]}, and {question.model} reads {shape}")
+            raise UsageError(f"--data has images of {images.shape[1:]}, and {spec.model} reads {shape}")
         return images, labels % (classes or 1)
     # Coarse patches of colour under noise: a network sees edges, and no two pixels that it pools are equal for long.
-    generator = stream(question.seed, "images")
+    generator = stream(spec.seed, "images")
     height, width, channels = shape
     patches = generator.integers(0, 192, (count, -(-height // 8), -(-width // 8), channels))
     images = patches.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]

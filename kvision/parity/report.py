@@ -152,15 +152,15 @@ def _steps(report: dict) -> list[str]:
 
 def text(report: dict) -> str:
     """The report of `kvision.parity.compare` for a terminal."""
-    question, backends = report["question"], list(report["losses"])
+    spec, backends = report["question"], list(report["losses"])
     packages = [f"{backend} {next(iter(report['versions'][backend].values()), '')}".strip() for backend in backends]
     lines = [
-        f"{question['model']} in {question['dtype']}, batch {question['batch']}, seed {question['seed']}: "
+        f"{spec['model']} in {spec['dtype']}, batch {spec['batch']}, seed {spec['seed']}: "
         f"{', '.join(packages)}; differences from {report['reference']}, relative",
         "",
         *_stages(report),
     ]
-    if question["steps"]:
+    if spec["steps"]:
         lines += ["", *_steps(report)]
     lines += ["", *(f"NOTE: {note}" for note in report["notes"])]
     lines += (f"{backend} failed: {row['reason']}" for backend, row in report["failed"].items())

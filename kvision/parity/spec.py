@@ -10,7 +10,7 @@ from kvision.parity.compare import LIMITS
 
 
 @dataclass(frozen=True)
-class Question:
+class Spec:
     """What is to be compared.
 
     Args:
@@ -37,28 +37,28 @@ class Question:
     data: str | None = None
 
 
-def check(question: Question) -> None:
+def check(spec: Spec) -> None:
     """See what can be seen of a question before a backend is started.
 
     Raises:
         UsageError: one clear line.
     """
-    if question.dtype not in LIMITS:
-        raise UsageError(f"--dtype must be one of {', '.join(LIMITS)}, got {question.dtype!r}")
+    if spec.dtype not in LIMITS:
+        raise UsageError(f"--dtype must be one of {', '.join(LIMITS)}, got {spec.dtype!r}")
     for name, least in (("batch", 1), ("steps", 0), ("seed", 0)):
-        if getattr(question, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {getattr(question, name)}")
-    if not (question.learning_rate > 0 and math.isfinite(question.learning_rate)):
-        raise UsageError(f"--learning-rate must be a positive number, got {question.learning_rate}")
-    if question.classes is not None and question.classes < 1:
-        raise UsageError(f"--classes must be at least 1, got {question.classes}")
-    shape = question.input_shape
+        if getattr(spec, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(spec, name)}")
+    if not (spec.learning_rate > 0 and math.isfinite(spec.learning_rate)):
+        raise UsageError(f"--learning-rate must be a positive number, got {spec.learning_rate}")
+    if spec.classes is not None and spec.classes < 1:
+        raise UsageError(f"--classes must be at least 1, got {spec.classes}")
+    shape = spec.input_shape
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise UsageError(
             "--input-shape must be an image's, height x width x channels as in 32x32x3, "
             f"got {'x'.join(map(str, shape))}"
         )
-    path = Path(question.model)
+    path = Path(spec.model)
     if path.suffix == ".keras":
         if not path.is_file():
             raise UsageError(f"{path}: no such file; expected a model that Keras saved")

@@ -36,7 +36,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Gap:
+class Difference:
     """How far two tensors of one name are apart.
 
     Args:
@@ -69,12 +69,12 @@ def keep(name: str, array) -> Tensor:
     return Tensor(name, tuple(map(int, array.shape)), values, mean, largest, float(np.sqrt(wide @ wide)), odd)
 
 
-def gap(a: Tensor, b: Tensor, scale: float | None = None) -> Gap:
+def difference(a: Tensor, b: Tensor, scale: float | None = None) -> Difference:
     """How far two tensors are apart, relative to `scale`: by default the largest magnitude in either."""
     if a.shape != b.shape:
-        return Gap(a.name, math.inf)
+        return Difference(a.name, math.inf)
     if not a.values.size:
-        return Gap(a.name, 0.0)
+        return Difference(a.name, 0.0)
     scale = scale or max(a.largest, b.largest) or 1.0
     with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(a.values - b.values)
@@ -85,11 +85,11 @@ def gap(a: Tensor, b: Tensor, scale: float | None = None) -> Gap:
     if a.odd != b.odd:
         sizes = *sizes[:1], math.inf, 0.0
     if max(sizes[1:]) > sizes[0] * (1 + 1e-6):  # which no difference at the places kept explains
-        return Gap(a.name, max(sizes[1:]) / scale)
+        return Difference(a.name, max(sizes[1:]) / scale)
     index = tuple(map(int, np.unravel_index(places(math.prod(a.shape))[at], a.shape)))
-    return Gap(a.name, sizes[0] / scale, index, (float(a.values[at]), float(b.values[at])))
+    return Difference(a.name, sizes[0] / scale, index, (float(a.values[at]), float(b.values[at])))
 
 
-def worst(gaps: Iterable[Gap]) -> Gap:
+def worst(differences: Iterable[Difference]) -> Difference:
     """The largest of some; the first of equal ones."""
-    return max(gaps, key=lambda item: item.size, default=Gap("", 0.0))
+    return max(differences, key=lambda item: item.size, default=Difference("", 0.0))

@@ -21,7 +21,7 @@ from kvision.engine.fuse import is_graph, nodes_of
 from kvision.flags import UsageError
 from kvision.parity.loading import build, draw, start
 from kvision.parity.result import Result
-from kvision.parity.spec import Question
+from kvision.parity.spec import Spec
 from kvision.parity.tensors import Tensor, keep
 from kvision.tasks.classification import cross_entropy
 from kvision.training import optimizers, trainer
@@ -102,7 +102,7 @@ def graph(model) -> tuple[list[dict], list[str]]:
     return operations, [names[id(item.operation._inbound_nodes[item.node_index])] for item in history]
 
 
-def _notes(model, question: Question, classes: int | None, operations: list[dict]) -> list[str]:
+def _notes(model, spec: Spec, classes: int | None, operations: list[dict]) -> list[str]:
     notes = []
     if classes is None:
         notes.append("the outputs are not (n, classes): the loss is the mean of their squares")
@@ -110,11 +110,9 @@ def _notes(model, question: Question, classes: int | None, operations: list[dict
         notes.append(f"{operations[-1]['name']} is a softmax: the loss takes its outputs as logits all the same")
     if not is_graph(model):
         notes.append(f"{model.name} is no functional model: its layers cannot be told apart, only its outputs are seen")
-    other = [operation["name"] for operation in operations if operation["dtype"] not in (None, question.dtype)]
+    other = [operation["name"] for operation in operations if operation["dtype"] not in (None, spec.dtype)]
     if other:
-        notes.append(
-            f"layers that do not compute in {question.dtype}: {', '.join(other[:5])}" + " ..." * (len(other) > 5)
-        )
+        notes.append(f"layers that do not compute in {spec.dtype}: {', '.join(other[:5])}" + " ..." * (len(other) > 5))
     return notes
 
 
@@ -144,47 +142,47 @@ def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     if not is_graph(model):
         outputs = keras.tree.flatten(model(ops.convert_to_tensor(batch), training=training))
         return kept(["outputs"] * len(outputs), map(ops.convert_to_numpy, outputs))
-    rows = runner.tap(batch, training)
+    rows = runner.layer_outputs(batch, training)
     joined = (
         arrays[0] if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays]) for _, arrays in rows
     )
     return kept((layer.name for layer, _ in rows), joined)
 
 
-def _steps(model, question: Question, loss, images, labels) -> list[float]:
+def _steps(model, spec: Spec, loss, images, labels) -> list[float]:
     """Train; the losses."""
-    rates = optimizers.schedule("cosine", question.learning_rate, question.steps, WARMUP)
+    rates = optimizers.schedule("cosine", spec.learning_rate, spec.steps, WARMUP)
     optimizer = optimizers.make_optimizer("sgd", rates, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     optimizer.build(model.trainable_variables)
     runner = engine.create(model, optimizer, loss)
     augmentation = Augmentation(True, min(SHIFT, *(side // 4 for side in images.shape[1:3])))
-    batches = Batches(images, labels, question.batch, question.seed, PREPROCESSING, augmentation)
+    batches = Batches(images, labels, spec.batch, spec.seed, PREPROCESSING, augmentation)
     losses = []
-    for step in range(question.steps):
+    for step in range(spec.steps):
         epoch, place = divmod(step, batches.steps)
         if place == 0:
             shown = batches.epoch(epoch)
         batch, batch_labels = next(shown)
-        losses.append(float(runner.train_step(batch.astype(question.dtype), _labels_for(loss, batch_labels))[0]))
-    runner.push()
+        losses.append(float(runner.train_step(batch.astype(spec.dtype), _labels_for(loss, batch_labels))[0]))
+    runner.sync_variables()
     return losses
 
 
-def answer(question: Question) -> Result:
+def answer(spec: Spec) -> Result:
     """What the active backend computes; for a process of its own, whose dtype it sets.
 
     Raises:
         UsageError: no such model, or one that this test cannot run; one clear line.
         kvision.data.DataError: `data` cannot be read.
     """
-    engine.configure(dtype=question.dtype, deterministic=True)
-    model, shape = build(question)
-    outputs = model.outputs if is_graph(model) else model(ops.zeros((1, *shape), question.dtype))
+    engine.configure(dtype=spec.dtype, deterministic=True)
+    model, shape = build(spec)
+    outputs = model.outputs if is_graph(model) else model(ops.zeros((1, *shape), spec.dtype))
     classes = _number_of_classes(outputs)
-    images, labels = draw(question, shape, classes)
-    batch = PREPROCESSING(images[: question.batch]).astype(question.dtype)
+    images, labels = draw(spec, shape, classes)
+    batch = PREPROCESSING(images[: spec.batch]).astype(spec.dtype)
     loss = _cross_entropy if classes else _squares
-    start(model, question)
+    start(model, spec)
     first = trainer.values(model.variables)
     weights = [variable for variable in model.weights if "float" in variable.dtype]
     paths = [variable.path for variable in weights]
@@ -196,7 +194,7 @@ def answer(question: Question) -> Result:
     for stage, in_training in (("inference_layers", False), ("training_layers", True)):
         tensors[stage] = _layers(model, runner, batch, in_training)
         trainer.assign(model.variables, first)
-    value, gradients = runner.value_and_grad(batch, _labels_for(loss, labels[: question.batch]))
+    value, gradients = runner.value_and_grad(batch, _labels_for(loss, labels[: spec.batch]))
     tensors["gradients"] = kept(
         (variable.path for variable in model.trainable_variables),
         (
@@ -207,7 +205,7 @@ def answer(question: Question) -> Result:
     value = float(value)
     del gradients, runner
     trainer.assign(model.variables, first)
-    losses = _steps(model, question, loss, images, labels) if question.steps else []
+    losses = _steps(model, spec, loss, images, labels) if spec.steps else []
     tensors["weights"] = kept(paths, trainer.values(weights))
     if is_graph(model):
         operations, outputs = graph(model)
@@ -215,7 +213,7 @@ def answer(question: Question) -> Result:
         outputs = [tensor.name for tensor in tensors["inference_layers"]]
         blank = {"type": "", "settings": {}, "inputs": [], "dtype": None, "random": False}
         operations = [{"name": name, **blank} for name in outputs]
-    notes = _notes(model, question, classes, operations)
+    notes = _notes(model, spec, classes, operations)
     return Result(keras.backend.backend(), operations, outputs, tensors, value, losses, notes)
 
 
@@ -225,7 +223,7 @@ def main(folder: Path) -> int:
     if content["input_shape"] is not None:
         content["input_shape"] = tuple(content["input_shape"])
     try:
-        answer(Question(**content)).save(folder)
+        answer(Spec(**content)).save(folder)
     except (UsageError, DataError) as error:
         (folder / "wrong").write_text(str(error))
         return 2

@@ -7,11 +7,11 @@ dictionaries, so that a page can be written again from the files of a finished r
 from kvision.report.compare_report import comparison_table, write_compare_report
 from kvision.report.environment import hardware, peak_memory_bytes, seconds_since_process_start, versions
 from kvision.report.progress import Progress
-from kvision.report.run_report import Mistake, write_report
+from kvision.report.run_report import MisclassifiedExample, write_report
 from kvision.report.svg import bar_chart, line_chart, matrix_chart
 
 __all__ = [
-    "Mistake",
+    "MisclassifiedExample",
     "Progress",
     "bar_chart",
     "comparison_table",

@@ -281,7 +281,7 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
     more = [("command", f"`{comparison['command']}`")] if comparison.get("command") else []
     if comparison.get("arguments"):
         more.append(("arguments", f"`{' '.join(str(word) for word in comparison['arguments'])}`"))
-    hardware = page.facts(
+    hardware = page.definition_table(
         (
             name.removesuffix("_bytes").replace("_", " "),
             size(value) if name.endswith("_bytes") else plain(value),
@@ -298,7 +298,7 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
             "Environment",
             _versions(ran),
             f'<h3 class="apart">Hardware</h3>{hardware}',
-            page.facts(more) if more else "",
+            page.definition_table(more) if more else "",
         ),
     ]
     return write_text(Path(folder) / "compare.html", page.document(title, header, *sections))

@@ -17,7 +17,7 @@ from kvision import __version__
 _IMPORTED = time.perf_counter()
 
 # Distributions of each Keras backend, by the names under which package registries know them.
-BACKENDS = {
+PACKAGES = {
     "jax": ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin"),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly"),
     "torch": ("torch",),
@@ -43,7 +43,7 @@ def versions(backend: str | None = None) -> dict[str, str]:
     if backend is None and "keras" in sys.modules:
         backend = sys.modules["keras"].backend.backend()
     found = {"python": platform.python_version(), "kvision": __version__}
-    wanted = BACKENDS.get(backend) if backend else [name for names in BACKENDS.values() for name in names]
+    wanted = PACKAGES.get(backend) if backend else [name for names in PACKAGES.values() for name in names]
     for name in ("keras", "numpy", "pillow", *(wanted or ())):
         version = _installed(name)
         if version:

@@ -94,7 +94,7 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> str:
+def definition_table(pairs: Iterable[tuple[str, str]]) -> str:
     """A two-column table of names and values (both plain text); a value in backquotes is set as code."""
     rows = []
     for name, value in pairs:
@@ -121,7 +121,7 @@ def table(columns: Sequence[str], rows: Iterable[str | Sequence[str]], numeric: 
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def tiles(values: Iterable[tuple[str, str, str]]) -> str:
+def stat_cards(values: Iterable[tuple[str, str, str]]) -> str:
     """The few numbers to read first: (name, value, small print) each, all plain text."""
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(small)}</dd></div>"
@@ -140,8 +140,8 @@ def environment_section(
     versions: Mapping[str, Any], hardware: Mapping[str, Any], more: Iterable[tuple[str, str]]
 ) -> str:
     """Versions and hardware side by side, and below them what else is needed to do the run again."""
-    left = facts((name, plain(value)) for name, value in versions.items())
-    right = facts(
+    left = definition_table((name, plain(value)) for name, value in versions.items())
+    right = definition_table(
         (
             name.removesuffix("_bytes").replace("_", " "),
             size(value) if name.endswith("_bytes") else plain(value),
@@ -149,7 +149,7 @@ def environment_section(
         for name, value in hardware.items()
     )
     pair = f'<div class="pair"><div><h3>Versions</h3>{left}</div><div><h3>Hardware</h3>{right}</div></div>'
-    return section("Environment", pair, facts(more))
+    return section("Environment", pair, definition_table(more))
 
 
 def document(title: str, header: str, *sections: str) -> str:

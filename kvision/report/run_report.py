@@ -20,12 +20,12 @@ from kvision.report.svg import MOST_COUNTED, MOST_DRAWN, confusion_cells, line_c
 _SHOWN = {
     "dataset", "model", "backend", "test_accuracy", "test_loss", "train_seconds", "images_per_second",
     "seconds_to_first_step", "compile_seconds", "peak_memory_bytes", "parameters", "seed", "weights_sha256",
-    "versions", "hardware", "command", "note", "views", "views_accuracy",
+    "versions", "hardware", "command", "note", "tta", "tta_accuracy",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class Mistake:
+class MisclassifiedExample:
     """One image that the model got wrong.
 
     Args:
@@ -163,7 +163,7 @@ def _classes(cells: np.ndarray, classes: Sequence[str]) -> str:
     return f"<h3>The {shown} worst of {len(classes)} classes</h3>{table(rows[:shown])}{rest if rows[shown:] else ''}"
 
 
-def _pictures(mistakes: Sequence[Mistake]) -> str:
+def _pictures(mistakes: Sequence[MisclassifiedExample]) -> str:
     figures = []
     for mistake in mistakes:
         kind = ' class="small"' if max(mistake.image.shape[:2]) <= 64 else ""
@@ -190,7 +190,7 @@ def _speed(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> s
         ("Compilation", duration(result.get("compile_seconds"))),
         ("Peak memory of the process", size(result.get("peak_memory_bytes"))),
     ]
-    return page.facts((name, MISSING if value.startswith(MISSING) else value) for name, value in pairs)
+    return page.definition_table((name, MISSING if value.startswith(MISSING) else value) for name, value in pairs)
 
 
 def write_report(
@@ -201,7 +201,7 @@ def write_report(
     result: Mapping[str, Any],
     confusion: np.ndarray | Mapping[tuple[int, int], int],
     classes: Sequence[str],
-    mistakes: Sequence[Mistake],
+    mistakes: Sequence[MisclassifiedExample],
     learning_rates: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Path:
     """Writes `report.html` into `folder`: one file that needs no other, no network and no script.
@@ -212,7 +212,7 @@ def write_report(
         history: one row an epoch with any of epoch (from 1), loss, accuracy, test_loss, test_accuracy,
             learning_rate, seconds, images_per_second. Accuracies are shares from 0 to 1. Missing and None are
             left out.
-        result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, views and views_accuracy (0 to 1),
+        result: any of dataset, model, backend, test_accuracy (0 to 1), test_loss, views and tta_accuracy (0 to 1),
             the name in `kvision.data.tta` and the accuracy on them, train_seconds, images_per_second,
             seconds_to_first_step, compile_seconds, peak_memory_bytes, parameters, seed, weights_sha256, versions and
             hardware (dictionaries), command, note. Other entries are listed as they are.
@@ -245,11 +245,11 @@ def write_report(
     if result.get("note"):
         header.append(f'<p class="note">{escape(result["note"])}</p>')
     viewed = []
-    if result.get("views_accuracy") is not None:
-        text = f"each image by the mean logits of its views ({result.get('views')}); curves and mistakes: of it alone"
-        viewed.append(("Test accuracy on views", percent(result["views_accuracy"]), text))
+    if result.get("tta_accuracy") is not None:
+        text = f"each image by the mean logits of its views ({result.get('tta')}); curves and mistakes: of it alone"
+        viewed.append(("Test accuracy with augmentation", percent(result["tta_accuracy"]), text))
     header.append(
-        page.tiles(
+        page.stat_cards(
             [
                 ("Test accuracy", percent(result.get("test_accuracy")), small),
                 *viewed,
@@ -283,10 +283,10 @@ def write_report(
         ),
         page.section("Speed", _speed(result, history)),
         page.environment_section(result.get("versions") or {}, result.get("hardware") or {}, environment),
-        page.section("Configuration", page.facts((key, plain(value)) for key, value in config.items())),
+        page.section("Configuration", page.definition_table((key, plain(value)) for key, value in config.items())),
     ]
     others = [(key, plain(value)) for key, value in result.items() if key not in _SHOWN]
     if others:
-        sections.append(page.section("Further results", page.facts(others)))
+        sections.append(page.section("Further results", page.definition_table(others)))
     title = f"{model} on {dataset}, {backend}: {percent(result.get('test_accuracy'))}"
     return write_text(Path(folder) / "report.html", page.document(title, "".join(header), *sections))

@@ -93,7 +93,7 @@ def confusions(logits: np.ndarray, labels: np.ndarray) -> dict[tuple[int, int], 
     }
 
 
-def worst_mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 24) -> list[tuple[int, int, float]]:
+def top_losses(logits: np.ndarray, labels: np.ndarray, count: int = 24) -> list[tuple[int, int, float]]:
     """(index, predicted class, its probability) of the wrong answers given with most confidence."""
     predicted = logits.argmax(axis=-1)
     confidence = np.concatenate([np.exp(log_probabilities(part).max(axis=-1)) for part in _parts(logits)])

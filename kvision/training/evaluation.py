@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvision.data.batches import FIELDS, Batches
-from kvision.data.device import Pictures
+from kvision.data.batches import PARAMS, Batches
+from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing, as_uint8
-from kvision.data.tta import VIEWS
-from kvision.data.tta import views as views_of
+from kvision.data.tta import TTA
+from kvision.data.tta import tta as augmented_views
 
 
 def at_once(shape: tuple[int, int], small: int) -> int:
@@ -44,7 +44,7 @@ def evaluate(
 
 
 def predict(
-    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int | None = None, views: str = "plain"
+    engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int | None = None, tta: str = "none"
 ) -> np.ndarray:
     """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
 
@@ -60,12 +60,12 @@ def predict(
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
-        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in views_of(batch, views))
+        mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in augmented_views(batch, tta))
         logits.append(mean[: batch_size - missing])
     return np.concatenate(logits).astype(np.float32)
 
 
-def predict_pictures(engine, pictures: Pictures, batch_size: int | None = None, views: str = "plain") -> np.ndarray:
+def predict_pictures(engine, pictures: DeviceDataset, batch_size: int | None = None, tta: str = "none") -> np.ndarray:
     """Logits (n, classes) of pictures on the device, in their order.
 
     Args:
@@ -77,14 +77,14 @@ def predict_pictures(engine, pictures: Pictures, batch_size: int | None = None, 
     count = math.ceil(pictures.count / batch_size)
     numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
     total = 0
-    for weight, move, mirrored in VIEWS[views]:
+    for weight, move, mirrored in TTA[tta]:
         if abs(move) > border:
-            raise ValueError(f"views {views!r} move images by {abs(move)} pixels, their border has {border}")
-        draws = np.zeros((count, len(FIELDS), batch_size), np.int32)
+            raise ValueError(f"tta {tta!r} moves images by {abs(move)} pixels, their border has {border}")
+        draws = np.zeros((count, len(PARAMS), batch_size), np.int32)
         draws[:, 0] = numbers.reshape(count, batch_size)
         draws[:, 1:3] = border - move
         draws[:, 3] = mirrored
-        logits = engine.predict_shown(pictures, draws)
+        logits = engine.predict_on_device(pictures, draws)
         total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
     return total.astype(np.float32)
 
@@ -100,5 +100,5 @@ class Scorer:
         if self.held is None:
             return predict(self.engine, images, self.preprocessing)
         if name not in self.held:
-            self.held[name] = Pictures(Batches(images, np.zeros(len(images), np.int32), 1, 0, self.preprocessing))
+            self.held[name] = DeviceDataset(Batches(images, np.zeros(len(images), np.int32), 1, 0, self.preprocessing))
         return predict_pictures(self.engine, self.held[name])

@@ -15,7 +15,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @keras.saving.register_keras_serializable("kvision")
-class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A straight line up to `peak` in `warmup` steps, then down to 0 at `total`, straight or along half a cosine.
 
     Args:
@@ -56,7 +56,7 @@ def schedule(kind: str, peak: float, total: int, warmup: float = 0.0):
     if kind == "steps":
         boundaries = [total // 2 - 1, total * 3 // 4 - 1]  # the last step of each part
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, [peak, peak / 10, peak / 100])
-    return WarmUp(peak, total, round(warmup * total), kind=kind)
+    return WarmupSchedule(peak, total, round(warmup * total), kind=kind)
 
 
 def make_optimizer(
@@ -175,7 +175,7 @@ class WeightAverage(OptimizerWrapper):
 
 
 @keras.saving.register_keras_serializable("kvision")
-class ExponentialAverage(WeightAverage):
+class EMA(WeightAverage):
     """The exponential moving average of the weights (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
 
     Args:
@@ -201,7 +201,7 @@ class ExponentialAverage(WeightAverage):
 
 
 @keras.saving.register_keras_serializable("kvision")
-class StochasticAverage(WeightAverage):
+class SWA(WeightAverage):
     """The plain average of the weights after `start` steps, `start + every`, and so on (stochastic weight averaging,
     Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, algorithm 1); until then the weights themselves.
 
@@ -293,7 +293,7 @@ class Lookahead(OptimizerWrapper):
 
 
 @keras.saving.register_keras_serializable("kvision")
-class LearningRateFactors(OptimizerWrapper):
+class LearningRateMultipliers(OptimizerWrapper):
     """An optimizer whose step is `factor` times as long for the variables whose path matches.
 
     The step of any optimizer is scaled, weight decay included: after the inner update from `old` to `new` the variable

@@ -11,7 +11,7 @@ class Interrupted(KeyboardInterrupt):
     """A run was told to stop, and has saved: the message names the signal, the step and the checkpoint."""
 
 
-class Interruption:
+class GracefulShutdown:
     """Listens for SIGTERM, SIGHUP (the terminal has gone) and SIGINT while it is entered.
 
     The first sets `heard`; Ctrl-C after it raises KeyboardInterrupt at once. The former handlers come back at the end.
@@ -30,7 +30,7 @@ class Interruption:
         self.heard: str | None = None
         self._former: dict[int, object] = {}
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "GracefulShutdown":
         for number in SIGNALS if self.listen else ():
             # None: installed from C, where Python could not bring it back.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):

@@ -14,7 +14,7 @@ from keras import ops
 
 from kvision import engine as floors
 from kvision.data.batches import Batches
-from kvision.data.device import Pictures
+from kvision.data.device import DeviceDataset
 from kvision.layers.norm import batch_statistics_model, update_bn
 from kvision.report.environment import seconds_since_process_start
 from kvision.report.progress import Progress
@@ -23,16 +23,16 @@ from kvision.training.callbacks import Callbacks, logs_of
 from kvision.training.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.training.evaluation import Scorer, evaluate
 from kvision.training.optimizers import Lookahead, WeightAverage
-from kvision.training.shutdown import Interrupted, Interruption
+from kvision.training.shutdown import GracefulShutdown, Interrupted
 
-IMAGES_ON = ("auto", "host", "device")
-STEPS_AT_ONCE = 50  # on an accelerator
+DATA_ON = ("auto", "host", "device")
+STEPS_PER_EXECUTION = 50  # on an accelerator
 DEVICE_BYTES = 2**30  # of uint8 training images that "auto" keeps on the device; CIFAR-10 has 240 MB with its border
 TRACED_STEPS = 50  # how many step losses a run keeps, for comparing backends
 # Enough for batch norm's statistics: Wu and Johnson 2021, https://arxiv.org/abs/2105.07576, want 1,000 to 10,000.
 RECALIBRATION_IMAGES = 10_000
 
-DIVERGED = "try a smaller --learning-rate, --clip 1 or --dtype float32"
+DIVERGED = "try a smaller --learning-rate, --clip-norm 1 or --dtype float32"
 
 
 class DivergedError(RuntimeError):
@@ -171,7 +171,7 @@ class _Run:
         total: int,
         callbacks: Callbacks,
         checkpoints: Checkpoints | None,
-        pictures: Pictures | None = None,
+        pictures: DeviceDataset | None = None,
         at_once: int = 1,
     ):
         self.engine, self.batches, self.callbacks, self.checkpoints = engine, batches, callbacks, checkpoints
@@ -204,7 +204,7 @@ class _Run:
     def metrics(self) -> dict[str, float]:
         """The metrics of what the unfinished epoch has shown."""
         if self.callbacks.metrics:
-            self.engine.push()
+            self.engine.sync_variables()
         return self.callbacks.results()
 
     @property
@@ -220,10 +220,10 @@ class _Run:
     def tell(self, hook: str, *arguments, logs: dict | None = None) -> None:
         """Call a hook of the callbacks, which may read and set variables."""
         if self.callbacks.callbacks:
-            self.engine.push()
+            self.engine.sync_variables()
             self.callbacks.call(hook, *arguments, logs=logs)
 
-    def take_steps(self, progress: Progress, interruption: Interruption, every: int | None) -> float:
+    def take_steps(self, progress: Progress, interruption: GracefulShutdown, every: int | None) -> float:
         """The steps that are left of the epoch, with a checkpoint after each `every`; the epoch's seconds until now."""
         epoch, size, first = len(self.history.epochs), self.batches.batch_size, len(self.losses)
         earlier, started = sum(self.durations), time.perf_counter()
@@ -258,7 +258,7 @@ class _Run:
                 self.heed(interruption)
                 clock = now
         finally:
-            self.engine.push()  # after an error or Ctrl-C too: until then JAX's variables are empty
+            self.engine.sync_variables()  # after an error or Ctrl-C too: until then JAX's variables are empty
         if not self.callbacks.stop:
             for step in range(len(self.losses)):
                 self.loss(step)
@@ -358,7 +358,7 @@ class _Run:
             return  # a callback has ended the run for it
         if self.losses:
             self.so_far()  # from the device
-        self.engine.push()
+        self.engine.sync_variables()
         state = State(
             step=self.taken,
             history=vars(self.history),
@@ -376,7 +376,7 @@ class _Run:
             raise self.diverged(f"{error} is no longer finite after step {self.taken}") from None
         self._saved = self.place
 
-    def heed(self, interruption: Interruption) -> None:
+    def heed(self, interruption: GracefulShutdown) -> None:
         """End the run where a signal asked for it."""
         if interruption.heard:
             self.save()
@@ -400,7 +400,7 @@ def fit(
     *,
     epochs: int,
     test: tuple[np.ndarray, np.ndarray] | None = None,
-    test_every: int = 1,
+    eval_every: int = 1,
     steps: int | None = None,
     also: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
@@ -408,22 +408,22 @@ def fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     metrics: Sequence[keras.metrics.Metric] = (),
     checkpoint: Path | Checkpoints | None = None,
-    checkpoint_every: int | None = None,
+    save_every: int | None = None,
     keep: int = 3,
     on_epoch: Callable[[History], None] = lambda history: None,
     label: str = "epoch",
-    accumulate: int = 1,
+    gradient_accumulation_steps: int = 1,
     engine: str = "native",
-    images_on: str = "auto",
-    steps_at_once: int | None = None,
+    data_on: str = "auto",
+    steps_per_execution: int | None = None,
 ) -> History:
     """Train for `epochs` epochs, or until `steps` steps.
 
     Args:
         loss: `loss(labels, logits)`, a scalar tensor, such as a Keras loss with `from_logits=True`; penalties on
             weights (`model.losses`) are added to it.
-        batches: what is shown, a `kvision.data.mixing.Mixed` too.
-        test: uint8 images and integer labels to score after every `test_every` epochs.
+        batches: what is shown, a `kvision.data.mixing.MixedBatches` too.
+        test: uint8 images and integer labels to score after every `eval_every` epochs.
         also: further images and labels by name, scored together with the test images: "train" gives train_loss and
             train_accuracy.
         validation: the like, scored after every epoch; what `early_stopping` goes by.
@@ -437,15 +437,15 @@ def fit(
         checkpoint: folder of the run's checkpoints, or a `kvision.training.checkpoints.Checkpoints`. Where it has
             one, the run goes on from the newest and ends with the weights of an uninterrupted run: to the bit on the
             same backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C are heard between two steps.
-        checkpoint_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes
+        save_every: steps from one checkpoint to the next; None writes one after each epoch. The run's end writes
             one in any case.
         keep: how many checkpoints are kept, the newest, where `checkpoint` is a folder.
         accumulate, engine: of `kvision.engine.create`: parts that a batch is cut into, and which engine.
-        images_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
+        data_on: "host" makes each step's images in NumPy; "device" keeps the uint8 images in the device's memory and
             makes them there, within the step, see `kvision.data.device`; "auto" is that for all batches that can be
             and are not more than 1 GiB, but in float64.
-        steps_at_once: steps of images on the device in one program; None is about 50 on an accelerator, 1 on a CPU,
-            where a loop within a program is slow, or where a callback is told of every step.
+        steps_per_execution: steps of images on the device in one program; None is about 50 on an accelerator, and 1 on
+            a CPU, where a loop within a program is slow, or where a callback is told of every step.
         on_epoch: called after every epoch (and once on resumption) with the history so far.
 
     Returns:
@@ -459,32 +459,32 @@ def fit(
             KeyboardInterrupt; a second Ctrl-C raises a plain one at once.
         kvision.weights.WeightsError: there are checkpoints but none is sound and of this run, or the disk refuses a new
             one; the message says which is left.
-        ValueError: early stopping without validation images; a metric without a name of its own; `checkpoint_every`,
-            `keep` or `steps_at_once` below 1; images on the device of batches that change what they show, such as
+        ValueError: early stopping without validation images; a metric without a name of its own; `save_every`,
+            `keep` or `steps_per_execution` below 1; images on the device of batches that change what they show, such as
             mixup's; a model or labels that the engine does not take; Keras's `BackupAndRestore`.
         TypeError: an optimizer or a loss by name; batches of another kind.
     """
     if early_stopping and validation is None:
         raise ValueError("early stopping goes by validation images: give validation=")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every must be at least 1 step, got {save_every}")
     check_arguments(optimizer, loss, batches)
     monitored = "test" if validation is None else "validation"
     optimizer.build(model.trainable_variables)
-    engine = floors.create(model, optimizer, loss, accumulate, engine, metrics)
+    engine = floors.create(model, optimizer, loss, gradient_accumulation_steps, engine, metrics)
     kind = "native" if hasattr(engine, "train_steps") else "keras"
     total = min(epochs * batches.steps, steps or math.inf)
     checkpoints = checkpoint
     if not isinstance(checkpoint, Checkpoints | None):
         checkpoints = Checkpoints(checkpoint, keep)
     callbacks = Callbacks(callbacks, metrics, model, optimizer, loss if kind == "native" else None)
-    pictures = _pictures(batches, images_on, kind)
-    at_once = _at_once(batches.steps, steps_at_once, callbacks)
+    pictures = _pictures(batches, data_on, kind)
+    at_once = _at_once(batches.steps, steps_per_execution, callbacks)
     scorer = Scorer(engine, batches.preprocessing, on_device=pictures is not None and floors.accelerated())
     run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
-    with Interruption(listen=checkpoints is not None) as interruption:
+    with GracefulShutdown(listen=checkpoints is not None) as interruption:
         run.start()
         history = run.history
         if history.epochs:
@@ -494,7 +494,7 @@ def fit(
                 break
             epoch = len(history.epochs)
             with Progress(run.count, f"{label} {epoch + 1}/{run.epochs}") as progress:
-                seconds = run.take_steps(progress, interruption, checkpoint_every)
+                seconds = run.take_steps(progress, interruption, save_every)
                 if run.taken == total and isinstance(averaging, Lookahead):
                     averaging.finalize_variable_values(model.trainable_variables)
                 row = {
@@ -504,7 +504,7 @@ def fit(
                     "seconds": seconds,
                     "images_per_second": batches.batch_size / float(np.median(run.durations)),
                 }
-                scored = {"test": test, **(also or {})} if (epoch + 1) % test_every == 0 else {}
+                scored = {"test": test, **(also or {})} if (epoch + 1) % eval_every == 0 else {}
                 scored = {name: pair for name, pair in {**scored, "validation": validation}.items() if pair is not None}
                 with average.inside(epoch) if average and scored else nullcontext():
                     row |= run.score(scored, scorer, monitored)
@@ -512,7 +512,7 @@ def fit(
                         run.best = values(model.variables)
                 progress.close(describe(row, run.epochs))
             run.end_epoch(row, monitored)
-            if checkpoint_every is None or run.taken % checkpoint_every == 0:
+            if save_every is None or run.taken % save_every == 0:
                 run.save()
             on_epoch(history)
             run.heed(interruption)
@@ -552,41 +552,41 @@ def check_arguments(optimizer, loss, batches) -> None:
         )
 
 
-def _pictures(batches, images_on: str, engine: str) -> Pictures | None:
+def _pictures(batches, data_on: str, engine: str) -> DeviceDataset | None:
     """The batches' images on the device, if they are to be there."""
-    if images_on not in IMAGES_ON:
-        raise ValueError(f"images_on must be one of {', '.join(IMAGES_ON)}, got {images_on!r}")
+    if data_on not in DATA_ON:
+        raise ValueError(f"data_on must be one of {', '.join(DATA_ON)}, got {data_on!r}")
     # Where somebody's own `epoch` shows something else, the host does it.
     plain = getattr(getattr(batches, "epoch", None), "__func__", None) is Batches.epoch
-    if images_on == "device" and not plain:
+    if data_on == "device" and not plain:
         raise ValueError(
             f"images of {type(batches).__name__} batches cannot be made on the device: "
             "what changes them, as mixup, CutMix and erasing do, runs on the host"
         )
-    if images_on == "device" and engine == "keras":
-        raise ValueError("Keras's own step takes images from the host: images_on must not be 'device'")
-    if images_on == "auto":
+    if data_on == "device" and engine == "keras":
+        raise ValueError("Keras's own step takes images from the host: data_on must not be 'device'")
+    if data_on == "auto":
         fits = plain and engine != "keras" and batches.padded.nbytes <= DEVICE_BYTES
         # A float64 run tests logic, not rounding: its images are NumPy's, bit for bit, on every backend.
-        images_on = "device" if fits and keras.config.floatx() != "float64" else "host"
-    return Pictures(batches) if images_on == "device" else None
+        data_on = "device" if fits and keras.config.floatx() != "float64" else "host"
+    return DeviceDataset(batches) if data_on == "device" else None
 
 
-def steps_at_once(steps: int) -> int:
+def steps_per_execution(steps: int) -> int:
     """Steps in one program, of epochs of so many, where nothing else asks for fewer."""
     if not floors.accelerated():
         return 1
     # An epoch of whole programs spares the compilation of another one for the rest.
-    divisors = [count for count in range(STEPS_AT_ONCE // 5, STEPS_AT_ONCE + 1) if steps % count == 0]
-    return max(divisors, default=STEPS_AT_ONCE)
+    divisors = [count for count in range(STEPS_PER_EXECUTION // 5, STEPS_PER_EXECUTION + 1) if steps % count == 0]
+    return max(divisors, default=STEPS_PER_EXECUTION)
 
 
 def _at_once(steps: int, wanted: int | None, callbacks: Callbacks) -> int:
     if wanted is not None and wanted < 1:
-        raise ValueError(f"steps_at_once must be at least 1, got {wanted}")
+        raise ValueError(f"steps_per_execution must be at least 1, got {wanted}")
     if callbacks.batches:
         return 1
-    return steps_at_once(steps) if wanted is None else wanted
+    return steps_per_execution(steps) if wanted is None else wanted
 
 
 def describe(row: dict, epochs: int) -> str:

@@ -41,12 +41,12 @@ class WeightsError(ValueError):
         super().__init__(printable(str(message)))
 
 
-def refusal(path: str | os.PathLike, message: str) -> WeightsError:
+def weights_error(path: str | os.PathLike, message: str) -> WeightsError:
     """The error to raise about a file."""
     return WeightsError(f"{os.fspath(path)}: {message}")
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
+def shorten(names: Iterable[str], most: int = 3) -> str:
     """The first few names, printable, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -109,12 +109,12 @@ class Archive:
     def __init__(self, path: str | os.PathLike):
         self.path = path
         if not os.path.exists(path):
-            raise refusal(path, "no such file")
+            raise weights_error(path, "no such file")
         try:
             self._file = open_regular(path)
             self._lock = threading.Lock()  # of the file's position
         except OSError as error:
-            raise refusal(path, f"cannot be opened: {error.strerror}") from None
+            raise weights_error(path, f"cannot be opened: {error.strerror}") from None
         try:
             self.bytes = os.fstat(self._file.fileno()).st_size
             self.members = self._directory()
@@ -137,18 +137,18 @@ class Archive:
                     budget.take(entry.size, f"unpacking {key}: a zip bomb, or write it again with np.savez; it")
                 members[key] = self._member(entry, key)
         except zipfile.BadZipFile as error:
-            raise refusal(self.path, f"is not an .npz file, or is cut short ({error})") from None
+            raise weights_error(self.path, f"is not an .npz file, or is cut short ({error})") from None
         except WeightsError:
             raise
         except ValueError as error:
-            raise refusal(self.path, str(error)) from None
+            raise weights_error(self.path, str(error)) from None
         return members
 
     def _key(self, name: str) -> str:
         if not name.endswith(".npy"):
-            raise refusal(self.path, f"holds {name[:80]!r}, which is not an array (.npy)")
+            raise weights_error(self.path, f"holds {name[:80]!r}, which is not an array (.npy)")
         if fault := key_fault(name[:-4]):
-            raise refusal(self.path, fault)
+            raise weights_error(self.path, fault)
         return name[:-4]
 
     def _member(self, entry: zipped.Entry, key: str) -> Member:
@@ -158,13 +158,13 @@ class Archive:
             try:
                 head = zlib.decompressobj(-15).decompress(head, MAX_HEADER + 12)
             except zlib.error as error:
-                raise refusal(self.path, f"{key} cannot be unpacked ({error}): the file is damaged") from None
+                raise weights_error(self.path, f"{key} cannot be unpacked ({error}): the file is damaged") from None
         try:
             header_size, shape, dtype, fortran_order = parse_header(head)
         except ValueError as error:
-            raise refusal(self.path, f"{key} {error}") from None
+            raise weights_error(self.path, f"{key} {error}") from None
         if entry.size != (expected := header_size + math.prod(shape) * dtype.itemsize):
-            raise refusal(
+            raise weights_error(
                 self.path,
                 f"{key} has {entry.size:,} bytes where shape {shape} of {dtype.name} takes {expected:,}: "
                 "cut short, or followed by something else",
@@ -200,7 +200,7 @@ class Archive:
             try:
                 values = zipped.unpack(packed, member.size, key)[len(member.header) :]
             except (ValueError, zlib.error) as error:
-                raise refusal(self.path, f"{key} cannot be unpacked ({error}): the file is damaged") from None
+                raise weights_error(self.path, f"{key} cannot be unpacked ({error}): the file is damaged") from None
         else:
             # Read, not mapped: a mapped file that another process writes to would change the weights after
             # their check.
@@ -209,15 +209,15 @@ class Archive:
                 self._file.seek(member.start + len(member.header))
                 got = self._file.readinto(values)
             if got != size:
-                raise refusal(self.path, f"ends inside {key}: the file was cut short while it was read")
+                raise weights_error(self.path, f"ends inside {key}: the file was cut short while it was read")
         if sha256 is None and zlib.crc32(values, zlib.crc32(member.header)) != member.crc:
-            raise refusal(self.path, f"{key} does not match its checksum: the file is damaged")
+            raise weights_error(self.path, f"{key} does not match its checksum: the file is damaged")
         if member.dtype.kind == "b" and values.max(initial=0) > 1:
-            raise refusal(self.path, f"{key} is of dtype bool but holds other bytes than 0 and 1")
+            raise weights_error(self.path, f"{key} is of dtype bool but holds other bytes than 0 and 1")
         array = values.view(member.dtype).reshape(member.shape, order="F" if member.fortran_order else "C")
         array = np.ascontiguousarray(array, member.dtype.newbyteorder("=")).reshape(member.shape)
         if sha256 is not None and digest(array) != sha256:
-            raise refusal(self.path, f"{key} does not match its sha256: the file is damaged or was changed")
+            raise weights_error(self.path, f"{key} does not match its sha256: the file is damaged or was changed")
         return array
 
 
@@ -238,9 +238,9 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """
     for key, array in arrays.items():
         if fault := key_fault(key):
-            raise refusal(path, fault)
+            raise weights_error(path, fault)
         if fault := dtype_fault(array.dtype):
-            raise refusal(path, f"{key} {fault}")
+            raise weights_error(path, f"{key} {fault}")
     members = {f"{key}.npy": partial(_array_bytes, array) for key, array in arrays.items()}
     write_zip(path, dict(sorted(members.items())))
 
@@ -254,7 +254,7 @@ def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[
     Raises:
         WeightsError: the disk refuses.
     """
-    with whole(path) as file, zipfile.ZipFile(file, "w") as target:
+    with atomic_weights_file(path) as file, zipfile.ZipFile(file, "w") as target:
         for name, pieces in members.items():
             info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the earliest that zip knows
             info.create_system = 3  # Unix, on every system
@@ -267,7 +267,7 @@ def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[
 
 
 @contextmanager
-def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_weights_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which is at `path` only once everything is written and on the disk.
 
     Raises:
@@ -277,7 +277,7 @@ def whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with atomic_write(path) as file:
             yield file
     except OSError as error:
-        raise refusal(path, f"cannot be written: {error.strerror or error}") from None
+        raise weights_error(path, f"cannot be written: {error.strerror or error}") from None
 
 
 def _array_bytes(array: np.ndarray) -> list[bytes | np.ndarray]:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from kvision.layers import VarianceScaling
-from kvision.random import stream
+from kvision.random import rng
 
 # Keras's own initialisers, drawn by NumPy instead of the backend.
 _FANS = {"fan_in": "in", "fan_out": "out", "fan_avg": "average"}
@@ -50,10 +50,10 @@ def initialize(model: keras.Model, seed: int) -> None:
             kind = "depthwise" if isinstance(layer, keras.layers.DepthwiseConv2D) else "kernel"  # Keras's other name
             attribute = f"{kind if variable.name == 'kernel' else variable.name}_initializer"
             initializer = getattr(layer, attribute, None)
-            generator = stream(seed, "initial", variable.path)
+            generator = rng(seed, "initial", variable.path)
             variable.assign(_draw(initializer, tuple(variable.shape), generator, variable.path))
         # By number, not by name: Keras numbers the names of generators on through the whole process.
         for i, generator in enumerate(layer.__dict__.get("_seed_generators", ())):
             # Below 2**31, because the state is int32 on PyTorch.
-            draw = stream(seed, "generator", layer.name, i).integers(2**31)
+            draw = rng(seed, "generator", layer.name, i).integers(2**31)
             generator.state.assign(np.array([draw, 0], np.uint32))

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
 from kvision.untrusted import MALFORMED, Budget, name_fault, unique
-from kvision.weights.archive import Archive, WeightsError, listed, refusal
+from kvision.weights.archive import Archive, WeightsError, shorten, weights_error
 
 FORMAT = "kvision-npz"
 FORMAT_VERSION = 1
@@ -142,7 +142,7 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
     path = archive.path
     if MANIFEST not in archive.members:
         if required:
-            raise refusal(
+            raise weights_error(
                 path,
                 "has no manifest, so nothing tells what it holds or whether it is whole; load(..., "
                 "manifest_required=False) takes it all the same",
@@ -150,7 +150,7 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
         return {}
     member = archive.members[MANIFEST]
     if member.dtype != np.uint8 or len(member.shape) != 1 or member.size > MAX_MANIFEST:
-        raise refusal(path, f"the manifest must be at most {MAX_MANIFEST:,} bytes in one row, got {member.shape}")
+        raise weights_error(path, f"the manifest must be at most {MAX_MANIFEST:,} bytes in one row, got {member.shape}")
     try:
         # As Python's objects JSON takes up to thirty times its bytes.
         Budget(archive.bytes).take(30 * member.size, "its manifest")
@@ -167,19 +167,23 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
-        raise refusal(path, f"the manifest is not JSON as docs/npz.md has it ({error})") from None
+        raise weights_error(path, f"the manifest is not JSON as docs/npz.md has it ({error})") from None
     if manifest.get("format") != FORMAT:
-        raise refusal(path, f"the manifest is of format {str(manifest.get('format'))[:40]!r}, expected {FORMAT!r}")
+        raise weights_error(
+            path, f"the manifest is of format {str(manifest.get('format'))[:40]!r}, expected {FORMAT!r}"
+        )
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:
-        raise refusal(path, f"format_version in the manifest is {str(version)[:40]!r}, expected {FORMAT_VERSION}")
+        raise weights_error(path, f"format_version in the manifest is {str(version)[:40]!r}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
-        raise refusal(path, f"has format version {version}, this kvision reads up to {FORMAT_VERSION}: upgrade kvision")
+        raise weights_error(
+            path, f"has format version {version}, this kvision reads up to {FORMAT_VERSION}: upgrade kvision"
+        )
     try:
         check_fields(manifest)
         _check_probe(manifest.get("probe"))
     except MALFORMED as error:
-        raise refusal(path, str(error)) from None
+        raise weights_error(path, str(error)) from None
     _check_arrays(archive, manifest)
     return manifest
 
@@ -187,16 +191,16 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
 def _check_arrays(archive: Archive, manifest: dict) -> None:
     entries, members = manifest.get("arrays"), archive.members
     if not isinstance(entries, dict):
-        raise refusal(archive.path, "the manifest lists no arrays")
+        raise weights_error(archive.path, "the manifest lists no arrays")
     if missing := entries.keys() - members.keys():
-        raise refusal(archive.path, f"lacks arrays that its manifest lists: {listed(sorted(missing))}")
+        raise weights_error(archive.path, f"lacks arrays that its manifest lists: {shorten(sorted(missing))}")
     if extra := members.keys() - entries.keys() - {MANIFEST}:
-        raise refusal(archive.path, f"holds arrays that its manifest does not list: {listed(sorted(extra))}")
+        raise weights_error(archive.path, f"holds arrays that its manifest does not list: {shorten(sorted(extra))}")
     for key, entry in entries.items():
         member = members[key]
         said = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else None
         held = (list(member.shape), member.dtype.name)
         if said != held and (said, member.dtype) != ((held[0], "bfloat16"), np.uint16):
-            raise refusal(archive.path, f"{key} is {held}, its manifest says {str(said)[:80]}")
+            raise weights_error(archive.path, f"{key} is {held}, its manifest says {str(said)[:80]}")
         if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
-            raise refusal(archive.path, f"the manifest states no sha256 of {key}")
+            raise weights_error(archive.path, f"the manifest states no sha256 of {key}")

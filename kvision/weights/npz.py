@@ -14,7 +14,7 @@ import numpy as np
 
 from kvision import engine
 from kvision.data.preprocessing import Preprocessing
-from kvision.weights.archive import Archive, digest, dtype_fault, listed, refusal, write
+from kvision.weights.archive import Archive, digest, dtype_fault, shorten, weights_error, write
 from kvision.weights.input_channels import adapt_kernel, adaptable
 from kvision.weights.manifest import FORMAT, FORMAT_VERSION, MANIFEST, STATED, check_fields, plain, read_manifest
 
@@ -52,14 +52,14 @@ def _named_variables(model, path) -> dict:
     try:
         named = named_variables(model)
     except ValueError as error:
-        raise refusal(path, str(error)) from None
+        raise weights_error(path, str(error)) from None
     for key, variable in named.items():
         try:
             fault = dtype_fault(np.dtype(str(variable.dtype)))
         except TypeError:  # bfloat16 and its like, which NumPy does not know
             fault = f"has dtype {variable.dtype}; weights files hold NumPy's numbers, such as float32"
         if fault:
-            raise refusal(path, f"the model's {key} {fault}")
+            raise weights_error(path, f"the model's {key} {fault}")
     return named
 
 
@@ -140,15 +140,15 @@ def save(
         WeightsError: the weights or a field cannot be written; a file that was at `path` is still there.
     """
     if unknown := manifest.keys() - STATED.keys():
-        raise TypeError(f"a manifest has no field {listed(sorted(unknown))}; it has {', '.join(STATED)}")
+        raise TypeError(f"a manifest has no field {shorten(sorted(unknown))}; it has {', '.join(STATED)}")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise refusal(path, f"cannot be written: there is no folder {folder}")
+        raise weights_error(path, f"cannot be written: there is no folder {folder}")
     arrays = {key: _numpy(variable) for key, variable in _named_variables(model, path).items()}
     if not allow_nonfinite and (broken := [key for key, array in arrays.items() if not np.isfinite(array).all()]):
-        raise refusal(
+        raise weights_error(
             path,
-            f"not written, the run diverged: {listed(broken)} would be NaN or infinite; allow_nonfinite=True "
+            f"not written, the run diverged: {shorten(broken)} would be NaN or infinite; allow_nonfinite=True "
             "would write them",
         )
     manifest = _completed(model, path, manifest)
@@ -166,7 +166,7 @@ def save(
     try:
         encoded = np.frombuffer(text.encode("utf-8"), np.uint8)
     except UnicodeEncodeError:
-        raise refusal(path, "not written, the manifest holds a character that is no Unicode") from None
+        raise weights_error(path, "not written, the manifest holds a character that is no Unicode") from None
     write(path, {**arrays, MANIFEST: encoded})
     return json.loads(text)
 
@@ -174,13 +174,13 @@ def save(
 def _narrow(path, key: str, array: np.ndarray, dtype: str, allow_nonfinite: bool) -> np.ndarray:
     """A floating-point array in a narrower type; others stay."""
     if dtype not in ("float16", "bfloat16"):
-        raise refusal(path, f"weights are stored as float32, float16 or bfloat16, not as {dtype}")
+        raise weights_error(path, f"weights are stored as float32, float16 or bfloat16, not as {dtype}")
     if array.dtype.kind != "f":
         return array
     with np.errstate(over="ignore"):
         narrow = array.astype(BFLOAT16 if dtype == "bfloat16" else np.float16)
     if not allow_nonfinite and not np.isfinite(narrow.astype(np.float32)).all():
-        raise refusal(path, f"not written: {key} reaches {abs(array).max():.3g}, beyond what {dtype} holds")
+        raise weights_error(path, f"not written: {key} reaches {abs(array).max():.3g}, beyond what {dtype} holds")
     return narrow
 
 
@@ -234,7 +234,7 @@ def _completed(model, path, stated: dict) -> dict:
         manifest = plain(manifest, "")
         check_fields(manifest)
     except ValueError as error:
-        raise refusal(path, f"not written, {error}") from None
+        raise weights_error(path, f"not written, {error}") from None
     return manifest
 
 
@@ -264,11 +264,11 @@ def _probe(model, path, manifest: dict, allow_nonfinite: bool) -> dict | None:
     try:
         logits = probe_logits(model, shape, manifest["preprocessing"])
     except ValueError as error:
-        raise refusal(path, f"not written, the probe images cannot be classified: {error}") from None
+        raise weights_error(path, f"not written, the probe images cannot be classified: {error}") from None
     if not np.isfinite(logits).all():
         if allow_nonfinite:
             return None
-        raise refusal(path, "not written, the probe images have logits that are NaN or infinite")
+        raise weights_error(path, "not written, the probe images have logits that are NaN or infinite")
     # `str` gives the shortest decimal that reads back as the same float32.
     return {"shape": [4, *shape], "logits": [[float(str(value)) for value in row] for row in logits]}
 
@@ -321,7 +321,7 @@ def load(
         channels = (_image_shape(model) or [0])[-1] if adapt_input else 0
         if fault := _misfit(variables, members, channels, manifest.get("arrays", {})):
             made_for = f"a file of {manifest['architecture']}" if manifest else "the file"
-            raise refusal(path, f"{made_for} does not fit the model {model.name}: {fault}")
+            raise weights_error(path, f"{made_for} does not fit the model {model.name}: {fault}")
 
         def checked(key: str) -> np.ndarray:
             entry = manifest["arrays"][key] if manifest else {}
@@ -329,7 +329,7 @@ def load(
             if entry.get("dtype") == "bfloat16":
                 array = array.view(BFLOAT16).astype(np.float32)
             if not allow_nonfinite and not _finite(array):
-                raise refusal(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
+                raise weights_error(path, f"{key} holds NaN or infinite values (allow_nonfinite=True takes them)")
             return array
 
         # Hashing takes most of the time, and lets other threads run meanwhile.
@@ -355,9 +355,9 @@ def _misfit(variables: dict, members: dict, channels: int, entries: dict) -> str
     """What keeps the arrays from being the variables, or None; kernels that read `channels` may be of others."""
     faults = []
     if missing := [key for key in variables if key not in members]:
-        faults.append(f"{len(missing)} of {len(variables)} variables are missing ({listed(missing)})")
+        faults.append(f"{len(missing)} of {len(variables)} variables are missing ({shorten(missing)})")
     if unexpected := [key for key in members if key not in variables]:
-        faults.append(f"{len(unexpected)} of {len(members)} arrays are unexpected ({listed(unexpected)})")
+        faults.append(f"{len(unexpected)} of {len(members)} arrays are unexpected ({shorten(unexpected)})")
     shapes, dtypes = [], []
     for key in variables.keys() & members.keys():
         wanted, got = tuple(variables[key].shape), members[key].shape
@@ -370,9 +370,9 @@ def _misfit(variables: dict, members: dict, channels: int, entries: dict) -> str
         if stored.kind != dtype.kind or stored.itemsize > dtype.itemsize:
             dtypes.append(f"{key}: file {stored.name}, model {dtype.name}")
     if shapes:
-        faults.append(f"{len(shapes)} of another shape ({listed(sorted(shapes))})")
+        faults.append(f"{len(shapes)} of another shape ({shorten(sorted(shapes))})")
     if dtypes:
-        faults.append(f"{len(dtypes)} of another dtype ({listed(sorted(dtypes))})")
+        faults.append(f"{len(dtypes)} of another dtype ({shorten(sorted(dtypes))})")
     return "; ".join(faults) or None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvision.files import write_text
 from kvision.untrusted import printable
-from kvision.weights.archive import refusal
+from kvision.weights.archive import weights_error
 from kvision.weights.npz import inspect
 
 START, END = "<!-- weights:start -->", "<!-- weights:end -->"
@@ -30,11 +30,11 @@ def table(folder: str | os.PathLike) -> str:
         WeightsError: there is no such folder, or a file in it is damaged or has no manifest.
     """
     if not os.path.isdir(folder):
-        raise refusal(folder, "is not a folder")
+        raise weights_error(folder, "is not a folder")
     files = {path: inspect(path) for path in sorted(Path(folder).glob("*.npz"))}
     for path, found in files.items():
         if found["manifest"] is None:
-            raise refusal(path, "has no manifest to make a table row of; write it with kvision.weights.save")
+            raise weights_error(path, "has no manifest to make a table row of; write it with kvision.weights.save")
     backends = sorted({backend for found in files.values() for backend in found["manifest"]["accuracy"]})
     columns = ["file", "architecture", "data set", "parameters"]
     columns += [f"accuracy, {backend}" for backend in backends]
@@ -71,7 +71,7 @@ def write_table(folder: str | os.PathLike, readme: str | os.PathLike) -> None:
         before, start, rest = text.partition(START)
         _, end, after = rest.partition(END)
         if not (start and end):
-            raise refusal(readme, f"lacks the lines {START} and {END}; put them where the table should stand")
+            raise weights_error(readme, f"lacks the lines {START} and {END}; put them where the table should stand")
         write_text(readme, f"{before}{START}\n{made}\n{END}{after}")
     except OSError as error:
-        raise refusal(readme, f"cannot be rewritten: {error.strerror}") from None
+        raise weights_error(readme, f"cannot be rewritten: {error.strerror}") from None
