@@ -33,13 +33,13 @@ HEAD = r"(.*_)?logits"  # the last layer of every network of the zoo, and of its
 class TransferConfig(Config):
     """A run of this app; `epochs`, `learning_rate` and their like are those of the new head and of the yardstick."""
 
-    per_class: int = flag(50, "training images of each new class")
-    source_classes: str | None = flag(None, "comma-separated classes to learn first; none takes the first half")
-    source_epochs: int = flag(3, "epochs on the source classes; --weights leaves them out")
-    source_learning_rate: float = flag(0.05, "the largest learning rate on the source classes")
-    unfreeze: str | None = flag(None, "then release the layers whose name begins so, such as stage5", metavar="PATTERN")
-    unfreeze_epochs: int = flag(10, "epochs with the released layers")
-    learning_rate_factor: float = flag(0.1, "learning-rate factor of the released layers")
+    per_class: int = flag(50, "training images of each target class")
+    source_classes: str | None = flag(None, "comma-separated source classes", none="the first half")
+    source_epochs: int = flag(3, "epochs on the source classes, without --weights")
+    source_learning_rate: float = flag(0.05, "maximum learning rate on the source classes")
+    unfreeze: str | None = flag(None, "then unfreeze layers with this prefix, as stage5", metavar="PREFIX")
+    unfreeze_epochs: int = flag(10, "epochs with the unfrozen layers")
+    learning_rate_factor: float = flag(0.1, "learning-rate factor of the unfrozen layers")
 
     def __post_init__(self):
         super().__post_init__()

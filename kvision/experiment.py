@@ -380,7 +380,7 @@ def command(
     """
     default = next(iter(recipes.values()))
     prog = f"python -m apps.{default.app}"
-    known = {"model": f"{', '.join(recipes)} have one, `python -m kvision models` lists all"}
+    known = {"model": f"recipes for {', '.join(recipes)}; `python -m kvision models` lists all"}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # into a pipe, too: a run of hours must not be silent
 
