@@ -215,7 +215,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
     result = mnist.main(config)
     assert result["dataset"] in ("digits", "drawn_digits")
     assert result["test_accuracy"] > 0.5
-    assert "mnist is not here" in capsys.readouterr().out
+    assert "mnist is not available" in capsys.readouterr().out
     for name in ("metrics.json", "report.html"):
         assert result["dataset"] in (tmp_path / "run" / name).read_text()
 
@@ -368,7 +368,7 @@ def test_the_rows_of_regularize_start_alike(images):
     outputs = []
     for model in models.values():
         regularize.initialize(model, 0)
-        outputs.append(regularize.floors.create(model).predict(dataset.x_test / np.float32(255)))
+        outputs.append(regularize.engine.create(model).predict(dataset.x_test / np.float32(255)))
     assert len(outputs) == 7 and all(np.array_equal(output, outputs[0]) for output in outputs[1:-1])
     np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)  # shake-shake's mean
 
@@ -444,7 +444,7 @@ def test_a_used_folder_is_not_written_over(trained, capsys):
 
 def test_resume_refuses_other_flags(trained, capsys):
     assert run_command("--resume", "--output-dir", trained["folder"], "--seed", "7") == 2
-    assert "--seed is 0 in the run to go on with, not 7" in capsys.readouterr().err
+    assert "--seed is 0 in the run to resume, not 7" in capsys.readouterr().err
 
 
 def help_of(command, argv, capsys, monkeypatch) -> str:
