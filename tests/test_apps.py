@@ -210,6 +210,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
         max_train_samples=500,
         max_test_samples=200,
         epochs=8,
+        compile_cache="off",  # a folder in the changed KERAS_HOME would stay JAX's for the tests that follow
         output_dir=str(tmp_path / "run"),
     )
     result = mnist.main(config)
