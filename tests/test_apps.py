@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,6 +483,16 @@ def test_help_of_every_app_fits_on_a_screen(app, capsys, monkeypatch):
     lines = help_of(show, ["--help"], capsys, monkeypatch).splitlines()
     assert lines[0].startswith(f"usage: python -m apps.{app} ")
     assert len(lines) <= 54 and max(map(len, lines)) <= 120
+
+
+def test_help_names_the_module_of_a_clone_and_of_an_installed_package(monkeypatch, tmp_path):
+    assert flags.app_module("mnist") == "apps.mnist"
+    (tmp_path / "apps").mkdir()
+    monkeypatch.setattr(flags, "__file__", str(tmp_path / "flags.py"))
+    assert flags.app_module("mnist") == "kvision.apps.mnist"
+    running = SimpleNamespace(__spec__=SimpleNamespace(name="apps.mnist"))  # as `python -m apps.mnist` in a clone
+    monkeypatch.setitem(sys.modules, "__main__", running)
+    assert flags.app_module("mnist") == "apps.mnist"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):
