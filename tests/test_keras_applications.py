@@ -46,7 +46,10 @@ def peer(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", SIZES)
+# On every backend one; `test_zoo` compares the logits of all networks between the backends.
+@pytest.mark.parametrize(
+    "name", [name if name == "mobilenet_v2_tf" else pytest.param(name, marks=pytest.mark.backend_free) for name in SIZES]
+)
 def test_logits_are_kerass(name, peer, tmp_path):
     network, arrays = peer(name)
     hdf5.write(tmp_path / "keras.h5", arrays)

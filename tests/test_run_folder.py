@@ -278,6 +278,7 @@ sys.exit(run_cli("app", run, (), Interrupted))
 """
 
 
+@pytest.mark.backend_free
 def test_the_exit_code_does_not_need_the_terminal():
     """What a run says last has nowhere to go; the kernel sends SIGHUP as the terminal's window closes."""
     pty = pytest.importorskip("pty")
