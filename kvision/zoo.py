@@ -30,6 +30,8 @@ PAPERS = (
     "mobilenet_v2",
     "mnasnet",
     "spatial_transformer",
+    "autoencoder",
+    "unet",
 )
 
 
@@ -126,7 +128,7 @@ def build_model(
     sizes = [size for size in input_shape[:2] if size is not None] + list(input_shape[2:])
     if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape!r}")
-    if not isinstance(classes, int) or classes < 0:
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
     # JSON has lists only; a manifest's arguments come back as such.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in model_kwargs.items()}

@@ -18,5 +18,5 @@ class Paper:
     year: int
     address: str
     input_shape: tuple[int, int, int] = (32, 32, 3)
-    classes: int = 10
+    classes: int | None = 10
     shapes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
