@@ -12,7 +12,7 @@ from kvision.data.batches import Batches
 from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
-from kvision.random import stream
+from kvision.random import rng
 from kvision.tasks.classification import cross_entropy
 from kvision.training.optimizers import make_optimizer
 from kvision.training.trainer import fit
@@ -133,7 +133,7 @@ def test_an_image_that_no_rectangle_fits_stays():
 )
 def test_draws_are_frozen(kind, expected):
     """The same numbers on every backend and every machine."""
-    draws = kind.draw(stream(3, "samples", 1, 2), (16, 8, 8, 3))
+    draws = kind.draw(rng(3, "samples", 1, 2), (16, 8, 8, 3))
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(draws[name]).tobytes() for name in sorted(draws)))
     assert digest.hexdigest()[:16] == expected
 
@@ -167,7 +167,7 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
     second = to_numpy(mixed.epoch(1))
     for (found, targets), (images, labels), step in zip(second, plain.epoch(1), range(3), strict=True):
-        generator = stream(1, "samples", 1, step)
+        generator = rng(1, "samples", 1, step)
         one_hot = np.eye(3, dtype=np.float32)[labels]
         kind = (Mixup(1.0), CutMix(1.0))[generator.integers(2)]
         for one in (kind, RandomErasing(0.5)):

@@ -35,9 +35,9 @@ class Augmentation:
 
     def __post_init__(self):
         if self.padding_mode not in PADDING_MODES:
-            raise ValueError(f"border must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
         if self.crop_padding < 0 or self.cutout < 0:
-            raise ValueError(f"shift and cutout are numbers of pixels, got {self.crop_padding} and {self.cutout}")
+            raise ValueError(f"crop_padding and cutout count pixels, got {self.crop_padding} and {self.cutout}")
 
 
 def _checked(labels, classes: int | None) -> np.ndarray:
