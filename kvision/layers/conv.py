@@ -102,7 +102,7 @@ def depthwise_conv(
     return _convolution(make, kernel_size, strides, padding, name)
 
 
-def up_conv(filters: int, *, name: str, **options) -> keras.layers.Layer:
+def up_conv(filters: int, *, name: str, use_bias: bool = False, **options) -> keras.layers.Layer:
     """A 2x2 transposed convolution of stride 2: (n, h, w, c) to (n, 2 h, 2 w, filters). No output pixels overlap.
 
     Its kernel (2, 2, filters, c) starts from He's normal initializer: variance 2 / c, as each output reads c numbers.
@@ -112,4 +112,4 @@ def up_conv(filters: int, *, name: str, **options) -> keras.layers.Layer:
         "bias_initializer": Constant(),
         **options,
     }
-    return keras.layers.Conv2DTranspose(filters, 2, 2, name=name, **options)
+    return keras.layers.Conv2DTranspose(filters, 2, 2, use_bias=use_bias, name=name, **options)

@@ -10,6 +10,7 @@ class Paper:
 
     Args:
         input_shape: (height, width, channels) of the images.
+        classes: the number of logits; None for networks that give an image of the input's shape instead.
         shapes: rows of the file that read other images.
     """
 

@@ -7,9 +7,10 @@ https://doi.org/10.1126/science.1127647.
 - `deep_autoencoder`: the paper's 784-1000-500-250-2, whose code of two numbers is a map of the digits. The paper trains
   it layer by layer as Boltzmann machines with logistic units first; here its units are rectified, and it is trained as
   a whole.
-- `conv_autoencoder`: two strided convolutions, a code of 32 numbers, two transposed convolutions back (Masci, Meier,
-  Ciresan and Schmidhuber 2011, "Stacked convolutional auto-encoders for hierarchical feature extraction",
-  https://doi.org/10.1007/978-3-642-21735-7_7, with strides in the place of max pooling).
+- `conv_autoencoder`: two convolutions in, a code of 32 numbers, transposed convolutions back (Masci, Meier, Ciresan and
+  Schmidhuber 2011, "Stacked convolutional auto-encoders for hierarchical feature extraction",
+  https://doi.org/10.1007/978-3-642-21735-7_7). It has strides instead of max pooling, a batch norm after each
+  convolution, and a 3x3 convolution after the transposed one, whose 2x2 blocks do not overlap.
 
 All give the logits of the pixels: their sigmoid is the image. The layer `code` is linear.
 """
@@ -19,7 +20,7 @@ from functools import partial
 
 import keras
 
-from kvision.layers import VarianceScaling, activation, batch_norm, conv, dense, up_conv
+from kvision.layers import VarianceScaling, activation, batch_norm, conv, dense, logits, up_conv
 from kvision.models import Paper
 
 PAPER = Paper(
@@ -57,8 +58,8 @@ def dense_autoencoder(
     for i, units in reversed(list(enumerate(hidden, start=1))):
         x = dense(units, name=f"up{i}_dense")(x)
         x = activation("relu", name=f"up{i}")(x)
-    x = dense(math.prod(input_shape), name="logits", initializer=VarianceScaling(1.0, "in"), dtype=keras.config.floatx())(x)
-    outputs = keras.layers.Reshape(input_shape, name="reshape", dtype=keras.config.floatx())(x)
+    x = logits(math.prod(input_shape))(x)
+    outputs = keras.layers.Reshape(input_shape, name="reshape", dtype=x.dtype)(x)
     return keras.Model(inputs, outputs, name=name)
 
 
@@ -73,7 +74,7 @@ def conv_autoencoder(
     """Images (n, h, w, c) to logits (n, h, w, c); to the code (n, code) where `classes` is 0.
 
     Args:
-        widths: filters of the stages; each halves the maps, and the way back doubles them.
+        widths: filters of the stages; each halves the maps, and on the way back each doubles them.
         code: numbers in the code.
 
     Raises:
@@ -91,15 +92,19 @@ def conv_autoencoder(
     x = to_code(keras.layers.Flatten(name="flatten")(x), code)
     if classes == 0:
         return keras.Model(inputs, x, name=name)
-    x = dense(math.prod(maps), name="decode_dense")(x)
-    x = activation("relu", name="decode_relu")(x)
-    x = keras.layers.Reshape(maps, name="decode")(x)
-    for i, filters in reversed(list(enumerate(widths, start=1))):
-        x = up_conv(filters, name=f"up{i}_conv")(x)
-        x = batch_norm(name=f"up{i}_bn")(x)
+    i = len(widths)
+    x = dense(math.prod(maps), name=f"up{i}_dense")(x)
+    x = activation("relu", name=f"up{i}_relu")(x)
+    x = keras.layers.Reshape(maps, name=f"up{i}")(x)
+    for i in range(len(widths) - 1, 0, -1):
+        x = up_conv(widths[i - 1], name=f"up{i}_1_conv")(x)
+        x = batch_norm(name=f"up{i}_1_bn")(x)
+        x = activation("relu", name=f"up{i}_1_relu")(x)
+        x = conv(widths[i - 1], 3, name=f"up{i}_2_conv")(x)
+        x = batch_norm(name=f"up{i}_2_bn")(x)
         x = activation("relu", name=f"up{i}")(x)
-    x = conv(input_shape[-1], 3, name="logits", use_bias=True, dtype=keras.config.floatx())(x)
-    return keras.Model(inputs, x, name=name)
+    outputs = up_conv(input_shape[-1], name="logits", use_bias=True, dtype=keras.config.floatx())(x)
+    return keras.Model(inputs, outputs, name=name)
 
 
 VARIANTS = {
