@@ -37,6 +37,8 @@ NETWORKS = {
     "mnasnet0_5": {},
     "stn_affine": {},
     "stn_thin_plate": {},
+    "conv_autoencoder": {"input_shape": (8, 8, 1)},
+    "unet_denoiser": {"input_shape": (8, 8, 1)},
 }
 # What is compared: the weights' sums and, of networks of few layers, the logits.
 FOUND = """

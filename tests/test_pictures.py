@@ -187,7 +187,9 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
 def test_views_of_pictures_are_those_of_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
-    shown = DeviceDataset(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect")))
+    shown = DeviceDataset(
+        Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect"))
+    )
     found = evaluation.predict_pictures(predictor, shown, batch_size=4, tta=tta)
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 

@@ -146,7 +146,12 @@ def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
     [
         ("learning_rate", 0.5, "--learning-rate 0.01", "--learning-rate 0.5"),
         ("seed", 7, "--seed 0", "--seed 7"),
-        ("limit", 40, "--max-train-samples 60, training images 60", "--max-train-samples 40, training images 40"),
+        (
+            "max_train_samples",
+            40,
+            "--max-train-samples 60, training images 60",
+            "--max-train-samples 40, training images 40",
+        ),
         ("flip", False, "--flip True", "--flip False"),
     ],
 )
@@ -265,10 +270,10 @@ def test_the_terminal_may_go(start, monkeypatch, capsys):
 GONE = """
 import sys, time
 from kvision.flags import run_cli
-from kvision.training.shutdown import Interrupted, Interruption
+from kvision.training.shutdown import Interrupted, GracefulShutdown
 
 def run():
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
         print("ready", flush=True)  # in one piece, which has gone when its end has come
         while not interruption.heard:
             time.sleep(0.01)
