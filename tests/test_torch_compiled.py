@@ -14,7 +14,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training.muon import Muon
-from kvision.training.optimizers import schedule
+from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +57,7 @@ def test_compiled_steps_are_the_engines(float64):
         trainer = engine.create(model, optimizer, cross_entropy(0.2))
         if compiled:
             torch_compiled.compile_steps(trainer)
-        results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.draws(0))))
+        results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.params(0))))
         found.append(
             [*results, *(np.array(ops.convert_to_numpy(v.value)) for v in (*model.variables, *optimizer.variables))]
         )

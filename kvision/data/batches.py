@@ -114,7 +114,7 @@ class Batches:
         """Steps in an epoch."""
         return len(self.labels) // self.batch_size
 
-    def draws(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+    def params(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """What each step of an epoch shows, from 0: int32 (6, n), a column an image.
 
         The rows are its number, the corner of the window that is cut out of it with its border around it (row, column),
@@ -127,21 +127,21 @@ class Batches:
         augmentation, n = self.augmentation, self.batch_size
         order = rng(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
         for step in range(start, self.steps):
-            draws = np.zeros((len(PARAMS), n), np.int32)
-            draws[0] = order[step * n : (step + 1) * n]
+            params = np.zeros((len(PARAMS), n), np.int32)
+            params[0] = order[step * n : (step + 1) * n]
             generator = rng(self.seed, "augment", epoch, step)
             if augmentation.crop_padding:
-                draws[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
+                params[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
             if augmentation.flip:
-                draws[3] = self.flipped[draws[0]] ^ bool(epoch % 2)
+                params[3] = self.flipped[params[0]] ^ bool(epoch % 2)
             if augmentation.cutout:
                 centre = generator.integers(0, (self.height, self.width), (n, 2))
-                draws[4:] = centre.T - augmentation.cutout // 2
-            yield draws
+                params[4:] = centre.T - augmentation.cutout // 2
+            yield params
 
-    def show(self, draws: np.ndarray) -> np.ndarray:
-        """The uint8 images (n, h, w, c) that `draws` of a step are."""
-        numbers, tops, lefts, mirrored, *corner = draws
+    def make_batch(self, params: np.ndarray) -> np.ndarray:
+        """The uint8 images (n, h, w, c) that `params` of a step are."""
+        numbers, tops, lefts, mirrored, *corner = params
         images = np.empty((len(numbers), self.height, self.width, self.padded.shape[-1]), np.uint8)
         # One image after the other, each copied once: a third of the time of NumPy's indexing of all windows.
         for image, index, row, column, turned in zip(images, numbers, tops, lefts, mirrored, strict=True):
@@ -161,5 +161,5 @@ class Batches:
         Args:
             start: the step to begin with; the former ones are not drawn.
         """
-        for draws in self.draws(epoch, start):
-            yield self.preprocessing(self.show(draws)), self.labels[draws[0]]
+        for params in self.params(epoch, start):
+            yield self.preprocessing(self.make_batch(params)), self.labels[params[0]]

@@ -39,10 +39,10 @@ class DeviceDataset:
         arrays = padded.reshape(-1, channels), batches.labels, factor, offset
         self.tensors = tuple(ops.convert_to_tensor(array) for array in arrays)
 
-    def show(self, tensors: tuple, draws):
-        """Preprocessed float32 images (n, h, w, c) and int32 labels (n,) of one step's `draws`, int32 (6, n)."""
+    def make_batch(self, tensors: tuple, params):
+        """Preprocessed float32 images (n, h, w, c) and int32 labels (n,) of one step's `params`, int32 (6, n)."""
         pixels, labels, factor, offset = tensors
-        numbers, tops, lefts, mirrored, *corner = (ops.reshape(draws[i], (-1, 1)) for i in range(6))
+        numbers, tops, lefts, mirrored, *corner = (ops.reshape(params[i], (-1, 1)) for i in range(6))
         rows, columns = ops.arange(self.height, dtype="int32"), ops.arange(self.width, dtype="int32")
         turned = columns + mirrored * (self.width - 1 - 2 * columns)
         row = (numbers * self.rows + tops + rows)[:, :, None]

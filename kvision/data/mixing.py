@@ -1,8 +1,8 @@
 """Regularizers on samples: what a batch shows and what it is told are changed together.
 
-Each is a dataclass with two methods. `draw(generator, shape)` makes the random numbers of a batch in NumPy, and
-`apply(images, targets, draws)` is a pure function of tensors on Keras ops, which differs between backends by rounding
-alone. `MixedBatches` applies them to the batches of a run, with draws keyed by seed, epoch and step: the same on every
+Each is a dataclass with two methods. `make_params(generator, shape)` makes the random numbers of a batch in NumPy, and
+`apply(images, targets, params)` is a pure function of tensors on Keras ops, which differs between backends by rounding
+alone. `MixedBatches` applies them to the batches of a run, with params keyed by seed, epoch and step: the same on every
 backend, and in a run that was stopped and resumed.
 
 Targets are probabilities (n, classes). Of each image's label something is mixed with another's, so accuracy on the
@@ -43,14 +43,14 @@ class Mixup:
     def __post_init__(self):
         _expect_positive("mixup", self.alpha)
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
         """The share, a float32 scalar, and each image's partner, (n,), for images of `shape`."""
         share = np.float32(generator.beta(self.alpha, self.alpha))
         return {"share": share, "partner": generator.permutation(shape[0]).astype(np.int32)}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) and targets (n, classes), mixed."""
-        share, partner = float(draws["share"]), draws["partner"]
+        share, partner = float(params["share"]), params["partner"]
         return _blend(images, partner, share), _blend(targets, partner, share)
 
 
@@ -76,7 +76,7 @@ class CutMix:
     def __post_init__(self):
         _expect_positive("CutMix", self.alpha)
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
         """The rectangle (top, bottom, left, right) and each image's partner, (n,), for images of `shape`."""
         n, height, width = shape[:3]
         side = np.sqrt(1 - generator.beta(self.alpha, self.alpha))
@@ -87,9 +87,9 @@ class CutMix:
             box += [max(0, centre - half), min(size, centre + half)]
         return {"box": np.array(box, np.int32), "partner": partner}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) and targets (n, classes), mixed."""
-        box, partner = draws["box"], draws["partner"]
+        box, partner = params["box"], params["partner"]
         height, width = images.shape[1:3]
         inside = _inside(box[None], height, width)
         share = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of what was left, after cutting off
@@ -133,7 +133,7 @@ class RandomErasing:
                 f"got {self.area} and {self.aspect}"
             )
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
         """The rectangles (n, 4), empty where the image stays whole, and the noise, for images of `shape`."""
         n, height, width = shape[:3]
         chosen = generator.random(n) < self.probability
@@ -146,10 +146,10 @@ class RandomErasing:
         boxes = np.stack([corner, corner + sides], axis=-1).reshape(n, 4)  # top, bottom, left, right
         return {"box": boxes, "noise": generator.standard_normal(tuple(shape), np.float32)}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) with their rectangles erased, and the targets as they are."""
-        inside = _inside(draws["box"], *images.shape[1:3])
-        return ops.where(inside, draws["noise"], images), targets
+        inside = _inside(params["box"], *images.shape[1:3])
+        return ops.where(inside, params["noise"], images), targets
 
 
 class MixedBatches:
@@ -178,6 +178,6 @@ class MixedBatches:
             targets = np.eye(self.classes, dtype=np.float32)[labels]
             kinds = [self.mixers[generator.integers(len(self.mixers))]] if self.mixers else []
             for kind in [*kinds, *([self.erasing] if self.erasing else [])]:
-                draws = kind.draw(generator, images.shape)
-                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), draws)
+                params = kind.make_params(generator, images.shape)
+                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
             yield images, targets
