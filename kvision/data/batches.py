@@ -37,7 +37,7 @@ class Augmentation:
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
         if self.crop_padding < 0 or self.cutout < 0:
-            raise ValueError(f"crop_padding and cutout are numbers of pixels, got {self.crop_padding} and {self.cutout}")
+            raise ValueError(f"crop_padding and cutout count pixels, got {self.crop_padding} and {self.cutout}")
 
 
 def _checked(labels, classes: int | None) -> np.ndarray:

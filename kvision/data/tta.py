@@ -19,7 +19,7 @@ TTA = {
 }
 
 
-def views(images: np.ndarray, name: str) -> Iterator[tuple[float, np.ndarray]]:
+def augmented_views(images: np.ndarray, name: str) -> Iterator[tuple[float, np.ndarray]]:
     """The views of images (n, height, width, channels), each of the same shape, with their weights, whose sum is 1.
 
     "none" is the images themselves; "flip" adds those mirrored left to right; "flip_shift" adds to these, at half of
