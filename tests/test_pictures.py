@@ -171,7 +171,7 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
     ):
         with pytest.raises(ValueError, match=message):
             fit(network(), optimizer(), cross_entropy(), build_batches(pictures), epochs=1, **options)
-    with pytest.raises(ValueError, match="images of Mixed batches cannot be made on the device"):
+    with pytest.raises(ValueError, match="images of MixedBatches batches cannot be made on the device"):
         fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, data_on="device")
 
 
@@ -188,14 +188,14 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
 def test_views_of_pictures_are_those_of_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
-    shown = DeviceDataset(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, border="reflect")))
+    shown = DeviceDataset(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect")))
     found = evaluation.predict_pictures(predictor, shown, batch_size=4, tta=tta)
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
 def test_moved_views_want_a_border(pictures):
     shown = DeviceDataset(build_batches(pictures))
-    with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
+    with pytest.raises(ValueError, match="tta 'flip_shift' moves images by 1 pixels, their border has 0"):
         evaluation.predict_pictures(engine.create(network()), shown, tta="flip_shift")
 
 
