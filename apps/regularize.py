@@ -178,16 +178,15 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     )
     batches = run_data.build_batches(own, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
+    evaluations = {"test": test, "train": train} | ({} if validation is None else {"validation": validation})
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=own.label_smoothing),
         experiment.build_optimizer(own, batches.steps, {}),
-        classification.cross_entropy(own.label_smoothing),
         batches,
         epochs=own.epochs,
-        test=test,
-        also={"train": train},
-        eval_every=own.eval_every,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(eval_every=own.eval_every),
         early_stopping=trainer.EarlyStopping(own.early_stopping) if own.early_stopping else None,
         label=name,
     )

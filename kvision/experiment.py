@@ -197,23 +197,25 @@ def train(
             text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume goes on from them"
             raise OSError(error.errno, text, error.filename) from None
 
+    evaluations = {"test": (dataset.x_test, dataset.y_test)}
+    if validation is not None:
+        evaluations["validation"] = validation
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=config.label_smoothing),
         optimizer,
-        classification.cross_entropy(config.label_smoothing),
         batches,
         epochs=config.epochs,
-        test=(dataset.x_test, dataset.y_test),
-        eval_every=config.eval_every,
-        steps=config.max_steps,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(config.max_steps, config.eval_every, config.save_every),
         early_stopping=trainer.EarlyStopping(config.early_stopping) if config.early_stopping else None,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        engine=config.engine,
-        data_on=data_on(config, dataset),
-        steps_per_execution=config.steps_per_execution,
         checkpoint=checkpoints,
-        save_every=config.save_every,
+        execution=trainer.Execution(
+            config.engine,
+            data_on(config, dataset),
+            config.steps_per_execution,
+            config.gradient_accumulation_steps,
+        ),
         on_epoch=on_epoch,
     )
     on_epoch(history, sync=True)

@@ -100,12 +100,20 @@ def build_batches(config: Config, dataset: Dataset, preprocessing: Preprocessing
     augmentation = (
         Augmentation(config.flip, config.crop_padding, config.padding_mode, config.cutout) if config.augment else None
     )
-    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
-    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
+    batches = Batches(
+        dataset.x_train,
+        dataset.y_train,
+        config.batch_size,
+        config.seed,
+        preprocessing,
+        augmentation,
+        classes=len(dataset.classes),
+    )
+    transforms = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
     erasing = RandomErasing(config.random_erasing) if config.random_erasing else None
-    if not mixers and not erasing:
+    if not transforms and not erasing:
         return batches
-    return MixedBatches(batches, len(dataset.classes), mixers, erasing)
+    return MixedBatches(batches, len(dataset.classes), transforms, erasing)
 
 
 def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:

@@ -319,7 +319,7 @@ def test_mixed_batches_are_of_the_classes():
     dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
     plain = build_batches(Config(batch_size=20, cutout=4), dataset, build_preprocessing(dataset))
     mixed = build_batches(Config(batch_size=20, cutout=4, random_erasing=0.5), dataset, build_preprocessing(dataset))
-    (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
+    (images, labels), (erased, targets) = (next(one.epoch(0)).values() for one in (plain, mixed))
     assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
 
 

@@ -45,6 +45,7 @@ def as_they_are(monkeypatch):
 def batches(network):
     """All images and labels as peers take them, in the order of kvision's first epoch."""
     pairs = benchmark.Batches(*data(network), BATCH, 0, benchmark.PREPROCESSING).epoch(0)
+    pairs = map(dict.values, pairs)
     return [np.concatenate(arrays) for arrays in zip(*pairs, strict=True)]
 
 

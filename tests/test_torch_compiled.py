@@ -12,7 +12,7 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.muon import Muon
 from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
@@ -54,7 +54,7 @@ def test_compiled_steps_are_the_engines(float64):
         model = network()
         optimizer = Muon(rate, normalize=True, sgd={"first_bn/.*": (rate, 0.01), "logits/.*": rate})
         optimizer.build(model.trainable_variables)
-        trainer = engine.create(model, optimizer, cross_entropy(0.2))
+        trainer = engine.create(model, Classification(label_smoothing=0.2), optimizer)
         if compiled:
             torch_compiled.compile_steps(trainer)
         results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.params(0))))
