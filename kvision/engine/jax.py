@@ -5,6 +5,7 @@ Compiling takes far longer than a step, so what was compiled is kept in a folder
 
 import os
 import warnings
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +98,7 @@ class Engine:
                 loss, means = self.program.objective(phase, self._call, batch)
                 scaled = phase.optimizer.scale_loss(loss) if phase.optimizer else loss
             after = [scope.get_current_value(variable) for variable in self.program.fixed]
-            return scaled, (after, jax.tree.map(jnp.asarray, means))
+            return scaled, (after, _ordered(means))
 
         trained = [trainable[index] for index in phase.indices]
         (_, (after, means)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
@@ -124,7 +125,7 @@ class Engine:
 
     def _train(self, state, batch):
         trainable, fixed, slots = state
-        trainable, slots, found = list(trainable), list(slots), {}
+        trainable, slots, found = list(trainable), list(slots), OrderedDict()
         for number, phase in enumerate(self.program.phases):
             fixed, (means, gradients) = self._differentiate(phase, trainable, fixed, slots[number], batch)
             trained = [trainable[index] for index in phase.indices]
@@ -160,7 +161,7 @@ class Engine:
 
     def _evaluate(self, trainable, fixed, batch):
         with self._scope(trainable, fixed) as scope:
-            means = jax.tree.map(jnp.asarray, self.program.metrics(self._call, batch))
+            means = _ordered(self.program.metrics(self._call, batch))
         return means, [scope.get_current_value(variable) for variable in self.program.task_variables]
 
     def _evaluate_on_device(self, trainable, fixed, dataset, tensors, param):
@@ -239,6 +240,11 @@ class Engine:
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
         self._state = None
+
+
+def _ordered(means):
+    """Means as arrays; JAX sorts the keys of a plain dictionary."""
+    return OrderedDict((name, tuple(map(jnp.asarray, pair))) for name, pair in means.items())
 
 
 def mean_over_replicas(x):
