@@ -1,5 +1,7 @@
 """The runners: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
 
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -516,16 +518,39 @@ def test_an_unknown_dtype_is_named():
         engine.configure("int8")
 
 
-def test_compiled_programs_are_kept(computed_in, tmp_path):
+@pytest.fixture
+def programs(tmp_path):
+    """A folder for compiled programs; after the test JAX uses the folder that it used before."""
+    before = None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        before = jax.config.jax_compilation_cache_dir
+    yield tmp_path / "programs"
+    engine.configure("float32", compile_cache=before)
+
+
+def test_compiled_programs_are_kept(programs):
     """JAX finds them again: the second engine of the same program writes no other."""
-    computed_in("float32", compile_cache=tmp_path / "programs")
+    engine.configure("float32", compile_cache=programs)
     counts = []
     for _ in range(2):
         runner = build_engine(normalised(), keras.optimizers.SGD(0.1))
         take_step(runner, noise(7, 6, 5, 4), np.zeros(7, np.int32))
-        counts.append(len(list((tmp_path / "programs").glob("*-cache"))))
+        counts.append(len(list(programs.glob("*-cache"))))
     assert counts[0] == counts[1]
     assert bool(counts[0]) == (keras.backend.backend() == "jax")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX alone keeps its compiled programs")
+def test_the_programs_unused_for_longest_are_removed(programs, monkeypatch):
+    programs.mkdir()
+    for i, name in enumerate(("c-cache", "a-cache", "notes.txt", "b-cache", "d-cache")):
+        (programs / name).write_bytes(bytes(100))
+        os.utime(programs / name, (1000 - i, 500 if i else 2000))
+    monkeypatch.setattr("kvision.engine.jax.CACHE_BYTES", 250)
+    engine.configure("float32", compile_cache=programs)
+    assert {path.name for path in programs.iterdir()} == {"a-cache", "c-cache", "notes.txt"}
 
 
 def test_kerass_own_step_is_the_floors():

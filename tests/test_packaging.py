@@ -104,7 +104,7 @@ def test_the_lowest_versions_are_the_bounds():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     asked = requirements()
-    needed = ("keras", "numpy", "pillow", "h5py", "ml_dtypes", "jax", "tensorflow-cpu", "torch", "filelock", "pytest")
+    needed = ("keras", "numpy", "pillow", "h5py", "ml_dtypes", "jax", "tensorflow-cpu", "torch", "pytest")
     for name in needed:
         bound = asked[name].split(".")
         assert pinned[name].split(".")[: len(bound)] == bound, name

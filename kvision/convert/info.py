@@ -107,7 +107,7 @@ def markdown_table(folder: str | os.PathLike = "weights") -> str:
         accuracy = ", ".join(f"{value:.2%} ({backend})" for backend, value in sorted(manifest["accuracy"].items()))
         scores.setdefault(manifest["architecture"], []).append(f"`{path.stem}`: {accuracy}")
     rows = [
-        "| model | paper's file | images | trainable parameters | multiply-adds | weights that ship |",
+        "| model | paper's file | images | trainable parameters | multiply-adds | pretrained weights |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
     for name in list_models():

@@ -125,8 +125,9 @@ def configure(
             LossScaleOptimizer`.
         deterministic: whether two runs must give the same bits, at some cost of speed. On a GPU PyTorch wants the
             environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 for it, and says so.
-        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. It is bounded to
-            1 GiB and may be shared by processes. None leaves JAX's own setting, which is to keep none.
+        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. Processes
+            may share it. Where it holds more than 1 GiB, the programs unused for longest are removed. None leaves JAX's
+            own setting, which is to keep none.
 
     Raises:
         ValueError: an unknown dtype.
