@@ -110,7 +110,7 @@ class Config:
 
     def __post_init__(self):
         flags.check(self, "n first whiten_epochs", lambda value: value >= 0, "at least 0")
-        flags.check(self, "epochs limit max_test_samples", lambda value: value >= 1, "at least 1")
+        flags.check(self, "epochs max_train_samples max_test_samples", lambda value: value >= 1, "at least 1")
         flags.check(self, "unsure", lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
@@ -286,7 +286,9 @@ def main(argv=None) -> None:
         course.run(config.first, steps=course.at_once + 1)
         hardware = environment.hardware()
         report = {
-            "command": " ".join(["python -m benchmarks.speedrun", *flags.arguments(config, ("data", "out", "write"))]),
+            "command": " ".join(
+                ["python -m benchmarks.speedrun", *flags.arguments(config, ("data", "output_dir", "write"))]
+            ),
             "backend": backend,
             "device": hardware["gpus"][0].partition(",")[0] if engine.accelerated() else "cpu",
             "model": recipe.model,

@@ -60,7 +60,7 @@ def test_an_epoch_is_what_the_reference_shows(pictures, flip, crop_padding, padd
         order = rng(5, "order", epoch).permutation(11)
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps == 2
-        for step, (shown, labels) in enumerate(steps):
+        for step, (shown, labels) in enumerate(map(dict.values, steps)):
             indices = order[4 * step : 4 * step + 4]
             np.testing.assert_array_equal(labels, indices)
             assert (labels.dtype, shown.dtype) == (np.int32, np.float32)
@@ -167,7 +167,7 @@ def test_a_batch_is_at_most_all_images(pictures):
     [
         (0, 0, 4, "got 0 and 4"),
         (4, 4, 0, "got 4 and 0"),
-        (4, 3, 2, "a label for each image, got 4 and 3"),
+        (4, 3, 2, "a label for each image, got 4 images and 3 labels"),
     ],
 )
 def test_batches_say_what_they_want(images, labels, batch_size, message):
@@ -264,10 +264,10 @@ def test_an_epoch_starts_at_a_step(pictures, monkeypatch, start):
     whole, _ = build_batches(pictures, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
-    drawn, show = [], Batches.show
-    monkeypatch.setattr(Batches, "show", lambda *arguments: drawn.append(1) or show(*arguments))
+    drawn, images = [], Batches.images
+    monkeypatch.setattr(Batches, "images", lambda *arguments: drawn.append(1) or images(*arguments))
     found = list(whole.epoch(1, start))
     assert len(drawn) == len(found) == 3 - start
     for pair, wanted in zip(found, expected[start:], strict=True):
-        for array, other in zip(pair, wanted, strict=True):
+        for array, other in zip(pair.values(), wanted.values(), strict=True):
             np.testing.assert_array_equal(array, other)

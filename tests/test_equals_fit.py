@@ -549,7 +549,7 @@ def test_each_call_of_a_shared_layer_adds_its_penalty(layers_of, shape):
     assert len(model.losses) == 2
     optimizer = program.optimizer()
     optimizer.build(model.trainable_variables)
-    found, _ = engine.create(model, Classification(program.loss()), optimizer).train_step(x, y)
+    found, _ = take_step(engine.create(model, Classification(program.loss()), optimizer), x, y)
     assert float(found) == pytest.approx(loss, rel=1e-5)
 
 
@@ -598,7 +598,7 @@ REFUSED_MODELS = {
         outputs_by_name,
         "with a tensor, or a list of tensors, as output, and .* has a dict of 1 outputs",
     ),
-    "outputs by name, in a call": (DictionaryOutputs, "return a tensor, or a list of tensors .* returned a dict"),
+    "outputs by name, in a call": (DictionaryOutputs, "returns a tensor, or a list of tensors .* returned a dict"),
     "not built": (lambda: keras.Sequential([layers.Dense(CLASSES)]), "is not built: build it first, by model.build"),
     "no model": (lambda: layers.Dense(CLASSES), "expected a keras.Model, got a Dense"),
 }
@@ -642,6 +642,11 @@ def test_targets_that_are_not_taken_are_refused_in_a_line(labels, message):
         take_step(own, np.ones((8, FEATURES), np.float32), labels)
 
 
+def test_a_loss_by_name_is_refused_in_a_line():
+    with pytest.raises(TypeError, match=r"expected a loss\(labels, logits\) .*, got 'mse'"):
+        Classification("mse")
+
+
 class Pairs(keras.utils.PyDataset):
     def __len__(self):
         return 1
@@ -651,13 +656,13 @@ class Pairs(keras.utils.PyDataset):
     ("changed", "message"),
     [
         ({"optimizer": "sgd"}, r"expected an optimizer such as keras.optimizers.SGD\(0.1\), got 'sgd'"),
-        ({"loss": "mse"}, r"expected a loss\(labels, logits\) .*, got 'mse'"),
+        ({"task": "mse"}, r"expected a task such as .*, got 'mse'"),
         ({"batches": Pairs()}, "got Pairs: .* use keras.Model.fit"),
         ({"batches": [(np.zeros((2, FEATURES)), np.zeros(2))]}, "got list: .* use keras.Model.fit"),
     ],
     ids=["optimizer", "loss", "PyDataset", "list"],
 )
 def test_arguments_of_fit_that_are_not_taken_are_refused_in_a_line(changed, message):
-    given = {"optimizer": keras.optimizers.SGD(0.1), "loss": keras.losses.MeanSquaredError(), "batches": None} | changed
+    given = {"task": Classification(), "optimizer": keras.optimizers.SGD(0.1), "batches": None} | changed
     with pytest.raises(TypeError, match=message):
         trainer.fit(Program(head(relu)).build(), *given.values(), epochs=1)

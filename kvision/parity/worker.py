@@ -95,8 +95,7 @@ def graph(model) -> tuple[list[dict], list[str]]:
             "settings": _settings(node.operation),
             "inputs": [names[id(parent)] for parent in node.parent_nodes if id(parent) in names],
             "dtype": getattr(node.operation, "compute_dtype", None),
-            "random": has_generators(node.operation)
-            and type(node.operation).__module__.startswith("keras."),
+            "random": has_generators(node.operation) and type(node.operation).__module__.startswith("keras."),
         }
         for node in nodes
     ]
