@@ -22,7 +22,8 @@ from kvision.data import load
 from kvision.experiment import build_optimizer, command
 from kvision.flags import UsageError
 from kvision.run_data import build_batches, build_preprocessing, train_validation_split
-from kvision.training.optimizers import EMA, SWA, LearningRateMultipliers, Lookahead
+from kvision.training.averaging import EMA, SWA, Lookahead
+from kvision.training.optimizers import LearningRateMultipliers
 from kvision.weights import inspect
 from tests.drawn import real_data, write_shapes
 
@@ -320,7 +321,7 @@ def test_mixed_batches_are_of_the_classes():
     dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
     plain = build_batches(Config(batch_size=20, cutout=4), dataset, build_preprocessing(dataset))
     mixed = build_batches(Config(batch_size=20, cutout=4, random_erasing=0.5), dataset, build_preprocessing(dataset))
-    (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
+    (images, labels), (erased, targets) = (next(one.epoch(0)).values() for one in (plain, mixed))
     assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvision import zoo
 from kvision.layers.regularizers import MaxNorm, Orthogonal, add_constraint, add_regularizer
 from kvision.models import inception_v1, inception_v2, inception_v3, mnasnet, mobilenet_v2
-from kvision.training.optimizers import WarmupSchedule
+from kvision.training.schedules import WarmupSchedule
 from tests.test_zoo import build, classes_of, short_form
 
 ROOT = Path(__file__).parent.parent

@@ -275,9 +275,9 @@ from kvision.training.shutdown import Interrupted, GracefulShutdown
 def run():
     with GracefulShutdown() as interruption:
         print("ready", flush=True)  # in one piece, which has gone when its end has come
-        while not interruption.heard:
+        while not interruption.signal:
             time.sleep(0.01)
-        raise Interrupted(f"stopped by {interruption.heard} and saved")
+        raise Interrupted(f"stopped by {interruption.signal} and saved")
 
 sys.exit(run_cli("app", run, (), Interrupted))
 """

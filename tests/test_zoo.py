@@ -14,10 +14,10 @@ from keras import ops
 import kvision
 from kvision import engine, weights, zoo
 from kvision.layers import skip_init
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.weights.initialization import initialize
 from tests import zoo_logits
-from tests.arrays import values
+from tests.arrays import take_step, values
 from tests.zoo_logits import classes_of, small_form
 
 
@@ -265,11 +265,11 @@ def backend_module(request):
     initialize(model, 0)
     optimizer = keras.optimizers.SGD(1.0, momentum=0.9)
     optimizer.build(model.trainable_variables)
-    return engine.create(model, optimizer, cross_entropy())
+    return engine.create(model, Classification(), optimizer)
 
 
-def test_without_a_head(floor):
-    model, name = floor.model, floor.model.name
+def test_without_a_head(runner):
+    model, name = runner.model, runner.model.name
     shape = model.input_shape[1:]
     headless = build_short(name, shape, 0)
     assert (headless.name, headless.input_shape, len(headless.output_shape)) == (name, (None, *shape), 2)
@@ -281,24 +281,24 @@ def test_without_a_head(floor):
     assert [headless.output_shape[-1]] == (pooled or [small_form(name)[2]])
 
 
-def test_the_logits_of_an_image_depend_on_it_alone(floor):
-    images = images_for(floor.model)
+def test_the_logits_of_an_image_depend_on_it_alone(runner):
+    images = images_for(runner.model)
     others = images[::-1].copy()
     others[2] = images[2]
-    logits = floor.predict(images)
+    logits = runner.predict(images)
     assert (logits.shape, logits.dtype) == ((4, 10), np.float32)
     scale = abs(logits).max()
-    np.testing.assert_allclose(floor.predict(others)[2], logits[2], atol=1e-5 * scale)
+    np.testing.assert_allclose(runner.predict(others)[2], logits[2], atol=1e-5 * scale)
     assert abs(logits[1] - logits[2]).max() > 1e-3 * scale
 
 
-def test_every_weight_has_a_gradient(floor):
-    loss, _ = floor.train_step(images_for(floor.model), np.arange(4, dtype=np.int32))
-    floor.sync_variables()
+def test_every_weight_has_a_gradient(runner):
+    loss, _ = take_step(runner, images_for(runner.model), np.arange(4, dtype=np.int32))
+    runner.sync_variables()
     assert np.isfinite(float(loss))
     # After one step from rest the momenta are the gradients, at learning rate 1.
-    gradients = [ops.convert_to_numpy(variable) for variable in floor.optimizer.variables[2:]]
-    variables = {variable.path: variable for variable in floor.model.trainable_variables}
+    gradients = [ops.convert_to_numpy(variable) for variable in runner.program.optimizers[0].variables[2:]]
+    variables = {variable.path: variable for variable in runner.model.trainable_variables}
     assert len(gradients) == len(variables)
     for path, gradient in zip(variables, gradients, strict=True):
         assert np.isfinite(gradient).all(), path
