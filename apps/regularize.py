@@ -44,7 +44,7 @@ from kvision.report import environment, page
 from kvision.report.run_report import column, fractions_to_percent
 from kvision.report.svg import bar_chart, line_chart
 from kvision.tasks import classification
-from kvision.training import evaluation, optimizers, trainer
+from kvision.training import evaluation, schedules, trainer
 from kvision.weights.initialization import initialize
 
 DATASETS = ("cifar10", "shapes10")
@@ -105,7 +105,7 @@ class RegularizeConfig:
     epochs: int = flag(30, "passes over the training images")
     batch_size: int = flag(100, "images a step")
     learning_rate: float = flag(0.1, "maximum learning rate of the schedule")
-    schedule: str = flag("cosine", "learning-rate schedule", choices=optimizers.SCHEDULES)
+    schedule: str = flag("cosine", "learning-rate schedule", choices=schedules.SCHEDULES)
     max_train_samples: int = flag(2000, "use N training images, balanced over the classes")
     max_test_samples: int | None = flag(None, "use N test images", none="all")
     eval_every: int = flag(5, "evaluate every N epochs")
@@ -174,16 +174,15 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     )
     batches = run_data.build_batches(run, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
+    evaluations = {"test": test, "train": train} | ({} if validation is None else {"validation": validation})
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=run.label_smoothing),
         experiment.build_optimizer(run, batches.steps, {}),
-        classification.cross_entropy(run.label_smoothing),
         batches,
         epochs=run.epochs,
-        test=test,
-        also={"train": train},
-        eval_every=run.eval_every,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(eval_every=run.eval_every),
         early_stopping=trainer.EarlyStopping(run.early_stopping) if run.early_stopping else None,
         label=name,
     )

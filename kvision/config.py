@@ -11,7 +11,7 @@ from kvision import engine, flags, zoo
 from kvision.convert import shipped
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
 from kvision.data.tta import TTA
-from kvision.training import optimizers, trainer
+from kvision.training import optimizers, schedules, trainer
 
 HELD_OUT = 0.1  # fraction of the training images that early stopping uses as its validation set
 
@@ -60,7 +60,7 @@ class Config:
     optimizer: str = flag("sgd", "optimizer", choices=optimizers.OPTIMIZERS)
     momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
     weight_decay: float = flag(0.0, "decoupled weight decay of the kernels")
-    schedule: str = flag("cosine", "learning-rate schedule", choices=optimizers.SCHEDULES)
+    schedule: str = flag("cosine", "learning-rate schedule", choices=schedules.SCHEDULES)
     warmup: float = flag(0.0, "fraction of the steps with a rising learning rate")
     label_smoothing: float = flag(0.0, "share of the target spread over all classes")
     l1: float = flag(0.0, "L1 penalty of the kernels")

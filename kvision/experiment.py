@@ -39,7 +39,7 @@ from kvision.run_data import (
 )
 from kvision.run_folder import clean_run_folder, identity, run_folder, store_config, stored_config
 from kvision.tasks import classification
-from kvision.training import evaluation, optimizers, trainer
+from kvision.training import averaging, evaluation, optimizers, schedules, trainer
 from kvision.training.checkpoints import Checkpoints
 from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
@@ -198,23 +198,25 @@ def train(
             text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume continues from them"
             raise OSError(error.errno, text, error.filename) from None
 
+    evaluations = {"test": (dataset.x_test, dataset.y_test)}
+    if validation is not None:
+        evaluations["validation"] = validation
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=config.label_smoothing),
         optimizer,
-        classification.cross_entropy(config.label_smoothing),
         batches,
         epochs=config.epochs,
-        test=(dataset.x_test, dataset.y_test),
-        eval_every=config.eval_every,
-        steps=config.max_steps,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(config.max_steps, config.eval_every, config.save_every),
         early_stopping=trainer.EarlyStopping(config.early_stopping) if config.early_stopping else None,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        engine=config.engine,
-        data_on=data_on(config, dataset),
-        steps_per_execution=config.steps_per_execution,
         checkpoint=checkpoints,
-        save_every=config.save_every,
+        execution=trainer.Execution(
+            config.engine,
+            data_on(config, dataset),
+            config.steps_per_execution,
+            config.gradient_accumulation_steps,
+        ),
         on_epoch=on_epoch,
     )
     on_epoch(history, sync=True)
@@ -298,7 +300,7 @@ def total_steps(config: Config, steps_an_epoch: int) -> int:
 
 def build_schedule(config: Config, total: int):
     """The learning rate of each of `total` steps."""
-    return optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup)
+    return schedules.schedule(config.schedule, config.learning_rate, total, config.warmup)
 
 
 def learning_rates(schedule, steps: int, steps_an_epoch: int, most: int = 400) -> tuple[list[float], list[float]]:
@@ -324,13 +326,13 @@ def build_optimizer(config: Config, steps_an_epoch: int, factors: Mapping[str, f
     if factors:
         optimizer = optimizers.LearningRateMultipliers(optimizer, factors)
     if config.lookahead is not None:
-        optimizer = optimizers.Lookahead(optimizer, total, config.lookahead)
+        optimizer = averaging.Lookahead(optimizer, total, config.lookahead)
     # An average is of the trained weights, Lookahead's updates included.
     if config.ema is not None:
-        optimizer = optimizers.EMA(optimizer, config.ema)
+        optimizer = averaging.EMA(optimizer, config.ema)
     if config.swa is not None:
         first = max(1, config.epochs - round(config.swa * config.epochs))
-        optimizer = optimizers.SWA(optimizer, first * steps_an_epoch, steps_an_epoch)
+        optimizer = averaging.SWA(optimizer, first * steps_an_epoch, steps_an_epoch)
     return keras.optimizers.LossScaleOptimizer(optimizer) if config.dtype == "float16" else optimizer
 
 

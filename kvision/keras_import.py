@@ -32,14 +32,10 @@ SERIALIZABLE = {
     "kvision.layers.regularizers": ("MaxNorm", "Orthogonal", "Sum"),
     "kvision.models.cifar_resnet": ("PaddedShortcut",),
     "kvision.models.spatial_transformer": ("AffineIdentity", "SpatialTransformer"),
+    "kvision.training.averaging": ("EMA", "SWA", "Lookahead"),
     "kvision.training.muon": ("Muon",),
-    "kvision.training.optimizers": (
-        "ExponentialAverage",
-        "LearningRateFactors",
-        "Lookahead",
-        "StochasticAverage",
-        "WarmUp",
-    ),
+    "kvision.training.optimizers": ("LearningRateMultipliers",),
+    "kvision.training.schedules": ("WarmupSchedule",),
     "kvision.tasks.classification": ("CrossEntropy",),
 }
 

@@ -44,8 +44,8 @@ def child(folder: Path, epochs: int) -> None:
     from kvision.data.batches import Augmentation, Batches
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
-    from kvision.tasks.classification import cross_entropy
-    from kvision.training import optimizers, trainer
+    from kvision.tasks.classification import Classification
+    from kvision.training import averaging, optimizers, schedules, trainer
     from kvision.weights.initialization import initialize
 
     warnings.filterwarnings("error", message=".*passed over")  # a kill breaks no checkpoint
@@ -58,31 +58,31 @@ def child(folder: Path, epochs: int) -> None:
     outputs = logits(10)(dropout(0.3, name="dropout")(global_pool()(x_inputs)))
     model = keras.Model(inputs, outputs, name="killed")
     initialize(model, 0)
-    rate = optimizers.schedule("cosine", 0.05, epochs * STEPS, 0.1)
-    optimizer = optimizers.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
+    rate = schedules.schedule("cosine", 0.05, epochs * STEPS, 0.1)
+    optimizer = averaging.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
-    draw = batches.draws
+    draw = batches.params
 
-    def draws(epoch, start=0):
+    def params(epoch, start=0):
         for step, drawn in enumerate(draw(epoch, start), start):
             # What the parent follows: the steps, and before the average is scored the batches for its statistics.
             print(f"batch {epoch * STEPS + step}", flush=True)
             yield drawn
 
-    batches.draws = draws
+    batches.params = params
     held = (x[IMAGES:], y[IMAGES:])
     history = trainer.fit(
         model,
+        Classification(label_smoothing=0.1),
         optimizer,
-        cross_entropy(0.1),
         batches,
         epochs=epochs,
-        validation=held,
         early_stopping=trainer.EarlyStopping(epochs),
         callbacks=[keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True)],
         checkpoint=folder / "checkpoints",
-        save_every=EVERY,
+        evaluations={"validation": held},
+        schedule=trainer.Schedule(save_every=EVERY),
     )
     times = {"seconds", "images_per_second"}
     rows = [{key: value for key, value in row.items() if key not in times} for row in history.epochs]

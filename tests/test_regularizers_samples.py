@@ -1,4 +1,4 @@
-"""Mixup, CutMix and random erasing against loops in NumPy; their draws, frozen; and in training."""
+"""Mixup, CutMix and random erasing against loops in NumPy; their params, frozen; and in training."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
 from kvision.random import rng
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.optimizers import make_optimizer
 from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
@@ -22,8 +22,8 @@ from tests.arrays import noise
 TARGETS = np.eye(3, dtype=np.float32)[np.arange(7) % 3]
 
 
-def applied(kind, images, targets, draws):
-    found = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), draws)
+def applied(kind, images, targets, params):
+    found = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
     return [ops.convert_to_numpy(tensor) for tensor in found]
 
 
@@ -33,7 +33,7 @@ def applied(kind, images, targets, draws):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_mixup_blends_images_and_targets(share):
     images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(Mixup(), images, TARGETS, {"share": np.float32(share), "partner": partner})
+    found, targets = applied(Mixup(), images, TARGETS, {"lam": np.float32(share), "permutation": partner})
     for i, j in enumerate(partner):
         np.testing.assert_allclose(found[i], share * images[i] + (1 - share) * images[j], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
@@ -43,7 +43,7 @@ def test_mixup_blends_images_and_targets(share):
 @pytest.mark.parametrize("box", [(1, 3, 2, 6), (0, 5, 0, 6), (2, 2, 3, 3), (4, 5, 0, 1)])
 def test_cutmix_pastes_a_rectangle_and_shares_by_area(box):
     images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "partner": partner})
+    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "permutation": partner})
     top, bottom, left, right = box
     share = 1 - (bottom - top) * (right - left) / 30
     for i, j in enumerate(partner):
@@ -64,25 +64,25 @@ def test_erasing_puts_noise_into_each_rectangle():
     np.testing.assert_array_equal(targets, TARGETS)
 
 
-# The draws
+# The params
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
 def test_mixup_draws_from_beta(alpha):
     """Mean 1/2 and variance 1 / (4 (2 alpha + 1)); partners are a permutation."""
     generator = np.random.default_rng(0)
-    draws = [Mixup(alpha).draw(generator, (6, 4, 4, 3)) for _ in range(4000)]
-    shares = np.array([draw["share"] for draw in draws], np.float64)
+    params = [Mixup(alpha).make_params(generator, (6, 4, 4, 3)) for _ in range(4000)]
+    shares = np.array([draw["lam"] for draw in params], np.float64)
     variance = 1 / (4 * (2 * alpha + 1))
     assert shares.mean() == pytest.approx(0.5, abs=4 * np.sqrt(variance / 4000))
     assert shares.var() == pytest.approx(variance, rel=0.1)
-    assert all(sorted(draw["partner"]) == list(range(6)) for draw in draws[:50])
-    assert len({tuple(draw["partner"]) for draw in draws}) > 600  # of 720
+    assert all(sorted(draw["permutation"]) == list(range(6)) for draw in params[:50])
+    assert len({tuple(draw["permutation"]) for draw in params}) > 600  # of 720
 
 
 def test_cutmix_draws_rectangles_around_uniform_centres():
     generator = np.random.default_rng(0)
-    boxes = np.array([CutMix().draw(generator, (2, 32, 16, 3))["box"] for _ in range(4000)])
+    boxes = np.array([CutMix().make_params(generator, (2, 32, 16, 3))["box"] for _ in range(4000)])
     top, bottom, left, right = boxes.T
     assert (top >= 0).all() and (bottom <= 32).all() and (left >= 0).all() and (right <= 16).all()
     assert (top <= bottom).all() and (left <= right).all()
@@ -97,7 +97,7 @@ def test_cutmix_draws_rectangles_around_uniform_centres():
 
 def test_erasing_draws_areas_and_aspects_in_their_range():
     kind, generator = RandomErasing(0.5), np.random.default_rng(0)
-    boxes = kind.draw(generator, (4000, 40, 60, 1))["box"]
+    boxes = kind.make_params(generator, (4000, 40, 60, 1))["box"]
     top, bottom, left, right = boxes.T
     height, width = bottom - top, right - left
     erased = height * width > 0
@@ -111,13 +111,13 @@ def test_erasing_draws_areas_and_aspects_in_their_range():
 
 
 def test_erased_areas_are_uniform():
-    boxes = RandomErasing(1.0, aspect=1.0).draw(np.random.default_rng(0), (2000, 400, 400, 1))["box"]
+    boxes = RandomErasing(1.0, aspect=1.0).make_params(np.random.default_rng(0), (2000, 400, 400, 1))["box"]
     areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / 400**2
     np.testing.assert_allclose(np.quantile(areas, [0, 0.25, 0.5, 0.75, 1]), [0.02, 0.115, 0.21, 0.305, 0.4], atol=0.015)
 
 
 def test_an_image_that_no_rectangle_fits_stays():
-    boxes = RandomErasing(1.0, area=(0.7, 0.9)).draw(np.random.default_rng(0), (2000, 10, 10, 1))["box"]
+    boxes = RandomErasing(1.0, area=(0.7, 0.9)).make_params(np.random.default_rng(0), (2000, 10, 10, 1))["box"]
     fits = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) > 0
     assert 1000 < fits.sum() < 2000 and (boxes >= 0).all() and (boxes <= 10).all()
 
@@ -133,8 +133,10 @@ def test_an_image_that_no_rectangle_fits_stays():
 )
 def test_draws_are_frozen(kind, expected):
     """The same numbers on every backend and every machine."""
-    draws = kind.draw(rng(3, "samples", 1, 2), (16, 8, 8, 3))
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(draws[name]).tobytes() for name in sorted(draws)))
+    params = kind.make_params(rng(3, "samples", 1, 2), (16, 8, 8, 3))
+    digest = hashlib.sha256(
+        b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params, reverse="lam" in params))
+    )
     assert digest.hexdigest()[:16] == expected
 
 
@@ -164,14 +166,16 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     plain = batches(pictures)
     mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
-    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
+    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair.values()] for pair in pairs]  # noqa: E731
     second = to_numpy(mixed.epoch(1))
-    for (found, targets), (images, labels), step in zip(second, plain.epoch(1), range(3), strict=True):
+    for (found, targets), (images, labels), step in zip(
+        second, map(dict.values, plain.epoch(1)), range(3), strict=True
+    ):
         generator = rng(1, "samples", 1, step)
         one_hot = np.eye(3, dtype=np.float32)[labels]
         kind = (Mixup(1.0), CutMix(1.0))[generator.integers(2)]
         for one in (kind, RandomErasing(0.5)):
-            images, one_hot = applied(one, images, one_hot, one.draw(generator, images.shape))
+            images, one_hot = applied(one, images, one_hot, one.make_params(generator, images.shape))
         np.testing.assert_array_equal(found, images)
         np.testing.assert_array_equal(targets, one_hot)
         np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
@@ -186,10 +190,10 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
 
 def test_of_two_mixers_each_batch_gets_one(pictures):
     mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
-    plain = [np.sort(images.ravel()) for images, _ in batches(pictures, 400).epoch(0)]
+    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(pictures, 400).epoch(0))]
     pairs = zip(mixed.epoch(0), plain, strict=True)
     # CutMix shows values that were there; mixup's are new.
-    cut = [np.isin(ops.convert_to_numpy(images).ravel(), values).all() for (images, _), values in pairs]
+    cut = [np.isin(ops.convert_to_numpy(batch["image"]).ravel(), values).all() for batch, values in pairs]
     assert 30 < sum(cut) < 70
 
 
@@ -201,7 +205,7 @@ def test_a_run_sees_them(pictures):
     mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
-    for images, targets in mixed.epoch(0):
+    for images, targets in map(dict.values, mixed.epoch(0)):
         x, t = (ops.convert_to_numpy(tensor).astype(np.float64) for tensor in (images, targets))
         x = x.reshape(4, -1)
         scores = x @ weights + bias
@@ -210,7 +214,7 @@ def test_a_run_sees_them(pictures):
         hits += (scores.argmax(axis=1) == t.argmax(axis=1)).sum()
         weights, bias = weights - 0.01 * x.T @ (p - t) / 4, bias - 0.01 * (p - t).mean(axis=0)
     optimizer = make_optimizer("sgd", 0.01, momentum=0.0)
-    history = fit(model, optimizer, cross_entropy(), mixed, epochs=1)
+    history = fit(model, Classification(), optimizer, mixed, epochs=1)
     np.testing.assert_allclose(history.step_losses, losses, rtol=1e-4)
     assert history.epochs[0]["accuracy"] == hits / 12
     found = ops.convert_to_numpy(model.trainable_variables[0].value)

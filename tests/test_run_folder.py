@@ -275,14 +275,15 @@ from kvision.training.shutdown import Interrupted, GracefulShutdown
 def run():
     with GracefulShutdown() as interruption:
         print("ready", flush=True)  # in one piece, which has gone when its end has come
-        while not interruption.heard:
+        while not interruption.signal:
             time.sleep(0.01)
-        raise Interrupted(f"stopped by {interruption.heard} and saved")
+        raise Interrupted(f"stopped by {interruption.signal} and saved")
 
 sys.exit(run_cli("app", run, (), Interrupted))
 """
 
 
+@pytest.mark.backend_free
 def test_the_exit_code_does_not_need_the_terminal():
     """What a run says last has nowhere to go; the kernel sends SIGHUP as the terminal's window closes."""
     pty = pytest.importorskip("pty")

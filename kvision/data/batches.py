@@ -1,4 +1,4 @@
-"""Batches of a training set: order, flips and shifts drawn by seed and epoch, the same for every backend."""
+"""Batches of a training set: order, flips and crops are functions of seed and epoch, the same on every backend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.random import rng
 
 PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
-PARAMS = ("number", "row", "column", "mirrored", "blank row", "blank column")  # of what is drawn for an image
+PARAMS = ("index", "row", "column", "mirrored", "blank row", "blank column")  # of an image in a step
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Augmentation:
     Args:
         flip: mirror half of the images left to right, the other half in the next epoch, and so on: in two epochs every
             image is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
-        shift: move by up to so many pixels in each direction.
-        border: what moves in: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
+        crop_padding: pad by so many pixels on each side, then crop the original size at a random place.
+        padding_mode: what is padded with: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
         cutout: blank a square of so many pixels a side at a random place (DeVries and Taylor 2017,
             https://arxiv.org/abs/1708.04552), cut off at the border; 0 blanks none.
 
     Raises:
-        ValueError: an unknown border, or a negative number of pixels.
+        ValueError: an unknown padding mode, or a negative number of pixels.
     """
 
     flip: bool = False
@@ -56,8 +56,8 @@ def _checked(labels, classes: int | None) -> np.ndarray:
 class Batches:
     """The training images of one run, batch by batch.
 
-    An epoch is a function of seed and epoch number alone, so a run that was stopped goes on with the images it would
-    have seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
+    An epoch is a function of seed and epoch number alone, so a resumed run continues with the images it would have
+    seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
 
     Args:
         images: uint8 (n, height, width, channels); of another type where `value_range` says what its numbers mean.
@@ -85,12 +85,14 @@ class Batches:
     ):
         images = as_uint8(images, value_range)
         if len(images) == 0 or batch_size < 1:
-            raise ValueError(f"training wants images and a positive batch size, got {len(images)} and {batch_size}")
+            raise ValueError(
+                f"expected at least one image and a positive batch size, got {len(images)} and {batch_size}"
+            )
         if len(images) != len(labels):
-            raise ValueError(f"training wants a label for each image, got {len(images)} and {len(labels)}")
+            raise ValueError(f"expected a label for each image, got {len(images)} images and {len(labels)} labels")
         if not images.size:
             raise ValueError(f"images must have pixels and channels, got shape {images.shape}")
-        self.labels = _checked(labels, classes)
+        self.labels, self.classes = _checked(labels, classes), classes
         self.batch_size = min(batch_size, len(images))
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
@@ -105,7 +107,7 @@ class Batches:
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
-        """Show the same images in another order, otherwise mirrored, moved and blanked."""
+        """Change the seed of the order and of the augmentation."""
         self.seed = seed
         self.flipped = rng(seed, "flip").random(len(self.labels)) < 0.5
 
@@ -114,39 +116,59 @@ class Batches:
         """Steps in an epoch."""
         return len(self.labels) // self.batch_size
 
-    def draws(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """What each step of an epoch shows, from 0: int32 (6, n), a column an image.
+    def params(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The parameters of each step of an epoch, from 0: int32 (6, n), a column for each image.
 
-        The rows are its number, the corner of the window that is cut out of it with its border around it (row, column),
-        whether the window is mirrored, and the corner of the square that is blanked. What no augmentation asks for is
-        0. `show` makes images of them, `kvision.data.device` the same ones on a device.
+        The rows are its index, the corner of the crop of the padded image (row, column), whether the crop is mirrored,
+        and the corner of the square that is blanked. What no augmentation asks for is 0. `make_batch` makes a batch of
+        them, `kvision.data.device` the same one on a device.
 
         Args:
-            start: the step to begin with; the former ones are not drawn.
+            start: the step to begin with; earlier ones are not drawn.
         """
         augmentation, n = self.augmentation, self.batch_size
         order = rng(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
         for step in range(start, self.steps):
-            draws = np.zeros((len(PARAMS), n), np.int32)
-            draws[0] = order[step * n : (step + 1) * n]
+            params = np.zeros((len(PARAMS), n), np.int32)
+            params[0] = order[step * n : (step + 1) * n]
             generator = rng(self.seed, "augment", epoch, step)
             if augmentation.crop_padding:
-                draws[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
+                params[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
             if augmentation.flip:
-                draws[3] = self.flipped[draws[0]] ^ bool(epoch % 2)
+                params[3] = self.flipped[params[0]] ^ bool(epoch % 2)
             if augmentation.cutout:
-                centre = generator.integers(0, (self.height, self.width), (n, 2))
-                draws[4:] = centre.T - augmentation.cutout // 2
-            yield draws
+                center = generator.integers(0, (self.height, self.width), (n, 2))
+                params[4:] = center.T - augmentation.cutout // 2
+            yield params
 
-    def show(self, draws: np.ndarray) -> np.ndarray:
-        """The uint8 images (n, h, w, c) that `draws` of a step are."""
-        numbers, tops, lefts, mirrored, *corner = draws
+    def in_order(self, batch_size: int, pad: bool = True) -> Iterator[np.ndarray]:
+        """The parameters of batches that have each image once, in order and without augmentation.
+
+        Args:
+            pad: fill up the last batch, so that one shape is compiled. Then there is a seventh row, 0 where an image is
+                padding and else 1, which becomes the batch's "weight".
+        """
+        count, border = len(self.labels), self.augmentation.crop_padding
+        batch_size = min(batch_size, count)
+        for start in range(0, count, batch_size):
+            stop = start + batch_size if pad else min(start + batch_size, count)
+            numbers = np.arange(start, stop)
+            params = np.zeros((len(PARAMS) + pad, len(numbers)), np.int32)
+            params[0], params[1:3] = np.where(numbers < count, numbers, start), border
+            if self.augmentation.cutout:
+                params[4:6] = -self.augmentation.cutout  # outside
+            if pad:
+                params[6] = numbers < count
+            yield params
+
+    def images(self, params: np.ndarray) -> np.ndarray:
+        """The uint8 images (n, h, w, c) of a step's `params`."""
+        numbers, tops, lefts, mirrored, *corner = params[: len(PARAMS)]
         images = np.empty((len(numbers), self.height, self.width, self.padded.shape[-1]), np.uint8)
-        # One image after the other, each copied once: a third of the time of NumPy's indexing of all windows.
+        # One image after the other, each copied once: a third of the time of NumPy's indexing of all crops.
         for image, index, row, column, turned in zip(images, numbers, tops, lefts, mirrored, strict=True):
-            window = self.padded[index, row : row + self.height, column : column + self.width]
-            image[:] = window[:, ::-1] if turned else window
+            crop = self.padded[index, row : row + self.height, column : column + self.width]
+            image[:] = crop[:, ::-1] if turned else crop
         if side := self.augmentation.cutout:
             inside = [
                 (np.arange(size) >= first[:, None]) & (np.arange(size) < first[:, None] + side)
@@ -155,11 +177,17 @@ class Batches:
             images[inside[0][:, :, None] & inside[1][:, None, :]] = 0
         return images
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of preprocessed float32 images and int32 labels of one epoch; epochs count from 0.
+    def make_batch(self, params: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); with a
+        seventh row of params "weight" too, float32 (n,)."""
+        batch = {"image": self.preprocessing(self.images(params)), "label": self.labels[params[0]]}
+        return batch | {"weight": params[6].astype(np.float32)} if len(params) > len(PARAMS) else batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch, {"image", "label"}; epochs count from 0.
 
         Args:
-            start: the step to begin with; the former ones are not drawn.
+            start: the step to begin with; earlier ones are not drawn.
         """
-        for draws in self.draws(epoch, start):
-            yield self.preprocessing(self.show(draws)), self.labels[draws[0]]
+        for params in self.params(epoch, start):
+            yield self.make_batch(params)

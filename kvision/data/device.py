@@ -1,12 +1,12 @@
-"""Training images in the device's memory: what a step shows of them is cut out, mirrored and scaled there.
+"""Training images in the device's memory: a step's batch is cropped, mirrored and scaled there.
 
-The host then sends a step six integers an image (`kvision.data.batches.PARAMS`) instead of its pixels as floats. The
-integers are drawn as ever, so the images are those of the host's way, but for the rounding of the scaling.
+The host then sends a step six integers an image (`kvision.data.batches.PARAMS`) instead of its pixels as floats. They
+are the same as on the host, so the batches are equal too, but for the rounding of the scaling.
 """
 
 from keras import ops
 
-from kvision.data.batches import Batches
+from kvision.data.batches import PARAMS, Batches
 
 PLACES = 2**31  # of pixels; they are counted by int32
 
@@ -16,15 +16,17 @@ class DeviceDataset:
 
     Attributes:
         count, border: how many images, and the pixels added to each side of them.
-        tensors: what `show` reads, to be handed to a compiled step as an argument: pixels, uint8 (n * h * w, c) with
-            the border that augmentation needs, labels, int32 (n,), and the scaling's factor and offset, float32 (c,).
+        batches: what it was made of.
+        tensors: what `make_batch` reads, to be given to a compiled step as an argument: pixels, uint8 (n * h * w, c)
+            with the padding that augmentation needs, labels, int32 (n,), and the scaling's factor and offset, float32
+            (c,).
 
     Raises:
         ValueError: more pixels than int32 counts.
     """
 
     def __init__(self, batches: Batches):
-        padded = batches.padded
+        self.batches, padded = batches, batches.padded
         if padded.size // padded.shape[-1] >= PLACES:
             raise ValueError(
                 f"{len(padded):,} images of {padded.shape[1]}x{padded.shape[2]} pixels with their border are too many "
@@ -39,10 +41,11 @@ class DeviceDataset:
         arrays = padded.reshape(-1, channels), batches.labels, factor, offset
         self.tensors = tuple(ops.convert_to_tensor(array) for array in arrays)
 
-    def show(self, tensors: tuple, draws):
-        """Preprocessed float32 images (n, h, w, c) and int32 labels (n,) of one step's `draws`, int32 (6, n)."""
+    def make_batch(self, tensors: tuple, params) -> dict:
+        """The batch of a step's `params`, int32 (6, n): "image", preprocessed float32 (n, h, w, c), and "label", int32
+        (n,); with a seventh row "weight" too, float32 (n,)."""
         pixels, labels, factor, offset = tensors
-        numbers, tops, lefts, mirrored, *corner = (ops.reshape(draws[i], (-1, 1)) for i in range(6))
+        numbers, tops, lefts, mirrored, *corner = (ops.reshape(params[i], (-1, 1)) for i in range(len(PARAMS)))
         rows, columns = ops.arange(self.height, dtype="int32"), ops.arange(self.width, dtype="int32")
         turned = columns + mirrored * (self.width - 1 - 2 * columns)
         row = (numbers * self.rows + tops + rows)[:, :, None]
@@ -53,4 +56,5 @@ class DeviceDataset:
                 for axis, first in zip((rows, columns), corner, strict=True)
             ]
             images = ops.where((inside[0][:, :, None] & inside[1][:, None])[..., None], 0.0, images)
-        return images * factor - offset, ops.take(labels, numbers[:, 0])
+        batch = {"image": images * factor - offset, "label": ops.take(labels, numbers[:, 0])}
+        return batch | {"weight": ops.cast(params[6], "float32")} if params.shape[0] > len(PARAMS) else batch

@@ -1,8 +1,8 @@
 """Regularizers on samples: what a batch shows and what it is told are changed together.
 
-Each is a dataclass with two methods. `draw(generator, shape)` makes the random numbers of a batch in NumPy, and
-`apply(images, targets, draws)` is a pure function of tensors on Keras ops, which differs between backends by rounding
-alone. `MixedBatches` applies them to the batches of a run, with draws keyed by seed, epoch and step: the same on every
+Each is a dataclass with two methods. `make_params(generator, shape)` makes the random numbers of a batch in NumPy, and
+`apply(images, targets, params)` is a pure function of tensors on Keras ops, which differs between backends by rounding
+alone. `MixedBatches` applies them to the batches of a run, with params keyed by seed, epoch and step: the same on every
 backend, and in a run that was stopped and resumed.
 
 Targets are probabilities (n, classes). Of each image's label something is mixed with another's, so accuracy on the
@@ -27,8 +27,8 @@ def _expect_positive(name: str, alpha: float) -> None:
 
 @dataclass(frozen=True)
 class Mixup:
-    """Each image is blended with another of the batch: `x = share x_i + (1 - share) x_j`, targets likewise (Zhang et
-    al. 2017, https://arxiv.org/abs/1710.09412); one share for the batch, from Beta(alpha, alpha), as in the authors'
+    """Each image is blended with another of the batch: `x = lam x_i + (1 - lam) x_j`, targets likewise (Zhang et
+    al. 2017, https://arxiv.org/abs/1710.09412); one lambda for the batch, from Beta(alpha, alpha), as in the authors'
     code.
 
     Args:
@@ -43,26 +43,26 @@ class Mixup:
     def __post_init__(self):
         _expect_positive("mixup", self.alpha)
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """The share, a float32 scalar, and each image's partner, (n,), for images of `shape`."""
-        share = np.float32(generator.beta(self.alpha, self.alpha))
-        return {"share": share, "partner": generator.permutation(shape[0]).astype(np.int32)}
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """Lambda, a float32 scalar, and each image's partner in the batch, (n,), for images of `shape`."""
+        lam = np.float32(generator.beta(self.alpha, self.alpha))
+        return {"lam": lam, "permutation": generator.permutation(shape[0]).astype(np.int32)}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) and targets (n, classes), mixed."""
-        share, partner = float(draws["share"]), draws["partner"]
-        return _blend(images, partner, share), _blend(targets, partner, share)
+        lam, permutation = float(params["lam"]), params["permutation"]
+        return _blend(images, permutation, lam), _blend(targets, permutation, lam)
 
 
-def _blend(x, partner, share):
-    return share * x + (1 - share) * ops.take(x, partner, axis=0)
+def _blend(x, permutation, lam):
+    return lam * x + (1 - lam) * ops.take(x, permutation, axis=0)
 
 
 @dataclass(frozen=True)
 class CutMix:
     """A rectangle of each image is another image's, and the target is mixed by area (Yun et al. 2019,
     https://arxiv.org/abs/1905.04899, section 3.1): one rectangle for the batch, around a uniform centre, cut off at the
-    border. Its sides are `sqrt(1 - share)` of the image's, share from Beta(alpha, alpha).
+    border. Its sides are `sqrt(1 - lam)` of the image's, lambda from Beta(alpha, alpha).
 
     Args:
         alpha: the paper has 1.
@@ -76,24 +76,24 @@ class CutMix:
     def __post_init__(self):
         _expect_positive("CutMix", self.alpha)
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
         """The rectangle (top, bottom, left, right) and each image's partner, (n,), for images of `shape`."""
         n, height, width = shape[:3]
         side = np.sqrt(1 - generator.beta(self.alpha, self.alpha))
-        partner = generator.permutation(n).astype(np.int32)
+        permutation = generator.permutation(n).astype(np.int32)
         box = []
         for size in (height, width):
             centre, half = generator.integers(size), int(size * side) // 2
             box += [max(0, centre - half), min(size, centre + half)]
-        return {"box": np.array(box, np.int32), "partner": partner}
+        return {"box": np.array(box, np.int32), "permutation": permutation}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) and targets (n, classes), mixed."""
-        box, partner = draws["box"], draws["partner"]
+        box, permutation = params["box"], params["permutation"]
         height, width = images.shape[1:3]
         inside = _inside(box[None], height, width)
-        share = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of what was left, after cutting off
-        return ops.where(inside, ops.take(images, partner, axis=0), images), _blend(targets, partner, share)
+        lam = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of what was left, after cutting off
+        return ops.where(inside, ops.take(images, permutation, axis=0), images), _blend(targets, permutation, lam)
 
 
 def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -133,7 +133,7 @@ class RandomErasing:
                 f"got {self.area} and {self.aspect}"
             )
 
-    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
         """The rectangles (n, 4), empty where the image stays whole, and the noise, for images of `shape`."""
         n, height, width = shape[:3]
         chosen = generator.random(n) < self.probability
@@ -146,10 +146,10 @@ class RandomErasing:
         boxes = np.stack([corner, corner + sides], axis=-1).reshape(n, 4)  # top, bottom, left, right
         return {"box": boxes, "noise": generator.standard_normal(tuple(shape), np.float32)}
 
-    def apply(self, images, targets, draws):
+    def apply(self, images, targets, params):
         """Images (n, h, w, c) with their rectangles erased, and the targets as they are."""
-        inside = _inside(draws["box"], *images.shape[1:3])
-        return ops.where(inside, draws["noise"], images), targets
+        inside = _inside(params["box"], *images.shape[1:3])
+        return ops.where(inside, params["noise"], images), targets
 
 
 class MixedBatches:
@@ -158,26 +158,26 @@ class MixedBatches:
     Args:
         batches: what is shown.
         classes: how many.
-        mixers: Mixup or CutMix; of several each batch gets one, all equally often.
+        transforms: Mixup or CutMix; of several each batch gets one, all equally often.
         erasing: applied after the mixing.
     """
 
-    def __init__(self, batches, classes: int, mixers: Sequence = (), erasing: RandomErasing | None = None):
+    def __init__(self, batches, classes: int, transforms: Sequence = (), erasing: RandomErasing | None = None):
         self.batches, self.classes = batches, classes
-        self.mixers, self.erasing = tuple(mixers), erasing
+        self.transforms, self.erasing = tuple(transforms), erasing
         self.steps, self.batch_size, self.preprocessing = batches.steps, batches.batch_size, batches.preprocessing
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
-        """Pairs of images (n, h, w, c) and targets (n, classes), tensors of float32, of one epoch from 0.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The batches of one epoch from 0: "image" (n, h, w, c) and "label" (n, classes), tensors of float32.
 
         Args:
-            start: the step to begin with; the former ones are not drawn.
+            start: the step to begin with; earlier ones are not drawn.
         """
-        for step, (images, labels) in enumerate(self.batches.epoch(epoch, start), start):
-            generator = rng(self.batches.seed, "samples", epoch, step)
-            targets = np.eye(self.classes, dtype=np.float32)[labels]
-            kinds = [self.mixers[generator.integers(len(self.mixers))]] if self.mixers else []
+        for step, batch in enumerate(self.batches.epoch(epoch, start), start):
+            images, generator = batch["image"], rng(self.batches.seed, "samples", epoch, step)
+            targets = np.eye(self.classes, dtype=np.float32)[batch["label"]]
+            kinds = [self.transforms[generator.integers(len(self.transforms))]] if self.transforms else []
             for kind in [*kinds, *([self.erasing] if self.erasing else [])]:
-                draws = kind.draw(generator, images.shape)
-                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), draws)
-            yield images, targets
+                params = kind.make_params(generator, images.shape)
+                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
+            yield {"image": images, "label": targets}
