@@ -262,7 +262,7 @@ def train_engine(
         if compiled:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)
         pictures = DeviceDataset(batches)
-        draws = itertools.chain.from_iterable(map(batches.draws, itertools.count()))
+        draws = itertools.chain.from_iterable(map(batches.params, itertools.count()))
         clock.start()
         for _ in range(0, steps, chunk):
             losses, _ = trainer.train_steps(pictures, np.stack(list(itertools.islice(draws, chunk))))

@@ -187,7 +187,7 @@ class Course:
             layer.kernel.assign(whitening_kernel_on_device(self.whitened, *constants, layer.kernel_size[0]))
         left, losses = steps, None
         for epoch in range(self.recipe.epochs):
-            draws = list(self.batches.draws(epoch))
+            draws = list(self.batches.params(epoch))
             for first in range(0, min(left, len(draws)), self.at_once):
                 chunk = np.stack(draws[first : first + self.at_once])
                 losses, _ = self.engine.train_steps(self.pictures, chunk)

@@ -14,7 +14,6 @@ from kvision.data import Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
-from kvision.random import stream
 from kvision.weights import inspect
 
 WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
@@ -101,11 +100,11 @@ def build_batches(config: Config, dataset: Dataset, preprocessing: Preprocessing
         Augmentation(config.flip, config.crop_padding, config.padding_mode, config.cutout) if config.augment else None
     )
     batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
-    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
+    transforms = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
     erasing = RandomErasing(config.random_erasing) if config.random_erasing else None
-    if not mixers and not erasing:
+    if not transforms and not erasing:
         return batches
-    return MixedBatches(batches, len(dataset.classes), mixers, erasing)
+    return MixedBatches(batches, len(dataset.classes), transforms, erasing)
 
 
 def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:

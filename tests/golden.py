@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.random import stream
-
 FILE = Path(__file__).parent / "golden.json"
 
 

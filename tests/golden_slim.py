@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.random import stream
-
 FILE = Path(__file__).parent / "golden_slim.json"
 # By our names: the module and function there, and images of the least size that it takes.
 NETWORKS = {

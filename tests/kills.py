@@ -27,7 +27,7 @@ import numpy as np
 
 from kvision.data import Dataset, load
 from kvision.report import environment
-from tests.drawn import real_data
+from tests.datasets import real_data
 
 ROOT = Path(__file__).parent.parent
 IMAGES, BATCH, EVERY = 240, 24, 2  # of the training, of a step; steps from checkpoint to checkpoint
@@ -62,15 +62,15 @@ def child(folder: Path, epochs: int) -> None:
     optimizer = optimizers.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
-    draw = batches.draws
+    draw = batches.params
 
-    def draws(epoch, start=0):
+    def params(epoch, start=0):
         for step, drawn in enumerate(draw(epoch, start), start):
             # What the parent follows: the steps, and before the average is scored the batches for its statistics.
             print(f"batch {epoch * STEPS + step}", flush=True)
             yield drawn
 
-    batches.draws = draws
+    batches.params = params
     held = (x[IMAGES:], y[IMAGES:])
     history = trainer.fit(
         model,

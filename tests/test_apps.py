@@ -23,7 +23,7 @@ from kvision.flags import UsageError
 from kvision.run_data import build_batches, build_preprocessing, train_validation_split
 from kvision.training.optimizers import EMA, SWA, LearningRateMultipliers, Lookahead
 from kvision.weights import inspect
-from tests.drawn import real_data, write_shapes
+from tests.datasets import real_data, write_shapes
 
 FLAGS = [
     "model",
@@ -212,7 +212,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
         output_dir=str(tmp_path / "run"),
     )
     result = mnist.main(config)
-    assert result["dataset"] in ("digits", "drawn_digits")
+    assert result["dataset"] in ("digits", "synthetic_digits")
     assert result["test_accuracy"] > 0.5
     assert "mnist is not here" in capsys.readouterr().out
     for name in ("metrics.json", "report.html"):

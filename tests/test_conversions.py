@@ -10,7 +10,6 @@ from keras import ops
 from kvision import weights, zoo
 from kvision.convert import convert, create_model, export_arrays, hdf5, keras_applications, pth
 from kvision.layers import AdaptiveAveragePooling2D, skip_init
-from kvision.random import stream
 from kvision.weights import WeightsError
 
 BACKEND = keras.backend.backend()

@@ -72,7 +72,7 @@ DIGITS = tuple("0123456789")
         ("somewhere", "fashion_mnist", "somewhere", "fashion_mnist"),
     ],
 )
-def test_the_folder_or_else_the_request_names_idx_files(tmp_path, place, asked, path, name, zipped):
+def test_the_name_of_idx_files_is_that_of_the_folder_or_the_requested_one(tmp_path, place, asked, path, name, zipped):
     write_idx(tmp_path / place, zipped)
     check(load(asked, tmp_path / path), name, FASHION_CLASSES if name == "fashion_mnist" else DIGITS)
 
@@ -80,11 +80,11 @@ def test_the_folder_or_else_the_request_names_idx_files(tmp_path, place, asked, 
 def test_a_relative_of_mnist_keeps_its_name(tmp_path):
     write_idx(tmp_path / "KMNIST" / "raw")
     assert load("mnist", tmp_path / "KMNIST").name == "KMNIST"
-    with pytest.raises(DataError, match="holds no mnist"):
+    with pytest.raises(DataError, match="contains no mnist"):
         load("mnist", tmp_path)
 
 
-def test_each_of_two_sisters_in_one_folder_is_found(tmp_path):
+def test_mnist_and_fashion_mnist_in_one_folder_are_found(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw")
     write_idx(tmp_path / "FashionMNIST" / "raw")
     assert load("mnist", tmp_path).name == "mnist"
@@ -115,7 +115,7 @@ def header(kind, *lengths):
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_broken_idx_file_is_an_error(tmp_path, zipped, file, content, message):
+def test_a_broken_idx_file_raises(tmp_path, zipped, file, content, message):
     folder = write_idx(tmp_path / "mnist", zipped)
     path = folder / (mnist.FILES[file] + ".gz" * zipped)
     if content is None:
@@ -128,7 +128,7 @@ def test_a_broken_idx_file_is_an_error(tmp_path, zipped, file, content, message)
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-20], lambda b: b"not gzip", lambda b: b[:30] + b"\xff" * 30])
-def test_a_broken_gzip_is_an_error(tmp_path, change):
+def test_a_broken_gzip_raises(tmp_path, change):
     folder = write_idx(tmp_path / "mnist")
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(change(path.read_bytes()))
@@ -136,7 +136,7 @@ def test_a_broken_gzip_is_an_error(tmp_path, change):
         load("mnist", folder)
 
 
-def test_a_gzip_bomb_is_left_at_the_size_of_its_header(tmp_path):
+def test_a_gzip_bomb_is_read_up_to_the_size_in_its_header(tmp_path):
     folder = write_idx(tmp_path / "mnist")
     bomb = gzip.compress(header(8, 30, 28, 28) + bytes(50 << 20))
     (folder / "train-images-idx3-ubyte.gz").write_bytes(bomb)
@@ -144,7 +144,7 @@ def test_a_gzip_bomb_is_left_at_the_size_of_its_header(tmp_path):
         load("mnist", folder)
 
 
-def test_one_idx_file_given_as_path_points_to_its_folder(tmp_path):
+def test_a_single_idx_file_raises_with_a_hint_at_its_folder(tmp_path):
     folder = write_idx(tmp_path / "mnist")
     with pytest.raises(DataError, match="give the folder"):
         load("mnist", folder / "train-images-idx3-ubyte.gz")
@@ -171,7 +171,7 @@ def test_another_npz_of_that_name_is_not_mnist(tmp_path):
     ],
 )
 @pytest.mark.parametrize("asked", ["cifar10", "mnist", "shapes10"])
-def test_a_general_npz_is_named_after_its_file_never_as_a_published_data_set(tmp_path, stem, name, asked):
+def test_a_general_npz_is_named_after_its_file_but_not_as_a_published_data_set(tmp_path, stem, name, asked):
     made = arrays((6, 5, 3)) | {"y_train": np.arange(TRAIN)[:, None] % 4}
     np.savez_compressed(tmp_path / f"{stem}.npz", **made)
     for path in (tmp_path, tmp_path / f"{stem}.npz"):
@@ -182,7 +182,7 @@ def test_a_general_npz_is_named_after_its_file_never_as_a_published_data_set(tmp
         np.testing.assert_array_equal(dataset.y_train, made["y_train"][:, 0])
 
 
-def test_arrays_in_fortran_order_are_read_right(tmp_path):
+def test_arrays_in_fortran_order_are_read_correctly(tmp_path):
     made = {key: np.asfortranarray(array) for key, array in arrays().items()}
     np.savez(tmp_path / "mnist.npz", **made)
     check(load("mnist", tmp_path), "mnist", DIGITS)
@@ -210,7 +210,7 @@ BAD_ARRAYS = {
 
 
 @pytest.mark.parametrize(("made", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
-def test_bad_arrays_are_refused(tmp_path, made, message):
+def test_invalid_arrays_raise(tmp_path, made, message):
     path = tmp_path / "mine.npz"
     np.savez(path, **made)
     with pytest.raises(DataError, match=message) as caught:
@@ -238,7 +238,7 @@ def npy(shape, content=b""):
     ],
     ids=["absurd shape", "too short", "bomb", "negative shape", "not npy", "empty", "code as header"],
 )
-def test_a_member_that_is_not_as_large_as_its_header_says_is_refused(tmp_path, member, message):
+def test_a_member_whose_size_contradicts_its_header_raises(tmp_path, member, message):
     np.savez(tmp_path / "mine.npz", **without("x_train"))
     with zipfile.ZipFile(tmp_path / "mine.npz", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x_train.npy", member)
@@ -255,7 +255,7 @@ def damage(content, where, value):
     [lambda b: b"", lambda b: b"PK nothing", lambda b: b[: len(b) // 2], lambda b: damage(b, 5000, b"\xff\0\xff\0")],
     ids=["empty", "no zip", "half", "flipped"],
 )
-def test_a_damaged_npz_is_refused(tmp_path, change):
+def test_a_damaged_npz_raises(tmp_path, change):
     path = tmp_path / "mine.npz"
     np.savez(path, **arrays())
     path.write_bytes(change(path.read_bytes()))
@@ -263,10 +263,10 @@ def test_a_damaged_npz_is_refused(tmp_path, change):
         load("mnist", path)
 
 
-def test_the_bound_on_a_members_size(tmp_path, monkeypatch):
+def test_a_members_size_is_limited(tmp_path, monkeypatch):
     np.savez(tmp_path / "mine.npz", **arrays())
     monkeypatch.setattr(npz, "MAX_BYTES", 1000)
-    with pytest.raises(DataError, match="more than the 1000 that are allowed"):
+    with pytest.raises(DataError, match="more than the limit of 1000"):
         read_npz(tmp_path / "mine.npz")
 
 
@@ -285,7 +285,7 @@ def test_the_real_mnist(monkeypatch):
     with np.load(Path(root) / "mnist.npz") as reference:
         np.testing.assert_array_equal(dataset.x_train[..., 0], reference["x_train"])
         np.testing.assert_array_equal(dataset.y_test, reference["y_test"])
-    # The published numbers of each digit, and the mean and deviation that the literature normalizes with.
+    # The published count of each digit, and the mean and deviation used in the literature.
     assert np.bincount(dataset.y_train).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert abs(dataset.x_train.mean() / 255 - 0.1307) < 1e-4
     assert abs(dataset.x_train.std() / 255 - 0.3081) < 1e-4

@@ -9,7 +9,6 @@ from kvision import applications, convert, engine, zoo
 from kvision.convert import create_model, export_arrays, hdf5, import_arrays
 from kvision.convert.keras_applications import CONSTRUCTORS, renumbered
 from kvision.layers import skip_init
-from kvision.random import stream
 
 # The least sizes that Keras takes with its top.
 SIZES = {"vgg16": 32, "resnet50_v1": 32, "densenet121_tf": 32, "mobilenet_v2_tf": 32, "inception_v3_tf": 75}

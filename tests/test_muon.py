@@ -164,7 +164,7 @@ def test_the_engine_steps_as_the_optimizer_alone(dtype):
         return model, optimizer, engine.create(model, optimizer, cross_entropy())
 
     model, _, whole = made()
-    whole.train_steps(DeviceDataset(batches), np.stack(list(batches.draws(0))))
+    whole.train_steps(DeviceDataset(batches), np.stack(list(batches.params(0))))
     whole.sync_variables()
     expected, optimizer, alone = made()
     for shown, answers in batches.epoch(0):

@@ -32,7 +32,7 @@ from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
 from tests import kills
-from tests.drawn import real_data, write_shapes
+from tests.datasets import real_data, write_shapes
 from tests.test_training import KilledError, everything, run, same, without_times
 
 callbacks = keras.callbacks
@@ -41,15 +41,15 @@ callbacks = keras.callbacks
 def at_step(batches, number, act):
     """The batches, with a call of `act` before the batch of step `number`, from 1, is drawn."""
     inner = getattr(batches, "batches", batches)
-    draw = inner.draws
+    draw = inner.params
 
-    def draws(epoch, start=0):
+    def params(epoch, start=0):
         for step, drawn in enumerate(draw(epoch, start), start):
             if epoch * batches.steps + step + 1 == number:
                 act()
             yield drawn
 
-    inner.draws = draws
+    inner.params = params
     return batches
 
 

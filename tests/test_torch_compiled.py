@@ -57,7 +57,7 @@ def test_compiled_steps_are_the_engines(float64):
         trainer = engine.create(model, optimizer, cross_entropy(0.2))
         if compiled:
             torch_compiled.compile_steps(trainer)
-        results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.draws(0))))
+        results = trainer.train_steps(DeviceDataset(batches), np.stack(list(batches.params(0))))
         found.append(
             [*results, *(np.array(ops.convert_to_numpy(v.value)) for v in (*model.variables, *optimizer.variables))]
         )

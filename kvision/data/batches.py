@@ -1,4 +1,4 @@
-"""Batches of a training set: order, flips and shifts drawn by seed and epoch, the same for every backend."""
+"""Batches of a training set: order, flips and crops sampled by seed and epoch, the same on every backend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ import numpy as np
 from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.random import rng
 
-PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
-PARAMS = ("number", "row", "column", "mirrored", "blank row", "blank column")  # of what is drawn for an image
+PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # to NumPy's names
+PARAMS = ("index", "top", "left", "flip", "cutout_top", "cutout_left")  # of each image, see `Batches.params`
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed in an image each time it is shown.
+    """Random changes of an image each time it is used.
 
     Args:
-        flip: mirror half of the images left to right, the other half in the next epoch, and so on: in two epochs every
-            image is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
-        shift: move by up to so many pixels in each direction.
-        border: what moves in: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
-        cutout: blank a square of so many pixels a side at a random place (DeVries and Taylor 2017,
-            https://arxiv.org/abs/1708.04552), cut off at the border; 0 blanks none.
+        flip: mirror half of the images left to right, the other half in the next epoch, and so on: over two epochs
+            every image is used both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+        crop_padding: pad every side by this many pixels and crop at a random position.
+        padding_mode: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
+        cutout: blank a square of this many pixels a side at a random position (DeVries and Taylor 2017,
+            https://arxiv.org/abs/1708.04552), clipped at the border; 0 turns it off.
 
     Raises:
-        ValueError: an unknown border, or a negative number of pixels.
+        ValueError: an unknown padding mode, or a negative number of pixels.
     """
 
     flip: bool = False
@@ -35,18 +35,20 @@ class Augmentation:
 
     def __post_init__(self):
         if self.padding_mode not in PADDING_MODES:
-            raise ValueError(f"border must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
         if self.crop_padding < 0 or self.cutout < 0:
-            raise ValueError(f"shift and cutout are numbers of pixels, got {self.crop_padding} and {self.cutout}")
+            raise ValueError(
+                f"crop_padding and cutout must be 0 or more pixels, got {self.crop_padding} and {self.cutout}"
+            )
 
 
-def _checked(labels, classes: int | None) -> np.ndarray:
-    """Labels as int32; a float is never cut to a whole number."""
+def _check_labels(labels, classes: int | None) -> np.ndarray:
+    """Return labels as int32; floats are rejected, not truncated."""
     labels = np.asarray(labels)
     if labels.dtype.kind not in "ui":
-        raise TypeError(f"labels must be whole numbers, the classes' indices, got {labels.dtype}")
+        raise TypeError(f"labels must be integers, the classes' indices, got {labels.dtype}")
     if labels.ndim != 1:
-        raise ValueError(f"labels must have shape (n,), an index for each image, got {labels.shape}")
+        raise ValueError(f"labels must have shape (n,), one class index per image, got {labels.shape}")
     most = np.iinfo(np.int32).max if classes is None else classes - 1
     if labels.size and (int(labels.min()) < 0 or int(labels.max()) > most):
         raise ValueError(f"labels must lie in 0..{most}, got {labels.min()} to {labels.max()}")
@@ -56,19 +58,19 @@ def _checked(labels, classes: int | None) -> np.ndarray:
 class Batches:
     """The training images of one run, batch by batch.
 
-    An epoch is a function of seed and epoch number alone, so a run that was stopped goes on with the images it would
-    have seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
+    An epoch is a function of seed and epoch number alone, so a resumed run continues with the same images. Every epoch
+    drops its last, incomplete batch (other images each time), so that one step is compiled.
 
     Args:
-        images: uint8 (n, height, width, channels); of another type where `value_range` says what its numbers mean.
+        images: uint8 (n, height, width, channels), or another type together with `value_range`.
         labels: integers (n,), 0 or more.
-        batch_size: images a step; all of them where there are fewer.
-        value_range: (0, 1) or (0, 255), of images that are not uint8; they are rounded to uint8.
-        classes: where it is given, labels are below it.
+        batch_size: images per step; all of them if there are fewer.
+        value_range: (0, 1) or (0, 255), the range of images that are not uint8; they are rounded to uint8.
+        classes: if given, labels must be below it.
 
     Raises:
-        TypeError: images that are no array of uint8 without `value_range`; labels that are no whole numbers.
-        ValueError: no images, a wrong shape, a value outside its range, not as many labels, or a batch size below 1.
+        TypeError: images that are not a uint8 array and no `value_range`; labels that are not integers.
+        ValueError: no images, a wrong shape, a value out of range, a different number of labels, a batch size below 1.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class Batches:
     ):
         images = as_uint8(images, value_range)
         if len(images) == 0 or batch_size < 1:
-            raise ValueError(f"training wants images and a positive batch size, got {len(images)} and {batch_size}")
+            raise ValueError(
+                f"expected at least one image and a positive batch size, got {len(images)} and {batch_size}"
+            )
         if len(images) != len(labels):
-            raise ValueError(f"training wants a label for each image, got {len(images)} and {len(labels)}")
+            raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
         if not images.size:
             raise ValueError(f"images must have pixels and channels, got shape {images.shape}")
-        self.labels = _checked(labels, classes)
+        self.labels = _check_labels(labels, classes)
         self.batch_size = min(batch_size, len(images))
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
@@ -105,48 +109,48 @@ class Batches:
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
-        """Show the same images in another order, otherwise mirrored, moved and blanked."""
+        """Change the order, flips, crops and cutouts; the images stay."""
         self.seed = seed
         self.flipped = rng(seed, "flip").random(len(self.labels)) < 0.5
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """Steps per epoch."""
         return len(self.labels) // self.batch_size
 
-    def draws(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """What each step of an epoch shows, from 0: int32 (6, n), a column an image.
+    def params(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Sample the parameters of each step of an epoch: int32 (6, n), one column per image.
 
-        The rows are its number, the corner of the window that is cut out of it with its border around it (row, column),
-        whether the window is mirrored, and the corner of the square that is blanked. What no augmentation asks for is
-        0. `show` makes images of them, `kvision.data.device` the same ones on a device.
+        The rows are `PARAMS`: the image's index, the corner (top, left) of the crop in the padded image, whether the
+        crop is flipped, and the corner of the cutout square. Rows without augmentation are 0. `make_batch` turns them
+        into images; `kvision.data.device` makes the same images on a device.
 
         Args:
-            start: the step to begin with; the former ones are not drawn.
+            start: first step; earlier ones are not sampled.
         """
         augmentation, n = self.augmentation, self.batch_size
         order = rng(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
         for step in range(start, self.steps):
-            draws = np.zeros((len(PARAMS), n), np.int32)
-            draws[0] = order[step * n : (step + 1) * n]
+            params = np.zeros((len(PARAMS), n), np.int32)
+            params[0] = order[step * n : (step + 1) * n]
             generator = rng(self.seed, "augment", epoch, step)
             if augmentation.crop_padding:
-                draws[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
+                params[1:3] = generator.integers(0, 2 * augmentation.crop_padding + 1, (2, n))
             if augmentation.flip:
-                draws[3] = self.flipped[draws[0]] ^ bool(epoch % 2)
+                params[3] = self.flipped[params[0]] ^ bool(epoch % 2)
             if augmentation.cutout:
-                centre = generator.integers(0, (self.height, self.width), (n, 2))
-                draws[4:] = centre.T - augmentation.cutout // 2
-            yield draws
+                center = generator.integers(0, (self.height, self.width), (n, 2))
+                params[4:] = center.T - augmentation.cutout // 2
+            yield params
 
-    def show(self, draws: np.ndarray) -> np.ndarray:
-        """The uint8 images (n, h, w, c) that `draws` of a step are."""
-        numbers, tops, lefts, mirrored, *corner = draws
-        images = np.empty((len(numbers), self.height, self.width, self.padded.shape[-1]), np.uint8)
-        # One image after the other, each copied once: a third of the time of NumPy's indexing of all windows.
-        for image, index, row, column, turned in zip(images, numbers, tops, lefts, mirrored, strict=True):
-            window = self.padded[index, row : row + self.height, column : column + self.width]
-            image[:] = window[:, ::-1] if turned else window
+    def make_batch(self, params: np.ndarray) -> np.ndarray:
+        """Return the uint8 images (n, h, w, c) of a step's `params`."""
+        indices, tops, lefts, flips, *corner = params
+        images = np.empty((len(indices), self.height, self.width, self.padded.shape[-1]), np.uint8)
+        # A loop copies each image once: a third of the time of NumPy's indexing of all windows.
+        for image, index, top, left, flip in zip(images, indices, tops, lefts, flips, strict=True):
+            window = self.padded[index, top : top + self.height, left : left + self.width]
+            image[:] = window[:, ::-1] if flip else window
         if side := self.augmentation.cutout:
             inside = [
                 (np.arange(size) >= first[:, None]) & (np.arange(size) < first[:, None] + side)
@@ -156,10 +160,10 @@ class Batches:
         return images
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of preprocessed float32 images and int32 labels of one epoch; epochs count from 0.
+        """Yield preprocessed float32 images and int32 labels of one epoch, counted from 0.
 
         Args:
-            start: the step to begin with; the former ones are not drawn.
+            start: first step; earlier ones are not sampled.
         """
-        for draws in self.draws(epoch, start):
-            yield self.preprocessing(self.show(draws)), self.labels[draws[0]]
+        for params in self.params(epoch, start):
+            yield self.preprocessing(self.make_batch(params)), self.labels[params[0]]

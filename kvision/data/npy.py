@@ -1,5 +1,5 @@
-"""The header of an array in NumPy's format, NEP 1 (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html),
-read without trust."""
+"""Parser of the header of an untrusted array in NumPy's format, NEP 1
+(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html)."""
 
 import ast
 import math
@@ -16,7 +16,11 @@ _NESTING = re.compile(r"[(\[{~+-]|\bnot\b")
 
 
 def parse_header(head: bytes) -> tuple[int, tuple[int, ...], np.dtype, bool]:
-    """(header size, shape, dtype, Fortran order) of an array's first bytes; ValueError says what is wrong."""
+    """Parse (header size, shape, dtype, Fortran order) from an array's first bytes.
+
+    Raises:
+        ValueError: a malformed header; the message says how.
+    """
     version = head[len(MAGIC) : len(MAGIC) + 2]
     if not head.startswith(MAGIC) or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00") or len(head) < 12:
         raise ValueError("is not an array in NumPy's format 1 to 3")

@@ -150,7 +150,7 @@ class Engine:
 
     def _train_shown(self, state, pictures, tensors, draws):
         def step(state, draw):
-            return self._train(state, *pictures.show(tensors, draw))
+            return self._train(state, *pictures.make_batch(tensors, draw))
 
         if len(draws) > 1:
             return lax.scan(step, state, draws)
@@ -162,7 +162,7 @@ class Engine:
             return main_output(self._call(images, training=False))
 
     def _infer_shown(self, trainable, fixed, pictures, tensors, draw):
-        return self._infer(trainable, fixed, pictures.show(tensors, draw)[0])
+        return self._infer(trainable, fixed, pictures.make_batch(tensors, draw)[0])
 
     def _judge(self, trainable, fixed, images, labels):
         with self._scope(trainable, fixed):

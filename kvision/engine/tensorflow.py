@@ -50,10 +50,12 @@ class Engine:
         self.metrics, self._is_graph = list(metrics), is_graph(model)
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
-        self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.show(tensors, draw)))
+        self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.make_batch(tensors, draw)))
         self._gradients = function(self._dense_gradients)
         self._forward = function(self._infer)
-        self._forward_shown = function(lambda pictures, tensors, draw: self._infer(pictures.show(tensors, draw)[0]))
+        self._forward_shown = function(
+            lambda pictures, tensors, draw: self._infer(pictures.make_batch(tensors, draw)[0])
+        )
         self._score = function(self._judge)
         self._graphs = {}
         if optimizer is not None:

@@ -148,7 +148,7 @@ class Engine:
                 self._recording = _Recording(self.train_step, pictures)
             results = [self._recording.step(draw) for draw in draws]
         else:
-            results = [self.train_step(*pictures.show(pictures.tensors, draw)) for draw in draws]
+            results = [self.train_step(*pictures.make_batch(pictures.tensors, draw)) for draw in draws]
         return [torch.stack(values) for values in zip(*results, strict=True)]
 
     def value_and_grad(self, images, labels):
@@ -162,7 +162,7 @@ class Engine:
 
     def predict_on_device(self, pictures, draws):
         with torch.inference_mode():
-            shown = (pictures.show(pictures.tensors, draw)[0] for draw in ops.convert_to_tensor(draws))
+            shown = (pictures.make_batch(pictures.tensors, draw)[0] for draw in ops.convert_to_tensor(draws))
             return ops.convert_to_numpy(torch.stack([main_output(self._call(x, training=False)) for x in shown]))
 
     def evaluate(self, images, labels):
@@ -251,7 +251,7 @@ class _Recording:
     def __init__(self, step, pictures):
         self.pictures, self.taken, self.recorded = pictures, 0, None
         self.draw = None
-        self.run = lambda draw: step(*pictures.show(pictures.tensors, draw))
+        self.run = lambda draw: step(*pictures.make_batch(pictures.tensors, draw))
         self.stream = torch.cuda.Stream()
 
     def step(self, draw):

@@ -83,7 +83,7 @@ class _Program:
         values = [*leaves, *tensors[len(leaves) :]]
         with StatelessScope(state_mapping=list(zip(self.variables, values, strict=True))) as scope:
             with torch.enable_grad():
-                loss, correct, gradients = engine._differentiate(*self.pictures.show(tuple(pictures), draw))
+                loss, correct, gradients = engine._differentiate(*self.pictures.make_batch(tuple(pictures), draw))
             with torch.no_grad():
                 getattr(engine, "_fast_optimizer", engine.optimizer).apply(gradients, self.trained)
         with torch.no_grad():

@@ -18,7 +18,6 @@ from kvision.engine.fuse import is_graph
 from kvision.flags import UsageError
 from kvision.layers import VarianceScaling, skip_init
 from kvision.parity.spec import Spec
-from kvision.random import stream
 from kvision.weights.initialization import initialize
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvision.random import stream
-
 KEPT = 4096  # values of a tensor
 
 

@@ -73,7 +73,7 @@ def predict_pictures(engine, pictures: DeviceDataset, batch_size: int | None = N
         views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
     """
     batch_size = min(batch_size or at_once((pictures.height, pictures.width), 2000), pictures.count)
-    border = pictures.border
+    border = pictures.padding
     count = math.ceil(pictures.count / batch_size)
     numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
     total = 0

@@ -277,7 +277,7 @@ class _Run:
                 value, correct = self.engine.train_step(images, labels)
                 yield [value], [correct]
             return
-        draws, step = self.batches.draws(epoch, first), first
+        draws, step = self.batches.params(epoch, first), first
         while step < self.count:
             whole = step % self.at_once == 0 and step + self.at_once <= self.count
             if whole and every:

@@ -300,12 +300,12 @@ def test_two_replicas_are_one_large_batch(tmp_path):
     mean, variance = x.astype(np.float64).mean(axis=axes), x.astype(np.float64).var(axis=axes)
     normal = (x - mean) / np.sqrt(variance + 1e-5)
     # Of the loss sum(t * y): Ioffe and Szegedy 2015, section 3.
-    centred = t - t.mean(axis=axes) - normal * (t * normal).mean(axis=axes)
+    centered = t - t.mean(axis=axes) - normal * (t * normal).mean(axis=axes)
     expected = {
         "output": gamma * normal + beta,
         "moving_mean": 0.1 * mean,
         "moving_variance": 0.9 + 0.1 * variance,
-        "to_x": gamma / np.sqrt(variance + 1e-5) * centred,
+        "to_x": gamma / np.sqrt(variance + 1e-5) * centered,
         "to_gamma": (t * normal).sum(axis=axes),
         "to_beta": t.sum(axis=axes),
     }

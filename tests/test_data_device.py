@@ -7,7 +7,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.device import PLACES, DeviceDataset
+from kvision.data.device import MAX_PIXELS, DeviceDataset
 from kvision.data.mixing import MixedBatches, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
@@ -55,8 +55,8 @@ def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocess
     batches = build_batches(pictures, augmentation, preprocessing)
     shown = DeviceDataset(batches)
     for epoch in (0, 1):
-        for draws, (images, labels) in zip(batches.draws(epoch), batches.epoch(epoch), strict=True):
-            found, answers = shown.show(shown.tensors, ops.convert_to_tensor(draws))
+        for draws, (images, labels) in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
+            found, answers = shown.make_batch(shown.tensors, ops.convert_to_tensor(draws))
             np.testing.assert_allclose(array(found), images, rtol=1e-6, atol=1e-6 * np.abs(images).max())
             np.testing.assert_array_equal(array(answers), labels)
 
@@ -69,7 +69,7 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
     batches = build_batches(pictures, Augmentation(True, 1))
     one, many = (floor(network(), optimizer()) for _ in range(2))
     expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
-    shown, draws = DeviceDataset(batches), list(batches.draws(0))
+    shown, draws = DeviceDataset(batches), list(batches.params(0))
     assert len(draws) == 7
     results = [many.train_steps(shown, np.stack(part)) for part in (draws[:1], draws[1:6], draws[6:])]
     losses, correct = (np.concatenate([array(result[i]) for result in results]) for i in range(2))
@@ -84,17 +84,17 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
 def test_pictures_are_predicted_where_they_lie(pictures):
     batches = build_batches(pictures, Augmentation(True, 1))
     predictor, shown = engine.create(network()), DeviceDataset(batches)
-    found = predictor.predict_on_device(shown, np.stack(list(batches.draws(2))))
+    found = predictor.predict_on_device(shown, np.stack(list(batches.params(2))))
     expected = [predictor.predict(images) for images, _ in batches.epoch(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
     batches = build_batches(pictures)
-    monkeypatch.setattr("kvision.data.device.PLACES", batches.padded[..., 0].size)
+    monkeypatch.setattr("kvision.data.device.MAX_PIXELS", batches.padded[..., 0].size)
     with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
         DeviceDataset(batches)
-    assert PLACES == 2**31
+    assert MAX_PIXELS == 2**31
 
 
 def test_a_run_is_the_same_with_images_on_the_device(pictures):
