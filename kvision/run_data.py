@@ -14,6 +14,7 @@ from kvision.data import Dataset, DataUnavailable, load
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
+from kvision.random import rng
 from kvision.weights import inspect
 
 WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
@@ -147,7 +148,7 @@ def train_validation_split(dataset: Dataset, share: float, seed: int) -> tuple[D
     Raises:
         flags.UsageError: the share is less than an image, or all of them.
     """
-    labels, generator = dataset.y_train, stream(seed, "hold out")
+    labels, generator = dataset.y_train, rng(seed, "hold out")
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         places = generator.permutation(np.flatnonzero(labels == label))

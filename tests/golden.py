@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvision.random import rng
+
 FILE = Path(__file__).parent / "golden.json"
 
 
@@ -48,7 +50,7 @@ CASES = [
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random values for a tensor of a PyTorch network, by its name: batch norm's statistics are random too."""
-    generator = stream(0, "golden", key)
+    generator = rng(0, "golden", key)
     leaf = key.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
         return np.array(0, np.int64)
@@ -61,7 +63,7 @@ def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def images(shape: tuple[int, int, int]) -> np.ndarray:
     """Two images of noise, float32 (2, height, width, channels)."""
-    return stream(0, "golden", "images").standard_normal((2, *shape), np.float32)
+    return rng(0, "golden", "images").standard_normal((2, *shape), np.float32)
 
 
 def reference(case: Case):

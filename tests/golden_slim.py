@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvision.random import rng
+
 FILE = Path(__file__).parent / "golden_slim.json"
 # By our names: the module and function there, and images of the least size that it takes.
 NETWORKS = {
@@ -22,7 +24,7 @@ CLASSES = 10
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random values for a variable of TF-Slim's, by its name."""
-    generator, leaf = stream(0, "slim", key), key.rsplit("/", 1)[-1]
+    generator, leaf = rng(0, "slim", key), key.rsplit("/", 1)[-1]
     if leaf in ("gamma", "moving_variance"):
         return generator.uniform(0.5, 1.5, shape).astype(np.float32)
     values = generator.standard_normal(shape, np.float32)
@@ -31,7 +33,7 @@ def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def images(shape: tuple[int, int, int]) -> np.ndarray:
     """Two images of noise, float32."""
-    return stream(0, "slim", "images").standard_normal((2, *shape), np.float32)
+    return rng(0, "slim", "images").standard_normal((2, *shape), np.float32)
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def on_tensorflow():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
     with strategy.scope():
-        layer = build(SynchronizedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
+        layer = build(SynchronizedBatchNorm(engine.backend_module().mean_over_replicas, momentum=0.9, epsilon=1e-5))
 
     @tf.function
     def step(x, t):
@@ -93,7 +93,7 @@ def on_torch(folder: Path):
     other = None if rank else subprocess.Popen([sys.executable, "-m", "tests.replicas", str(folder), "1"])
     group.init_process_group("gloo", init_method=f"file://{folder.resolve()}/group", rank=rank, world_size=2)
 
-    layer = build(SynchronizedBatchNorm(engine.floor().mean_over_replicas, momentum=0.9, epsilon=1e-5))
+    layer = build(SynchronizedBatchNorm(engine.backend_module().mean_over_replicas, momentum=0.9, epsilon=1e-5))
     x, t = (torch.tensor(np.split(array, 2)[rank]) for array in (X, T))
     y = layer(x.requires_grad_(), training=True)
     variables = [x, *(v.value for v in layer.trainable_variables)]

@@ -51,7 +51,7 @@ def reference(image, flipped, move, padding_mode, centre, cutout):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(("shift", "border"), [(0, "zero"), (2, "zero"), (2, "reflect"), (7, "reflect")])
+@pytest.mark.parametrize(("crop_padding", "padding_mode"), [(0, "zero"), (2, "zero"), (2, "reflect"), (7, "reflect")])
 @pytest.mark.parametrize("cutout", [0, 3, 4])
 def test_an_epoch_equals_the_reference(pictures, flip, crop_padding, padding_mode, cutout):
     batches, images = build_batches(pictures, Augmentation(flip, crop_padding, padding_mode, cutout))
@@ -242,8 +242,8 @@ def test_labels_that_would_be_truncated_raise(labels, classes, kind, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"border": "wrap"}, "border must be one of zero, reflect, got 'wrap'"),
-        ({"shift": -1}, "got -1 and 0"),
+        ({"padding_mode": "wrap"}, "padding_mode must be one of zero, reflect, got 'wrap'"),
+        ({"crop_padding": -1}, "got -1 and 0"),
         ({"cutout": -2}, "got 0 and -2"),
     ],
 )

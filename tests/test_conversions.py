@@ -10,6 +10,7 @@ from keras import ops
 from kvision import weights, zoo
 from kvision.convert import convert, create_model, export_arrays, hdf5, keras_applications, pth
 from kvision.layers import AdaptiveAveragePooling2D, skip_init
+from kvision.random import rng
 from kvision.weights import WeightsError
 
 BACKEND = keras.backend.backend()
@@ -22,7 +23,7 @@ def filled(name, *shape, **options):
         model = zoo.build_model(name, *shape, **options)
     for variable in model.weights:
         scale = 0.5 / np.sqrt(np.prod(variable.shape[:-1]) or 1)
-        values = scale * stream(0, "conversions", variable.path).standard_normal(variable.shape, np.float32)
+        values = scale * rng(0, "conversions", variable.path).standard_normal(variable.shape, np.float32)
         variable.assign(np.abs(values) + 0.5 if variable.name in ("gamma", "moving_variance") else values)
     return model
 
@@ -129,7 +130,7 @@ def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
     theirs = keras.applications.MobileNetV2((32, 32, 3), weights=None, classes=3, include_top=top)
     for variable in theirs.weights:
-        variable.assign(np.abs(stream(0, variable.path).standard_normal(variable.shape, np.float32)))
+        variable.assign(np.abs(rng(0, variable.path).standard_normal(variable.shape, np.float32)))
     theirs.save_weights(tmp_path / "keras.weights.h5")
     name = "mobilenet_v2_tf"
     report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)

@@ -40,7 +40,7 @@ def optimizer():
     return make_optimizer("sgd", WarmupSchedule(0.1, 14, 3), momentum=0.9, weight_decay=1e-2)
 
 
-def floor(model, optimizer):
+def build_engine(model, optimizer):
     optimizer.build(model.trainable_variables)
     return engine.create(model, optimizer, cross_entropy(0.1))
 
@@ -65,9 +65,9 @@ def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocess
 def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
     """Seven steps by three calls, one of several steps: on JAX also as the loop that an accelerator runs."""
     if keras.backend.backend() == "jax":
-        monkeypatch.setattr(engine.floor(), "accelerated", lambda: accelerated)
+        monkeypatch.setattr(engine.backend_module(), "accelerated", lambda: accelerated)
     batches = build_batches(pictures, Augmentation(True, 1))
-    one, many = (floor(network(), optimizer()) for _ in range(2))
+    one, many = (build_engine(network(), optimizer()) for _ in range(2))
     expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
     shown, draws = DeviceDataset(batches), list(batches.params(0))
     assert len(draws) == 7

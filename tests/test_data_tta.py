@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.data.tta import TTA, tta
+from kvision.data.tta import TTA, augmented_views
 from kvision.layers import logits
 from kvision.training import evaluation, trainer
 from kvision.weights.initialization import initialize
@@ -40,7 +40,7 @@ def reference(images, place):
 @pytest.mark.parametrize("name", TTA)
 def test_views_equal_the_reference(pictures, name):
     images, _ = pictures(3, 5, 7)
-    found = list(tta(images, name))
+    found = list(augmented_views(images, name))
     assert [weight for weight, _ in found] == list(EXPECTED[name].values())
     for (_, view), place in zip(found, EXPECTED[name], strict=True):
         assert view.dtype == np.uint8
@@ -49,7 +49,7 @@ def test_views_equal_the_reference(pictures, name):
 
 def test_an_unknown_name_raises(pictures):
     with pytest.raises(ValueError, match="tta must be one of none, flip, flip_shift, got 'zoomed'"):
-        list(tta(pictures(1)[0], "zoomed"))
+        list(augmented_views(pictures(1)[0], "zoomed"))
 
 
 @pytest.mark.parametrize("name", TTA)

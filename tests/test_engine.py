@@ -523,7 +523,7 @@ def test_compiled_programs_are_kept(computed_in, tmp_path):
 def test_kerass_own_step_is_the_floors():
     x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
     found = []
-    for kind in engine.KINDS:
+    for kind in engine.ENGINES:
         model = mixture()
         optimizer = make_optimizer("sgd", 0.1)
         optimizer.build(model.trainable_variables)
@@ -544,13 +544,13 @@ def test_kerass_own_step_is_the_floors():
 
 def test_floors():
     assert engine.installed(keras.backend.backend()) and not engine.installed("no_backend_of_this_name")
-    assert engine.floor().__name__ == f"kvision.engine.{keras.backend.backend()}"
+    assert engine.backend_module().__name__ == f"kvision.engine.{keras.backend.backend()}"
 
 
 def test_another_backend_of_keras_has_no_floor(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
-        engine.floor()
+        engine.backend_module()
 
 
 def test_full_precision_leaves_things_as_they_were():

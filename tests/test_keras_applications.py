@@ -9,6 +9,7 @@ from kvision import applications, convert, engine, zoo
 from kvision.convert import create_model, export_arrays, hdf5, import_arrays
 from kvision.convert.keras_applications import CONSTRUCTORS, renumbered
 from kvision.layers import skip_init
+from kvision.random import rng
 
 # The least sizes that Keras takes with its top.
 SIZES = {"vgg16": 32, "resnet50_v1": 32, "densenet121_tf": 32, "mobilenet_v2_tf": 32, "inception_v3_tf": 75}
@@ -29,7 +30,7 @@ def peer(monkeypatch):
         for layer in network.layers:
             for variable in layer.weights:
                 leaf, size = variable.name, tuple(variable.shape)
-                generator = stream(0, "keras", name, variable.path.replace("batch_normalization", "bn"))
+                generator = rng(0, "keras", name, variable.path.replace("batch_normalization", "bn"))
                 array = generator.standard_normal(size, np.float32)
                 if leaf == "kernel":
                     fan = np.prod(size[:-1]) if "depthwise" not in layer.name else np.prod(size[:2])
@@ -55,7 +56,7 @@ def test_logits_are_kerass(name, peer, tmp_path):
     assert report.source == "keras" and not report.skipped
     model = create_model(name, weights=tmp_path / "ours.npz")
     assert model.output_shape == (None, 7)
-    images = stream(0, "images").standard_normal((2, *network.input_shape[1:]), np.float32)
+    images = rng(0, "images").standard_normal((2, *network.input_shape[1:]), np.float32)
     expected, logits = (engine.create(each).predict(images) for each in (network, model))
     assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
     # Back: bit for bit, but for the ResNets' biases before batch norms, which are folded into those.
@@ -103,14 +104,14 @@ def test_numbered_layers():
 
 @pytest.mark.parametrize(("name", "mode"), [("VGG16", "caffe"), ("DenseNet121", "torch"), ("InceptionV3", "tf")])
 def test_images_are_prepared_as_keras_does(name, mode):
-    images = stream(0, "pixels").integers(0, 256, (2, 5, 4, 3)).astype(np.float32)
+    images = rng(0, "pixels").integers(0, 256, (2, 5, 4, 3)).astype(np.float32)
     expected = keras.applications.imagenet_utils.preprocess_input(images.copy(), mode=mode, data_format="channels_last")
     np.testing.assert_allclose(getattr(applications, name).preprocess_input(images), expected, atol=1e-4)
 
 
 def test_the_familiar_door():
     top = applications.ResNet20(classes=4, input_shape=(9, 8, 3))
-    images = stream(0, "images").standard_normal((2, 9, 8, 3), np.float32)
+    images = rng(0, "images").standard_normal((2, 9, 8, 3), np.float32)
     probabilities = ops.convert_to_numpy(top(images))
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     assert [layer.name for layer in top.layers][-2:] == ["logits", "predictions"]

@@ -18,7 +18,7 @@ from kvision.parity.cli import finite
 from kvision.parity.compare import LIMITS, STAGES, judge
 from kvision.parity.loading import build, check_shape, draw, in_double, start
 from kvision.parity.result import Result
-from kvision.parity.tensors import KEPT, gap, keep, places
+from kvision.parity.tensors import KEPT, difference, keep, places
 from kvision.parity.worker import answer, graph, numbered
 from tests import parity_models
 
@@ -56,7 +56,7 @@ def test_a_gap_says_where_and_how_much_of_the_scale(size):
     b = a.copy()
     at = int(places(size)[7])
     b.flat[at] += 0.5
-    found = gap(keep("x", a), keep("x", b))
+    found = difference(keep("x", a), keep("x", b))
     assert found.index == np.unravel_index(at, a.shape)
     assert found.values == (a.flat[at], b.flat[at])
     assert found.size == pytest.approx(0.5 / max(abs(a).max(), abs(b).max()), rel=1e-12)
@@ -67,10 +67,10 @@ def test_a_gap_beside_the_places_kept_shows_in_mean_or_norm(by):
     a = np.random.default_rng(2).normal(size=100_000)
     b = a.copy()
     b[np.setdiff1d(np.arange(len(a)), places(len(a)))[3]] += by
-    found = gap(keep("x", a), keep("x", b))
+    found = difference(keep("x", a), keep("x", b))
     assert found.index is None
     assert LIMITS["float64"]["inference_layers"] < found.size < 0.01
-    assert gap(keep("x", a), keep("x", a)).size == 0
+    assert difference(keep("x", a), keep("x", a)).size == 0
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_gap_beside_the_places_kept_shows_in_mean_or_norm(by):
     ],
 )
 def test_gaps_of_odd_values(a, b, size):
-    assert gap(keep("x", np.array(a)), keep("x", np.array(b))).size == size
-    assert gap(keep("x", np.array(b)), keep("x", np.array(a))).size == size
+    assert difference(keep("x", np.array(a)), keep("x", np.array(b))).size == size
+    assert difference(keep("x", np.array(b)), keep("x", np.array(a))).size == size
 
 
 # Made-up results
@@ -125,7 +125,7 @@ def made(backend, change=None):
 def judged(change=None, on="torch", dtype="float64", backends=BACKENDS):
     results = [made(backend, change if backend == on else None) for backend in backends]
     report = judge(results, dtype)
-    full = {"question": dataclasses.asdict(Spec("made", dtype, steps=4)), "failed": {}}
+    full = {"spec": dataclasses.asdict(Spec("made", dtype, steps=4)), "failed": {}}
     full["versions"] = {backend: {backend: "1.0"} for backend in backends}
     return report, parity.text(full | report)
 
@@ -406,7 +406,7 @@ def test_a_file_computes_in_the_dtype_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("question", "expected"),
+    ("spec", "expected"),
     [
         (Spec("resnet21"), "did you mean .*resnet20"),
         (Spec("resnet20", own={"depth_rate": 1}), "takes no argument depth_rate"),

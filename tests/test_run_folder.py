@@ -264,7 +264,7 @@ def test_the_terminal_may_go(start, monkeypatch, capsys):
 
 GONE = """
 import sys, time
-from kvision.flags import guard
+from kvision.flags import run_cli
 from kvision.training.shutdown import Interrupted, Interruption
 
 def run():
@@ -274,7 +274,7 @@ def run():
             time.sleep(0.01)
         raise Interrupted(f"stopped by {interruption.heard} and saved")
 
-sys.exit(guard("app", run, (), Interrupted))
+sys.exit(run_cli("app", run, (), Interrupted))
 """
 
 

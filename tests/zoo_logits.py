@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvision.random import rng
+
 FILE = Path(__file__).parent / "zoo_logits.json"
 
 
@@ -76,7 +78,7 @@ def small_form(name: str) -> tuple:
 def fill(model) -> None:
     """Set every variable to random values drawn by its name, the statistics of batch norm too."""
     for variable in model.weights:
-        generator, shape = stream(0, "zoo", variable.path), tuple(variable.shape)
+        generator, shape = rng(0, "zoo", variable.path), tuple(variable.shape)
         values = generator.standard_normal(shape, np.float32)
         if variable.name == "kernel":  # the deviation keeps the scale of what passes
             values *= math.sqrt(2 / math.prod(shape[:2] if shape[-1] == 1 else shape[:-1]))
@@ -89,7 +91,7 @@ def fill(model) -> None:
 
 def images(model) -> np.ndarray:
     """Two images of noise for a network, float32."""
-    return stream(0, "zoo", "images").standard_normal((2, *model.input_shape[1:]), np.float32)
+    return rng(0, "zoo", "images").standard_normal((2, *model.input_shape[1:]), np.float32)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ TTA = {
 }
 
 
-def views(images: np.ndarray, name: str) -> Iterator[tuple[float, np.ndarray]]:
+def augmented_views(images: np.ndarray, name: str) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (weight, view) for the views of images (n, height, width, channels); the weights sum to 1.
 
     "none" is the images themselves; "flip" adds those mirrored left to right; "flip_shift" also adds, at half the

@@ -18,6 +18,7 @@ from kvision.engine.fuse import is_graph
 from kvision.flags import UsageError
 from kvision.layers import VarianceScaling, skip_init
 from kvision.parity.spec import Spec
+from kvision.random import rng
 from kvision.weights.initialization import initialize
 
 
@@ -132,11 +133,11 @@ def start(model, spec: Spec) -> None:
     except ValueError:  # of a user's model, an initialiser that NumPy does not know
         for variable, value in weights:
             if value.size and (value != value.flat[0]).any():
-                generator = stream(spec.seed, "initial", variable.path)
+                generator = rng(spec.seed, "initial", variable.path)
                 variable.assign(VarianceScaling(1.0, "in").draw(value.shape, generator))
         for i, variable in enumerate(v for v in model.variables if v.dtype in ("uint32", "int32", "int64")):
             if tuple(variable.shape) == (2,):
-                variable.assign(np.array([stream(spec.seed, "generator", i).integers(2**31), 0], np.uint32))
+                variable.assign(np.array([rng(spec.seed, "generator", i).integers(2**31), 0], np.uint32))
     if spec.model.endswith(".keras"):
         for variable, value in weights:
             variable.assign(value)
@@ -152,7 +153,7 @@ def draw(spec: Spec, shape: tuple[int, int, int], classes: int | None) -> tuple[
             raise UsageError(f"--data has images of {images.shape[1:]}, and {spec.model} reads {shape}")
         return images, labels % (classes or 1)
     # Coarse patches of colour under noise: a network sees edges, and no two pixels that it pools are equal for long.
-    generator = stream(spec.seed, "images")
+    generator = rng(spec.seed, "images")
     height, width, channels = shape
     patches = generator.integers(0, 192, (count, -(-height // 8), -(-width // 8), channels))
     images = patches.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvision.random import rng
+
 KEPT = 4096  # values of a tensor
 
 
@@ -51,7 +53,7 @@ class Difference:
 
 def places(size: int) -> np.ndarray:
     """The flat places of a tensor of `size` values that are kept: all, or up to `KEPT` by chance, the same for all."""
-    return np.arange(size) if size <= KEPT else np.unique(stream(0, "places", size).integers(size, size=KEPT))
+    return np.arange(size) if size <= KEPT else np.unique(rng(0, "places", size).integers(size, size=KEPT))
 
 
 def keep(name: str, array) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from kvision.files import make_folder, remove, remove_temp_files
-from kvision.weights.archive import Archive, WeightsError, listed, refusal, write
+from kvision.weights.archive import Archive, WeightsError, shorten, weights_error, write
 
 FORMAT = "kvision-checkpoint"
 EPOCH = {"losses": np.float64, "correct": np.int64, "durations": np.float64}  # what is kept of each step of an epoch
@@ -119,7 +119,7 @@ class Checkpoints:
         self.configuration = json.loads(json.dumps(dict(configuration or {})))
         self.folder, self.keep = Path(folder), keep
         if self.folder.exists() and not self.folder.is_dir():
-            raise refusal(self.folder, "is a file; checkpoints want a folder")
+            raise weights_error(self.folder, "is a file; checkpoints want a folder")
         self.newest: Path | None = None  # the last that was read or written by this object
         self._broken: list[Path] = []
 
@@ -164,7 +164,7 @@ class Checkpoints:
             try:
                 make_folder(self.folder)
             except OSError as error:
-                raise refusal(self.folder, f"cannot be made: {error.strerror or error}") from None
+                raise weights_error(self.folder, f"cannot be made: {error.strerror or error}") from None
             write(path, arrays)
         except WeightsError as error:
             intact = "no checkpoint was written before it"
@@ -178,7 +178,7 @@ class Checkpoints:
                 remove(other)
             except OSError as error:
                 text = f"cannot be removed: {error.strerror}; the last checkpoint, {path}, is intact"
-                raise refusal(other, f"{text}: --resume goes on from it") from None
+                raise weights_error(other, f"{text}: --resume goes on from it") from None
         self._broken = []
         return path
 
@@ -215,14 +215,14 @@ class Checkpoints:
             self.newest = path
             return state
         if faults:
-            more = f" (nor can {listed(path.name for path in self._broken[1:])})" if faults[1:] else ""
+            more = f" (nor can {shorten(path.name for path in self._broken[1:])})" if faults[1:] else ""
             raise WeightsError(f"{faults[0]}; no run can go on from it{more}: start a new one in another folder")
         return State(batches=batches)
 
 
 def _other_run(path: Path, what: str) -> OtherRunError:
     text = "no run can go on from it but one that is the same: make this one so, or start a new one in another folder"
-    return OtherRunError(str(refusal(path, f"{what}; {text}")))
+    return OtherRunError(str(weights_error(path, f"{what}; {text}")))
 
 
 def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tuple[dict, dict[str, np.ndarray], State]:
@@ -244,9 +244,9 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
         other = manifest.get("configuration") or {}
         differing = [name for name in configuration if name in other and other[name] != configuration[name]]
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise refusal(path, "is not a checkpoint of a training run") from None
+        raise weights_error(path, "is not a checkpoint of a training run") from None
     if differing:
-        theirs, ours = (listed([f"{name} {of[name]}" for name in differing], 5) for of in (other, configuration))
+        theirs, ours = (shorten([f"{name} {of[name]}" for name in differing], 5) for of in (other, configuration))
         text = f"is of a run with {theirs}; this run has {ours}"
         raise _other_run(path, text)
     variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
@@ -254,7 +254,7 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
     stored = {key for key in arrays if not key.startswith(("best/", "callbacks/"))}
     if different := sorted(stored ^ set(variables)):
         whose = "that network" if different[0] in stored else "this one"
-        text = f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {listed(different)}"
+        text = f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {shorten(different)}"
         raise _other_run(path, text)
     for key, variable in variables.items():
         shape, kind = tuple(variable.shape), {"f": "f", "b": "b"}.get(variable.dtype[0], "iu")

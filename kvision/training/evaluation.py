@@ -8,8 +8,7 @@ import numpy as np
 from kvision.data.batches import PARAMS, Batches
 from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing, as_uint8
-from kvision.data.tta import TTA
-from kvision.data.tta import tta as augmented_views
+from kvision.data.tta import TTA, augmented_views
 
 
 def at_once(shape: tuple[int, int], small: int) -> int:
