@@ -35,7 +35,7 @@ from pathlib import Path
 
 import keras
 
-from kvision import engine as floors
+from kvision import engine as engines
 from kvision import experiment, files, flags, run_data
 from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
@@ -46,7 +46,7 @@ from kvision.report import environment, page
 from kvision.report.run_report import column, shares_as_percent
 from kvision.report.svg import bar_chart, line_chart
 from kvision.tasks import classification
-from kvision.training import evaluation, optimizers, trainer
+from kvision.training import evaluation, schedules, trainer
 from kvision.weights.initialization import initialize
 
 DATASETS = ("cifar10", "shapes10")
@@ -107,7 +107,7 @@ class RegularizeConfig:
     epochs: int = flag(30, "times that every training image is shown")
     batch_size: int = flag(100, "images a step")
     learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=schedules.SCHEDULES)
     max_train_samples: int = flag(2000, "train on so many images, drawn evenly from the classes")
     max_test_samples: int | None = flag(None, "test on so many images; none takes all")
     eval_every: int = flag(5, "epochs from one scoring to the next")
@@ -191,7 +191,7 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
         early_stopping=trainer.EarlyStopping(own.early_stopping) if own.early_stopping else None,
         label=name,
     )
-    engine = floors.create(model)
+    engine = engines.create(model)
     scored = {
         f"{which}_{figure}": value
         for which, (images, labels) in (("train", train), ("test", test))

@@ -262,10 +262,10 @@ def train_engine(
         if compiled:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)
         pictures = DeviceDataset(batches)
-        draws = itertools.chain.from_iterable(map(batches.params, itertools.count()))
+        params = itertools.chain.from_iterable(map(batches.params, itertools.count()))
         clock.start()
         for _ in range(0, steps, chunk):
-            losses, _ = trainer.train_steps(pictures, np.stack(list(itertools.islice(draws, chunk))))
+            losses, _ = trainer.train_steps(pictures, np.stack(list(itertools.islice(params, chunk))))
             clock.steps(losses)
     else:
         pairs = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))

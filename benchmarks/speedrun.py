@@ -39,7 +39,7 @@ from kvision.run_data import build_batches, build_preprocessing, read_data
 from kvision.tasks.classification import cross_entropy, log_probabilities, score
 from kvision.training import evaluation, trainer
 from kvision.training.muon import Muon
-from kvision.training.optimizers import schedule
+from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,11 +187,11 @@ class Course:
             layer.kernel.assign(whitening_kernel_on_device(self.whitened, *constants, layer.kernel_size[0]))
         left, losses = steps, None
         for epoch in range(self.recipe.epochs):
-            draws = list(self.batches.params(epoch))
-            for first in range(0, min(left, len(draws)), self.at_once):
-                chunk = np.stack(draws[first : first + self.at_once])
+            params = list(self.batches.params(epoch))
+            for first in range(0, min(left, len(params)), self.at_once):
+                chunk = np.stack(params[first : first + self.at_once])
                 losses, _ = self.engine.train_steps(self.pictures, chunk)
-            left -= len(draws)
+            left -= len(params)
             if left <= 0:
                 break
         loss = float(keras.ops.convert_to_numpy(losses)[-1])
@@ -209,13 +209,13 @@ class Course:
         count = max(1, round(self.unsure * len(logits)))
         unsure = np.argpartition(log_probabilities(logits).max(axis=-1), count - 1)[:count].astype(np.int32)
         moved = [view for view in tta if view[1:] != (0, False)]  # the image alone is known
-        draws = np.zeros((len(moved), len(PARAMS), count), np.int32)
-        draws[:, 0] = unsure
-        for draw, (_, move, mirrored) in zip(draws, moved, strict=True):
+        params = np.zeros((len(moved), len(PARAMS), count), np.int32)
+        params[:, 0] = unsure
+        for draw, (_, move, mirrored) in zip(params, moved, strict=True):
             draw[1:3], draw[3] = self.test.padding_mode - move, mirrored
         weights = np.array([weight for weight, *_ in moved], np.float32)
         logits[unsure] *= 1 - weights.sum()
-        logits[unsure] += np.tensordot(weights, self.engine.predict_on_device(self.test, draws), axes=1)
+        logits[unsure] += np.tensordot(weights, self.engine.predict_on_device(self.test, params), axes=1)
         return logits
 
     def run(self, seed: int, steps: int | None = None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from kvision import engine, flags, memory, zoo
 from kvision.convert import shipped
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
 from kvision.data.tta import TTA
-from kvision.training import optimizers, trainer
+from kvision.training import optimizers, schedules, trainer
 
 HELD_OUT = 0.1  # share of the training images that early stopping goes by
 
@@ -56,7 +56,7 @@ class Config:
     optimizer: str = flag("sgd", "what makes the step of a gradient", choices=optimizers.OPTIMIZERS)
     momentum: float = flag(0.9, "momentum of sgd, beta_1 of adam")
     weight_decay: float = flag(0.0, "decoupled weight decay of the kernels, times the learning rate each step")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=optimizers.SCHEDULES)
+    schedule: str = flag("cosine", "how the learning rate goes down", choices=schedules.SCHEDULES)
     warmup: float = flag(0.0, "share of the steps in which the learning rate rises")
     label_smoothing: float = flag(0.0, "share of the target that is spread over all classes")
     l1: float = flag(0.0, "penalty on the sum of the kernels' absolute values")

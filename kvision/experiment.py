@@ -17,7 +17,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from kvision import engine as floors
+from kvision import engine as engines
 from kvision import flags, memory, zoo
 from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_arguments, public
 from kvision.convert import find
@@ -41,7 +41,7 @@ from kvision.run_data import (
 )
 from kvision.run_folder import clean_run_folder, identity, run_folder, store_config, stored_config
 from kvision.tasks import classification
-from kvision.training import evaluation, optimizers, trainer
+from kvision.training import averaging, evaluation, optimizers, schedules, trainer
 from kvision.training.checkpoints import Checkpoints
 from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
@@ -157,7 +157,7 @@ def train(
     cache = {"auto": keras_cache().parent / "kvision-programs", "off": None}.get(
         config.compile_cache, config.compile_cache
     )
-    floors.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
+    engines.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
     full = dataset
     dataset = full.subset(train=config.max_train_samples, test=config.max_test_samples, seed=config.seed)
     model, preprocessing, own = build(config, full, skip)
@@ -179,7 +179,7 @@ def train(
     )
     # Before training goes on from a checkpoint the model has its initial weights, in a resumed run too.
     compared = dataset.x_test[:COMPARED_IMAGES]
-    initial_logits = evaluation.predict(floors.create(model), compared, preprocessing).tolist()
+    initial_logits = evaluation.predict(engines.create(model), compared, preprocessing).tolist()
     checkpoints = Checkpoints(folder / "checkpoints", configuration=identity(config, dataset))
     if config.resume:
         clean_run_folder(folder)
@@ -218,7 +218,7 @@ def train(
     )
     on_epoch(history, sync=True)
     # Epochs, checkpoints, manifest and confusions are of each image alone, so that they say what one answer is worth.
-    engine = floors.create(model)
+    engine = engines.create(model)
     logits = evaluation.predict(engine, dataset.x_test, preprocessing)
     scored, viewed = classification.score(logits, dataset.y_test), {}
     if config.tta != "none":
@@ -297,7 +297,7 @@ def total_steps(config: Config, steps_an_epoch: int) -> int:
 
 def build_schedule(config: Config, total: int):
     """The learning rate of each of `total` steps."""
-    return optimizers.schedule(config.schedule, config.learning_rate, total, config.warmup)
+    return schedules.schedule(config.schedule, config.learning_rate, total, config.warmup)
 
 
 def learning_rates(schedule, steps: int, steps_an_epoch: int, most: int = 400) -> tuple[list[float], list[float]]:
@@ -323,13 +323,13 @@ def build_optimizer(config: Config, steps_an_epoch: int, factors: Mapping[str, f
     if factors:
         optimizer = optimizers.LearningRateMultipliers(optimizer, factors)
     if config.lookahead is not None:
-        optimizer = optimizers.Lookahead(optimizer, total, config.lookahead)
+        optimizer = averaging.Lookahead(optimizer, total, config.lookahead)
     # An average is of the weights that are trained, the drawing back included.
     if config.ema is not None:
-        optimizer = optimizers.EMA(optimizer, config.ema)
+        optimizer = averaging.EMA(optimizer, config.ema)
     if config.swa is not None:
         first = max(1, config.epochs - round(config.swa * config.epochs))
-        optimizer = optimizers.SWA(optimizer, first * steps_an_epoch, steps_an_epoch)
+        optimizer = averaging.SWA(optimizer, first * steps_an_epoch, steps_an_epoch)
     return keras.optimizers.LossScaleOptimizer(optimizer) if config.dtype == "float16" else optimizer
 
 

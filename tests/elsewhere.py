@@ -18,7 +18,9 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, global_pool, logits
 from kvision.layers.noise import Dropout
 from kvision.tasks.classification import cross_entropy
-from kvision.training.optimizers import EMA, make_optimizer, schedule
+from kvision.training.averaging import EMA
+from kvision.training.optimizers import make_optimizer
+from kvision.training.schedules import schedule
 from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
 

@@ -32,7 +32,7 @@ from tests.datasets import real_data
 ROOT = Path(__file__).parent.parent
 IMAGES, BATCH, EVERY = 240, 24, 2  # of the training, of a step; steps from checkpoint to checkpoint
 STEPS = IMAGES // BATCH
-LIFE = 6  # batches that a process draws at most before it is killed
+LIFE = 6  # batches that a process params at most before it is killed
 IN_A_WRITE = 0.5  # share of the kills that wait for a checkpoint's temporary file
 WRITE_SECONDS = 0.01  # how long after the file was seen the signal is sent at most: about what a write takes
 
@@ -45,7 +45,7 @@ def child(folder: Path, epochs: int) -> None:
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
     from kvision.tasks.classification import cross_entropy
-    from kvision.training import optimizers, trainer
+    from kvision.training import averaging, optimizers, schedules, trainer
     from kvision.weights.initialization import initialize
 
     warnings.filterwarnings("error", message=".*passed over")  # a kill breaks no checkpoint
@@ -58,8 +58,8 @@ def child(folder: Path, epochs: int) -> None:
     outputs = logits(10)(dropout(0.3, name="dropout")(global_pool()(x_inputs)))
     model = keras.Model(inputs, outputs, name="killed")
     initialize(model, 0)
-    rate = optimizers.schedule("cosine", 0.05, epochs * STEPS, 0.1)
-    optimizer = optimizers.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
+    rate = schedules.schedule("cosine", 0.05, epochs * STEPS, 0.1)
+    optimizer = averaging.EMA(optimizers.make_optimizer("sgd", rate, weight_decay=1e-3), 0.95)
     preprocessing = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = Batches(x[:IMAGES], y[:IMAGES], BATCH, 0, preprocessing, Augmentation(True, 2, "reflect", 4))
     draw = batches.params

@@ -149,7 +149,7 @@ def googlenet_head(network, pooled, name):
 
 
 def inception_v2(model, x, slim=False):
-    """Figure 5. On even sides Caffe's poolings reach over the end; on odd ones they are center_offset as convolutions are."""
+    """Figure 5. On even sides Caffe's poolings reach over the end; on odd ones they are centered like convolutions."""
     network = Network(model, 1e-3 if slim else 1e-5, tensorflows if slim else symmetrical)
     shrinking = tensorflows if slim else over_the_end
     beside = tensorflows if slim else lambda shape, *_: tuple((side % 2, 1) for side in shape)

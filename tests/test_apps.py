@@ -21,7 +21,8 @@ from kvision.data import load
 from kvision.experiment import build_optimizer, command
 from kvision.flags import UsageError
 from kvision.run_data import build_batches, build_preprocessing, train_validation_split
-from kvision.training.optimizers import EMA, SWA, LearningRateMultipliers, Lookahead
+from kvision.training.averaging import EMA, SWA, Lookahead
+from kvision.training.optimizers import LearningRateMultipliers
 from kvision.weights import inspect
 from tests.datasets import real_data, write_shapes
 
@@ -367,7 +368,7 @@ def test_the_rows_of_regularize_start_alike(images):
     outputs = []
     for model in models.values():
         regularize.initialize(model, 0)
-        outputs.append(regularize.floors.create(model).predict(dataset.x_test / np.float32(255)))
+        outputs.append(regularize.engines.create(model).predict(dataset.x_test / np.float32(255)))
     assert len(outputs) == 7 and all(np.array_equal(output, outputs[0]) for output in outputs[1:-1])
     np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)  # shake-shake's mean
 

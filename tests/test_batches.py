@@ -167,7 +167,7 @@ def test_the_batch_size_is_at_most_the_number_of_images(pictures):
     [
         (0, 0, 4, "got 0 and 4"),
         (4, 4, 0, "got 4 and 0"),
-        (4, 3, 2, "a label for each image, got 4 and 3"),
+        (4, 3, 2, "one label per image, got 4 images and 3 labels"),
     ],
 )
 def test_invalid_arguments_raise(images, labels, batch_size, message):
@@ -224,10 +224,10 @@ def test_images_of_a_stated_range_become_uint8(images, value_range):
 @pytest.mark.parametrize(
     ("labels", "classes", "kind", "message"),
     [
-        ([0.0, 1.0, 0.5], None, TypeError, "whole numbers, the classes' indices, got float64"),
+        ([0.0, 1.0, 0.5], None, TypeError, "integers, the classes' indices, got float64"),
         (np.array([0, 1, 1], np.float32), None, TypeError, "got float32"),
         ([True, False, True], None, TypeError, "got bool"),
-        (["0", "1", "1"], None, TypeError, "whole numbers"),
+        (["0", "1", "1"], None, TypeError, "integers"),
         ([[1, 0], [0, 1], [1, 0]], None, ValueError, r"shape \(n,\).*got \(3, 2\)"),
         ([0, -1, 1], None, ValueError, r"must lie in 0\.\.\d+, got -1 to 1"),
         ([0, 1, 2], 2, ValueError, r"must lie in 0\.\.1, got 0 to 2"),

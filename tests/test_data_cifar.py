@@ -251,13 +251,13 @@ FAULTS = {
     "another width": (rewrite(lambda b: b.update({b"data": b[b"data"][:, :3000]})), r"shape \(n, 3072\)"),
     "other labels": (rewrite(lambda b: b.update({b"labels": [10] * 10})), "expected labels 0 to 9, got 10"),
     "negative labels": (rewrite(lambda b: b.update({b"labels": [-1] * 10})), "got -1"),
-    "labels of text": (rewrite(lambda b: b.update({b"labels": ["1"] * 10})), "list of whole numbers"),
+    "labels of text": (rewrite(lambda b: b.update({b"labels": ["1"] * 10})), "list of integers"),
     "too few labels": (rewrite(lambda b: b[b"labels"].pop()), "10 images but 9 labels"),
     "no data": (rewrite(lambda b: b.pop(b"data")), "expected under 'data'"),
     "no labels": (rewrite(lambda b: b.pop(b"labels")), "expected under 'labels'"),
     "other classes": (
         lambda folder: (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")})),
-        "does not name the classes of cifar10",
+        "does not list the classes of cifar10",
     ),
 }
 
@@ -360,13 +360,13 @@ def test_an_archive_replaces_a_broken_folder_and_keeps_an_equal_one(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar_of(("something/else.txt", b"1")), "holds none of CIFAR's layouts"),
+        (tar_of(("something/else.txt", b"1")), "contains none of CIFAR's layouts"),
         (tar_of(("cifar-10-batches-py/data_batch_1", b"1")), "lacks data_batch_2"),
         (tar_of(("x/data_batch_1", bytes(200_000)), ("x/test_batch", b""))[:100], "no readable tar archive"),
         (tar_of(("x/data_batch_1", bytes(200_000))), "unpacks to more than"),
         (b"\x1f\x8bnonsense", "no readable tar archive"),
-        (b"", "is no data set"),
-        (b"just text", "is no data set"),
+        (b"", "is not a data set"),
+        (b"just text", "is not a data set"),
     ],
     ids=["other files", "incomplete", "cut short", "bomb", "not gzip", "empty", "text"],
 )

@@ -29,7 +29,7 @@ def make(train=60, test=30, classes=3):
         ("x_train", np.zeros((60, 4, 5), np.uint8), r"got shape \(60, 4, 5\)"),
         ("x_train", np.zeros((60, 4, 5, 4), np.uint8), "1 or 3"),
         ("x_train", np.zeros((59, 4, 5, 3), np.uint8), "59 images but 60 labels"),
-        ("x_test", np.zeros((30, 5, 5, 3), np.uint8), "test images of another"),
+        ("x_test", np.zeros((30, 5, 5, 3), np.uint8), r"have shape \(4, 5, 3\), test images \(5, 5, 3\)"),
         ("x_train", np.zeros((60, 0, 5, 3), np.uint8), "empty"),
         ("y_train", np.zeros(60, np.int64), "vector of int32, got int64"),
         ("y_train", np.zeros((60, 1), np.int32), "vector of int32"),

@@ -13,7 +13,8 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training import evaluation, trainer
-from kvision.training.optimizers import WarmupSchedule, make_optimizer
+from kvision.training.optimizers import make_optimizer
+from kvision.training.schedules import WarmupSchedule
 from kvision.training.trainer import fit, values
 from kvision.weights.initialization import initialize
 
@@ -55,8 +56,8 @@ def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocess
     batches = build_batches(pictures, augmentation, preprocessing)
     shown = DeviceDataset(batches)
     for epoch in (0, 1):
-        for draws, (images, labels) in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
-            found, answers = shown.make_batch(shown.tensors, ops.convert_to_tensor(draws))
+        for params, (images, labels) in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
+            found, answers = shown.make_batch(shown.tensors, ops.convert_to_tensor(params))
             np.testing.assert_allclose(array(found), images, rtol=1e-6, atol=1e-6 * np.abs(images).max())
             np.testing.assert_array_equal(array(answers), labels)
 
@@ -69,9 +70,9 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
     batches = build_batches(pictures, Augmentation(True, 1))
     one, many = (build_engine(network(), optimizer()) for _ in range(2))
     expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
-    shown, draws = DeviceDataset(batches), list(batches.params(0))
-    assert len(draws) == 7
-    results = [many.train_steps(shown, np.stack(part)) for part in (draws[:1], draws[1:6], draws[6:])]
+    shown, params = DeviceDataset(batches), list(batches.params(0))
+    assert len(params) == 7
+    results = [many.train_steps(shown, np.stack(part)) for part in (params[:1], params[1:6], params[6:])]
     losses, correct = (np.concatenate([array(result[i]) for result in results]) for i in range(2))
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
     np.testing.assert_array_equal(correct, [count for _, count in expected])
@@ -92,7 +93,7 @@ def test_pictures_are_predicted_where_they_lie(pictures):
 def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
     batches = build_batches(pictures)
     monkeypatch.setattr("kvision.data.device.MAX_PIXELS", batches.padded[..., 0].size)
-    with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
+    with pytest.raises(ValueError, match="29 padded images of 8x7 pixels are too many"):
         DeviceDataset(batches)
     assert MAX_PIXELS == 2**31
 
@@ -123,11 +124,11 @@ class Programs:
         self.inner, self.model, self.optimizer = inner, inner.model, inner.optimizer
         self.sync_variables, self.predict, self.counts, self.end = inner.sync_variables, inner.predict, [], end
 
-    def train_steps(self, pictures, draws):
+    def train_steps(self, pictures, params):
         if sum(self.counts) == self.end:
             raise PowerCutError
-        self.counts.append(len(draws))
-        return self.inner.train_steps(pictures, draws)
+        self.counts.append(len(params))
+        return self.inner.train_steps(pictures, params)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
             noted.append(Programs(create(*arguments), end))
             return noted[0]
 
-        monkeypatch.setattr(trainer.floors, "create", note)
+        monkeypatch.setattr(trainer.engines, "create", note)
         options = {"checkpoint": tmp_path, "epochs": 1, "data_on": "device", **options}
         fit(network(), optimizer(), cross_entropy(), build_batches(pictures), **options)
         return noted[0].counts
@@ -170,7 +171,7 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
     ):
         with pytest.raises(ValueError, match=message):
             fit(network(), optimizer(), cross_entropy(), build_batches(pictures), epochs=1, **options)
-    with pytest.raises(ValueError, match="images of Mixed batches cannot be made on the device"):
+    with pytest.raises(ValueError, match="images of MixedBatches batches cannot be made on the device"):
         fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, data_on="device")
 
 
@@ -178,23 +179,25 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
     ("steps", "expected"), [(390, 39), (50, 50), (391, 23), (389, 50), (7, 50)], ids=lambda number: str(number)
 )
 def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, expected):
-    monkeypatch.setattr(trainer.floors, "accelerated", lambda: True)
+    monkeypatch.setattr(trainer.engines, "accelerated", lambda: True)
     callbacks = trainer.Callbacks([], [], network(), optimizer())
     assert trainer._at_once(steps, None, callbacks) == expected
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
-def test_views_of_pictures_are_those_of_the_host(pictures, tta):
+def test_tta_on_the_device_equals_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network())
-    shown = DeviceDataset(Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, border="reflect")))
+    shown = DeviceDataset(
+        Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect"))
+    )
     found = evaluation.predict_pictures(predictor, shown, batch_size=4, tta=tta)
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
-def test_moved_views_want_a_border(pictures):
+def test_shifted_views_require_padding(pictures):
     shown = DeviceDataset(build_batches(pictures))
-    with pytest.raises(ValueError, match="views 'shifted' move images by 1 pixels, their border has 0"):
+    with pytest.raises(ValueError, match="tta 'flip_shift' moves images by 1 pixels, their border has 0"):
         evaluation.predict_pictures(engine.create(network()), shown, tta="flip_shift")
 
 

@@ -204,7 +204,7 @@ def test_no_server(server, cache, monkeypatch):
         load("mnist")
     assert time.monotonic() - began < 5
     message = str(caught.value)
-    assert message.startswith("mnist is neither here nor to be had: http://127.0.0.1")
+    assert message.startswith("mnist is neither on disk nor downloadable: http://127.0.0.1")
     assert message.endswith(f"give a path to it, or put mnist.npz into {cache}")
     assert "\n" not in message
     assert left(cache) == []
@@ -224,7 +224,7 @@ def test_a_slow_transfer_times_out(server, one_file, cache, monkeypatch, drip):
     monkeypatch.setattr(download, "ATTEMPTS", 2)
     server.drip = drip
     began = time.monotonic()
-    said = {"header": "no whole answer in 0.5 s", "body": "bytes a second for 0.2 s"}[drip]
+    said = {"header": "no complete response header in 0.5 s", "body": "bytes/s over 0.2 s"}[drip]
     with pytest.raises(DataUnavailable, match=said):
         fetch(cache)
     assert time.monotonic() - began < 5
@@ -307,7 +307,7 @@ def test_a_broken_folder_in_the_cache_is_skipped_and_replaced(server, cache, mon
     (broken / "data_batch_1.bin").write_bytes(b"1")
     said = []
     assert load("cifar10", log=said.append).name == "cifar10"
-    assert said[0].startswith(f"passing over {broken}: ")
+    assert said[0].startswith(f"skipping {broken}: ")
     assert left(cache) == ["cifar-10-batches-bin"]
 
 

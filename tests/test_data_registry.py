@@ -95,7 +95,7 @@ def test_an_incomplete_mnist_in_the_cache_is_not_mnist(home, monkeypatch):
     said = []
     with pytest.raises(DataUnavailable):
         load("mnist", download=False, log=said.append)
-    assert "not the whole mnist" in said[0]
+    assert "not the complete mnist" in said[0]
 
 
 def test_a_given_path_is_the_only_candidate(home):
@@ -112,10 +112,10 @@ def test_a_given_path_is_the_only_candidate(home):
         ("missing", "missing does not exist"),
         ("", "path of the data is empty"),
         ("  ", "path of the data is empty"),
-        ("empty", "holds no cifar10, no .npz and no images by class, but nothing"),
-        ("notes.txt", "is no data set: expected"),
-        ("text", "holds no cifar10.*but readme"),
-        ("mnist", r"holds no cifar10.*but mnist\.npz; expected cifar-10-batches-py/ or cifar-10-batches-bin/"),
+        ("empty", "contains no cifar10, no .npz and no images by class, but nothing"),
+        ("notes.txt", "is not a data set: expected"),
+        ("text", "contains no cifar10.*but readme"),
+        ("mnist", r"contains no cifar10.*but mnist\.npz; expected cifar-10-batches-py/ or cifar-10-batches-bin/"),
     ],
 )
 @pytest.mark.parametrize("kind", [str, Path])

@@ -59,7 +59,7 @@ def test_predictions_are_mean_logits(pictures, name):
     outputs = logits(4)(keras.layers.Dense(6, "tanh")(keras.layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     initialize(model, 0)
-    engine, preprocessing = trainer.floors.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
+    engine, preprocessing = trainer.engines.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
     images, _ = pictures(8, 5, 7)
     found = evaluation.predict(engine, images, preprocessing, 3, tta=name)
     expected = sum(

@@ -13,7 +13,7 @@ import pytest
 from kvision import zoo
 from kvision.layers import skip_init
 from kvision.layers.regularizers import MaxNorm, Orthogonal, add_constraint, add_regularizer
-from kvision.training.optimizers import WarmupSchedule
+from kvision.training.schedules import WarmupSchedule
 
 ROOT = Path(__file__).parent.parent
 # One row a wiring at a size that keeps it small: every file of the zoo, and every option that adds a class.

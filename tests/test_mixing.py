@@ -64,7 +64,8 @@ def test_erasing_puts_noise_into_each_rectangle():
     np.testing.assert_array_equal(targets, TARGETS)
 
 
-# Parameters
+# Parameters. The digests are of this order.
+ORDER = ("box", "noise", "permutation", "lam")
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
@@ -134,14 +135,14 @@ def test_an_image_without_a_fitting_rectangle_is_unchanged():
 def test_params_are_frozen(kind, expected):
     """The same numbers on every backend and every machine."""
     params = kind.make_params(rng(3, "samples", 1, 2), (16, 8, 8, 3))
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params)))
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in ORDER if name in params))
     assert digest.hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mixup(0), "mixup: alpha, of the distribution .* must be positive, got 0"),
+        (lambda: Mixup(0), "mixup: alpha of the distribution .* must be positive, got 0"),
         (lambda: CutMix(-1.0), "CutMix: alpha.* got -1.0"),
         (lambda: RandomErasing(1.5), "the probability must be from 0 to 1, got 1.5"),
         (lambda: RandomErasing(area=(0.5, 0.1)), r"areas must be in order.*got \(0.5, 0.1\) and 0.3"),

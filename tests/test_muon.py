@@ -12,7 +12,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import conv, logits
 from kvision.tasks.classification import cross_entropy
 from kvision.training.muon import COEFFICIENTS, Muon, orthogonalize
-from kvision.training.optimizers import schedule
+from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
 
 GENERATOR = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def steps_of(optimizer, values, gradients):
     return [numpy_of(variable) for variable in variables]
 
 
-def draws(shapes, dtype, count=1):
+def params(shapes, dtype, count=1):
     return [[GENERATOR.standard_normal(shape).astype(dtype) for shape in shapes] for _ in range(count)]
 
 
@@ -79,8 +79,8 @@ def test_no_gradient_is_no_step():
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_matrices_step_as_keras_muon_does(nesterov, rms_rate, dtype):
     shapes = [(8, 5), (5, 8), (8, 5)]
-    values = dict(zip("abc", draws(shapes, dtype)[0], strict=True))
-    gradients = draws(shapes, dtype, count=4)
+    values = dict(zip("abc", params(shapes, dtype)[0], strict=True))
+    gradients = params(shapes, dtype, count=4)
     rate = schedule("linear", 0.1, 6)
     ours = Muon(rate, 0.9, nesterov, rms_rate=rms_rate, weight_decay=0.01)
     theirs = keras.optimizers.Muon(
@@ -93,7 +93,7 @@ def test_matrices_step_as_keras_muon_does(nesterov, rms_rate, dtype):
 
 
 def test_kernels_of_convolutions_step_as_their_matrices(dtype):
-    (kernel,), gradients = draws([(3, 3, 2, 5)], dtype)[0], draws([(3, 3, 2, 5)], dtype, count=3)
+    (kernel,), gradients = params([(3, 3, 2, 5)], dtype)[0], params([(3, 3, 2, 5)], dtype, count=3)
     (found,) = steps_of(Muon(0.1), {"kernel": kernel}, gradients)
     matrices = [[gradient.reshape(18, 5) for gradient in each] for each in gradients]
     (expected,) = steps_of(Muon(0.1), {"kernel": kernel.reshape(18, 5)}, matrices)
@@ -101,7 +101,7 @@ def test_kernels_of_convolutions_step_as_their_matrices(dtype):
 
 
 def test_a_kernel_is_scaled_before_its_step(dtype):
-    (kernel,), gradients = draws([(3, 3, 2, 5)], dtype)[0], draws([(3, 3, 2, 5)], dtype, count=1)
+    (kernel,), gradients = params([(3, 3, 2, 5)], dtype)[0], params([(3, 3, 2, 5)], dtype, count=1)
     (found,) = steps_of(Muon(0.1, normalize=True), {"kernel": kernel}, gradients)
     scaled = kernel * np.sqrt(5) / np.linalg.norm(kernel)
     (expected,) = steps_of(Muon(0.1), {"kernel": scaled.astype(dtype)}, gradients)
@@ -109,8 +109,8 @@ def test_a_kernel_is_scaled_before_its_step(dtype):
 
 
 def test_other_variables_step_by_sgd(dtype):
-    values = dict(zip(("bias", "head"), draws([(5,), (4, 3)], dtype)[0], strict=True))
-    gradients = draws([(5,), (4, 3)], dtype, count=3)
+    values = dict(zip(("bias", "head"), params([(5,), (4, 3)], dtype)[0], strict=True))
+    gradients = params([(5,), (4, 3)], dtype, count=3)
     optimizer = Muon(0.1, sgd={"bias": schedule("linear", 0.5, 2), "head": (0.25, 0.01)}, sgd_momentum=0.8)
     found = steps_of(optimizer, values, gradients)
     for value, rates, penalty, got, column in zip(

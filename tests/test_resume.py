@@ -24,8 +24,9 @@ from kvision.flags import run_cli
 from kvision.layers import logits, regularizers
 from kvision.tasks.classification import cross_entropy
 from kvision.training import evaluation, trainer
+from kvision.training.averaging import EMA
 from kvision.training.checkpoints import Checkpoints, State
-from kvision.training.optimizers import EMA, make_optimizer
+from kvision.training.optimizers import make_optimizer
 from kvision.training.shutdown import GracefulShutdown, Interrupted
 from kvision.training.trainer import DivergedError, EarlyStopping, fit
 from kvision.weights import WeightsError
@@ -778,7 +779,7 @@ def test_callbacks_write_files(pictures, tmp_path):
     assert steps == 3 * (1 + losses.index(min(losses)))
     last.load_weights(tmp_path / "3.weights.h5")
     assert same([np.array(w) for w in last.get_weights()], [np.array(w) for w in model.get_weights()])
-    scores = evaluation.predict(trainer.floors.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
+    scores = evaluation.predict(trainer.engines.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
     assert trainer.score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
     assert {path.name for path in tmp_path.glob("step*")} == {
         "step1-2.weights.h5",
@@ -806,7 +807,7 @@ def test_metrics_are_scored_with_every_image_set(pictures):
         also={"o": other},
         metrics=[top],
     )
-    floor = trainer.floors.create(model)
+    floor = trainer.engines.create(model)
     for name, (images, labels) in (("test", held), ("o", other)):
         scores = evaluation.predict(floor, images, batches.preprocessing)
         rank = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)

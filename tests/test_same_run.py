@@ -15,7 +15,8 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool, regularizers
 from kvision.tasks.classification import cross_entropy
-from kvision.training.optimizers import LearningRateMultipliers, make_optimizer, schedule
+from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
+from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
 
 layers, initializers = keras.layers, keras.initializers

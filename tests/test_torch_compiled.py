@@ -14,7 +14,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
 from kvision.tasks.classification import cross_entropy
 from kvision.training.muon import Muon
-from kvision.training.optimizers import schedule
+from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
 
 pytestmark = pytest.mark.skipif(

@@ -20,15 +20,10 @@ from kvision.tasks.classification import (
     score,
     top_losses,
 )
-from kvision.training import evaluation, optimizers, trainer
-from kvision.training.optimizers import (
-    EMA,
-    SWA,
-    LearningRateMultipliers,
-    Lookahead,
-    make_optimizer,
-    schedule,
-)
+from kvision.training import evaluation, optimizers, schedules, trainer
+from kvision.training.averaging import EMA, SWA, Lookahead
+from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
+from kvision.training.schedules import schedule
 from kvision.training.trainer import DivergedError, EarlyStopping, fit
 from kvision.weights.initialization import initialize
 
@@ -94,7 +89,7 @@ def test_unknown_schedules_and_optimizers_are_named():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, linear, steps, got 'sawtooth'"):
         schedule("sawtooth", 0.1, 10)
     with pytest.raises(ValueError, match="'linear', 'cosine' or not"):
-        optimizers.WarmupSchedule(0.1, 10, kind="steps")
+        schedules.WarmupSchedule(0.1, 10, kind="steps")
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adam, adamw, got 'lion'"):
         make_optimizer("lion", 0.1)
 
@@ -148,7 +143,7 @@ def test_gradients_are_clipped(kind, limit):
     expected = CLIPS[kind]([x.T.astype(np.float64) @ apart, apart.sum(axis=0)], limit)
     optimizer = make_optimizer("sgd", 1.0, momentum=0.0, **{kind: limit})
     optimizer.build(model.trainable_variables)
-    floor = trainer.floors.create(model, optimizer, cross_entropy())
+    floor = trainer.engines.create(model, optimizer, cross_entropy())
     floor.train_step(x, labels)
     floor.sync_variables()
     for old, new, gradient in zip(before, trainer.values(model.variables), expected, strict=True):
@@ -179,7 +174,7 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
     floors = []
     for one, of in ((model, optimizer), (twin, plain)):
         of.build(one.trainable_variables)
-        floors.append(trainer.floors.create(one, of, cross_entropy()))
+        floors.append(trainer.engines.create(one, of, cross_entropy()))
     expected = [np.zeros(tuple(v.shape)) for v in model.trainable_variables]
     steps = (batch for epoch in range(3) for batch in batches.epoch(epoch))
     for share, batch in zip(shares, steps, strict=False):
@@ -214,10 +209,10 @@ def test_fit_scores_and_leaves_the_average(pictures):
     assert history.step_losses == other.step_losses
     assert history.epochs[-1]["test_loss"] != other.epochs[-1]["test_loss"]
     assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.averages))
-    scores = evaluation.predict(trainer.floors.create(model), test[0], batches.preprocessing)
+    scores = evaluation.predict(trainer.engines.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
     maps = keras.Model(model.input, model.get_layer("conv").output)
-    seen = np.concatenate([trainer.floors.create(maps).predict(images) for images, _ in batches.epoch(1)])
+    seen = np.concatenate([trainer.engines.create(maps).predict(images) for images, _ in batches.epoch(1)])
     for name, wanted in (("mean", seen.mean(axis=(0, 1, 2))), ("variance", seen.var(axis=(0, 1, 2)))):
         (found,) = trainer.values([getattr(model.get_layer("bn"), f"moving_{name}")])
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
@@ -270,7 +265,7 @@ def test_lookahead_follows_its_reference(every, decay):
     slow = fast
     optimizer = Lookahead(make_optimizer("sgd", 1.0, momentum=0.0), total=10, every=every, decay=decay)
     optimizer.build(model.trainable_variables)
-    floor = trainer.floors.create(model, optimizer, cross_entropy())
+    floor = trainer.engines.create(model, optimizer, cross_entropy())
     for step in range(1, 13):
         floor.train_step(x.astype(np.float32), labels)
         floor.sync_variables()
@@ -294,7 +289,7 @@ def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
     optimizer = Lookahead(inner, total=6, every=4)
     history = fit(model, optimizer, cross_entropy(), batches, epochs=2, steps=steps, test=test)
     assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
-    scores = evaluation.predict(trainer.floors.create(model), test[0], batches.preprocessing)
+    scores = evaluation.predict(trainer.engines.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
     twin, inner, _ = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
@@ -382,7 +377,7 @@ def test_early_stopping_brings_the_best_epoch_back(pictures):
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 20 and "test_loss" not in history.epochs[0]
     assert same(trainer.values(model.variables), states[best]) and not same(states[best], states[-1])
-    scores = evaluation.predict(trainer.floors.create(model), images, batches.preprocessing)
+    scores = evaluation.predict(trainer.engines.create(model), images, batches.preprocessing)
     assert score(scores, (labels + 1) % 3)["loss"] == losses[best]
 
 
@@ -583,7 +578,7 @@ def test_history_of_an_epoch(pictures):
     (row,) = history.epochs
     twin, twin_optimizer, _ = run(pictures, width=0)
     twin_optimizer.build(twin.trainable_variables)
-    floor = trainer.floors.create(twin, twin_optimizer, cross_entropy())
+    floor = trainer.engines.create(twin, twin_optimizer, cross_entropy())
     steps = [floor.train_step(*batch) for batch in batches.epoch(0)]
     losses, correct = [float(loss) for loss, _ in steps], sum(int(count) for _, count in steps)
     tested = score(evaluation.predict(floor, test[0], batches.preprocessing), test[1])

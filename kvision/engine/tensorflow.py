@@ -1,8 +1,4 @@
-"""TensorFlow: the step is one `tf.function`; the variables hold the state. XLA stays off: it is slower on a CPU.
-
-In a functional model's graph batch norm is TensorFlow's fused one, both ways (Keras composes it of a dozen operations,
-each a pass over the activations), and a convolution puts the zeros around its input itself.
-"""
+"""TensorFlow: the step is one `tf.function`; the variables hold the state. XLA stays off: it is slower on a CPU."""
 
 import itertools
 from contextlib import contextmanager
@@ -14,14 +10,13 @@ import tensorflow as tf
 from kvision.engine import check_model, check_targets, main_output
 from kvision.engine.fuse import Graph, Recorder, is_graph, parts, penalties
 from kvision.engine.keras_internals import calling, index_of, takes_training, with_methods
-
-HALVES = ("float16", "bfloat16")
+from kvision.engine.kernels_tensorflow import lower
 
 
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
     if deterministic:
         tf.config.experimental.enable_op_determinism()  # for the whole process: TensorFlow knows no way back
-        tf.random.set_seed(0)  # or what draws numbers without a seed of its own would fail
+        tf.random.set_seed(0)  # or what params numbers without a seed of its own would fail
 
 
 def accelerated() -> bool:
@@ -66,7 +61,7 @@ class Engine:
         if not self._is_graph:
             return self.model(images, **({"training": training} if takes_training(self.model) else {}))
         if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, partial(_lower, training=training), training)
+            self._graphs[training] = Graph(self.model, partial(lower, training=training), training)
         with calling(self.model, training):
             return self._graphs[training](images)
 
@@ -137,8 +132,8 @@ class Engine:
         check_targets(labels)
         return self._step(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
-    def train_steps(self, pictures, draws):
-        results = [self._shown(pictures, pictures.tensors, draw) for draw in tf.unstack(draws)]
+    def train_steps(self, pictures, params):
+        results = [self._shown(pictures, pictures.tensors, draw) for draw in tf.unstack(params)]
         return [tf.stack(values) for values in zip(*results, strict=True)]
 
     def value_and_grad(self, images, labels):
@@ -147,17 +142,19 @@ class Engine:
     def predict(self, images):
         return self._forward(tf.convert_to_tensor(images)).numpy()
 
-    def predict_on_device(self, pictures, draws):
-        results = [self._forward_shown(pictures, pictures.tensors, draw) for draw in tf.unstack(draws)]
+    def predict_on_device(self, pictures, params):
+        results = [self._forward_shown(pictures, pictures.tensors, draw) for draw in tf.unstack(params)]
         return tf.stack(results).numpy()
 
     def evaluate(self, images, labels):
         return self._score(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
 
     def layer_outputs(self, images, training=False):
-        seen, lower = Recorder(), partial(_lower, training=training)
+        seen = Recorder()
         with calling(self.model, training):
-            Graph(self.model, lower, training, fuse=False)(tf.convert_to_tensor(images), seen)
+            Graph(self.model, partial(lower, training=training), training, fuse=False)(
+                tf.convert_to_tensor(images), seen
+            )
         return seen.rows
 
     def sync_variables(self):
@@ -229,60 +226,3 @@ def _classes(labels):
 def _count(labels, logits):
     """How many of the largest logits are right."""
     return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == _classes(labels), tf.int32))
-
-
-def _lower(layer, pads=None, relu=False, *, training):
-    kind = type(layer)
-    if kind is keras.layers.Conv2D and pads and layer.groups == 1:
-        return lambda x, **_: _conv(layer, x, pads)
-    if pads:
-        return lambda x, **_: layer(tf.pad(x, ((0, 0), *pads, (0, 0))))
-    if kind is keras.layers.BatchNormalization and layer.variable_dtype == "float32" and _is_fused(layer):
-        return lambda x, **_: _batch_norm(layer, x, training, relu)
-    return None
-
-
-def _conv(layer, x, pads):
-    """What `layer(x)` computes, `pads` zeros around the image."""
-    dtype = layer.compute_dtype
-    y = tf.nn.conv2d(
-        tf.cast(x, dtype),
-        tf.cast(layer.kernel.value, dtype),
-        layer.strides,
-        [[0, 0], *map(list, pads), [0, 0]],
-        dilations=layer.dilation_rate,
-    )
-    if layer.use_bias:
-        y = tf.nn.bias_add(y, tf.cast(layer.bias.value, dtype))
-    return layer.activation(y) if layer.activation is not None else y
-
-
-def _is_fused(layer):
-    """Whether TensorFlow has a batch norm like it: of images (n, h, w, c), in float32 or less."""
-    return layer.input_spec.ndim == 4 and layer.axis in (-1, 3) and layer.compute_dtype in ("float32", *HALVES)
-
-
-def _batch_norm(layer, x, training, relu):
-    """What `layer(x, training=training)` computes, and the same new running statistics."""
-    y = _fused_batch_norm(layer, tf.cast(x, layer.compute_dtype), training)
-    return tf.nn.relu(y) if relu else y
-
-
-def _fused_batch_norm(layer, x, training):
-    training = training and layer.trainable
-    mean, variance = layer.moving_mean, layer.moving_variance
-    y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x,
-        scale=layer.gamma.value if layer.scale else tf.ones_like(mean.value),
-        offset=layer.beta.value if layer.center else tf.zeros_like(mean.value),
-        mean=[] if training else mean.value,
-        variance=[] if training else variance.value,
-        epsilon=layer.epsilon,
-        is_training=training,
-    )
-    if training:
-        # The operation gives the unbiased variance; Keras keeps the biased one.
-        count = tf.cast(tf.size(x) // tf.shape(x)[-1], tf.float32)
-        for running, batch in ((mean, batch_mean), (variance, batch_variance * ((count - 1) / count))):
-            running.assign(running.value * layer.momentum + batch * (1 - layer.momentum))
-    return y

@@ -17,7 +17,7 @@ from kvision.engine import torch as eager
 def compile_steps(engine) -> None:
     """Let `engine.train_steps` take compiled steps.
 
-    The first call compiles for the shape of its draws, in 20 s to a minute; another shape of them is compiled anew.
+    The first call compiles for the shape of its params, in 20 s to a minute; another shape of them is compiled anew.
     Variables are as exact as before, but operations that Inductor joins keep float32 between them, where one by one
     they round to what the layers compute in.
 
@@ -31,15 +31,15 @@ class _CompiledSteps:
     def __init__(self, engine):
         self.engine, self.pictures, self.recording = engine, None, None
 
-    def __call__(self, pictures, draws):
-        draws = torch.as_tensor(draws, device=pictures.tensors[0].device)
+    def __call__(self, pictures, params):
+        params = torch.as_tensor(params, device=pictures.tensors[0].device)
         if self.pictures is not pictures:
             self.pictures, self.step = pictures, _Program(self.engine, pictures)
             if eager.accelerated():
                 self.recording = eager._Recording(None, pictures)
                 self.recording.run = self.step
         step = self.recording.step if self.recording else self.step
-        results = [step(draw) for draw in draws]
+        results = [step(draw) for draw in params]
         return [torch.stack(values) for values in zip(*results, strict=True)]
 
 

@@ -24,7 +24,7 @@ from kvision.parity.result import Result
 from kvision.parity.spec import Spec
 from kvision.parity.tensors import Tensor, keep
 from kvision.tasks.classification import cross_entropy
-from kvision.training import optimizers, trainer
+from kvision.training import optimizers, schedules, trainer
 
 WARMUP, MOMENTUM, WEIGHT_DECAY, SHIFT = 0.2, 0.9, 5e-4, 4  # of the steps
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
@@ -151,7 +151,7 @@ def _layers(model, runner, batch, training: bool) -> list[Tensor]:
 
 def _steps(model, spec: Spec, loss, images, labels) -> list[float]:
     """Train; the losses."""
-    rates = optimizers.schedule("cosine", spec.learning_rate, spec.steps, WARMUP)
+    rates = schedules.schedule("cosine", spec.learning_rate, spec.steps, WARMUP)
     optimizer = optimizers.make_optimizer("sgd", rates, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     optimizer.build(model.trainable_variables)
     runner = engine.create(model, optimizer, loss)

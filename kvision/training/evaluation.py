@@ -79,11 +79,11 @@ def predict_pictures(engine, pictures: DeviceDataset, batch_size: int | None = N
     for weight, move, mirrored in TTA[tta]:
         if abs(move) > border:
             raise ValueError(f"tta {tta!r} moves images by {abs(move)} pixels, their border has {border}")
-        draws = np.zeros((count, len(PARAMS), batch_size), np.int32)
-        draws[:, 0] = numbers.reshape(count, batch_size)
-        draws[:, 1:3] = border - move
-        draws[:, 3] = mirrored
-        logits = engine.predict_on_device(pictures, draws)
+        params = np.zeros((count, len(PARAMS), batch_size), np.int32)
+        params[:, 0] = numbers.reshape(count, batch_size)
+        params[:, 1:3] = border - move
+        params[:, 3] = mirrored
+        logits = engine.predict_on_device(pictures, params)
         total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
     return total.astype(np.float32)
 

@@ -12,17 +12,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from kvision import engine as floors
+from kvision import engine as engines
 from kvision.data.batches import Batches
 from kvision.data.device import DeviceDataset
 from kvision.layers.norm import batch_statistics_model, update_bn
 from kvision.report.environment import seconds_since_process_start
 from kvision.report.progress import Progress
 from kvision.tasks.classification import score
+from kvision.training.averaging import Lookahead, WeightAverage
 from kvision.training.callbacks import Callbacks, logs_of
 from kvision.training.checkpoints import Checkpoints, NotFiniteError, State
 from kvision.training.evaluation import Scorer, evaluate
-from kvision.training.optimizers import Lookahead, WeightAverage
 from kvision.training.shutdown import GracefulShutdown, Interrupted
 
 DATA_ON = ("auto", "host", "device")
@@ -114,7 +114,7 @@ class _Average:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.count = math.ceil(RECALIBRATION_IMAGES / batches.batch_size)
         statistics = batch_statistics_model(model)
-        self.engine = statistics and floors.create(statistics)
+        self.engine = statistics and engines.create(statistics)
 
     def put(self, epoch: int) -> None:
         assign(self.optimizer._trainable_variables, values(self.optimizer.averages))
@@ -277,7 +277,7 @@ class _Run:
                 value, correct = self.engine.train_step(images, labels)
                 yield [value], [correct]
             return
-        draws, step = self.batches.params(epoch, first), first
+        params, step = self.batches.params(epoch, first), first
         while step < self.count:
             whole = step % self.at_once == 0 and step + self.at_once <= self.count
             if whole and every:
@@ -285,7 +285,7 @@ class _Run:
             count = self.at_once if whole else 1
             if self.callbacks.batches:
                 self.tell("on_train_batch_begin", step)
-            values, correct = self.engine.train_steps(self.pictures, np.stack(list(itertools.islice(draws, count))))
+            values, correct = self.engine.train_steps(self.pictures, np.stack(list(itertools.islice(params, count))))
             yield _Value.each(values, count), _Value.each(correct, count)
             step += count
 
@@ -471,7 +471,7 @@ def fit(
     check_arguments(optimizer, loss, batches)
     monitored = "test" if validation is None else "validation"
     optimizer.build(model.trainable_variables)
-    engine = floors.create(model, optimizer, loss, gradient_accumulation_steps, engine, metrics)
+    engine = engines.create(model, optimizer, loss, gradient_accumulation_steps, engine, metrics)
     kind = "native" if hasattr(engine, "train_steps") else "keras"
     total = min(epochs * batches.steps, steps or math.inf)
     checkpoints = checkpoint
@@ -480,7 +480,7 @@ def fit(
     callbacks = Callbacks(callbacks, metrics, model, optimizer, loss if kind == "native" else None)
     pictures = _pictures(batches, data_on, kind)
     at_once = _at_once(batches.steps, steps_per_execution, callbacks)
-    scorer = Scorer(engine, batches.preprocessing, on_device=pictures is not None and floors.accelerated())
+    scorer = Scorer(engine, batches.preprocessing, on_device=pictures is not None and engines.accelerated())
     run = _Run(engine, batches, total, callbacks, checkpoints, pictures, at_once)
     averaging = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
     average = _Average(model, averaging, batches) if isinstance(averaging, WeightAverage) else None
@@ -574,7 +574,7 @@ def _pictures(batches, data_on: str, engine: str) -> DeviceDataset | None:
 
 def steps_per_execution(steps: int) -> int:
     """Steps in one program, of epochs of so many, where nothing else asks for fewer."""
-    if not floors.accelerated():
+    if not engines.accelerated():
         return 1
     # An epoch of whole programs spares the compilation of another one for the rest.
     divisors = [count for count in range(STEPS_PER_EXECUTION // 5, STEPS_PER_EXECUTION + 1) if steps % count == 0]

@@ -29,7 +29,7 @@ dataset: kvision.data.Dataset = kvision.data.load("cifar10")
 features = VGG16(include_top=False, weights=None, pooling="avg")
 same = kvision.applications.VGG16(include_top=False)
 optimizer = kvision.training.optimizers.make_optimizer("sgd", 0.1)
-rates = kvision.training.optimizers.schedule("cosine", 0.1, 100)
+rates = kvision.training.schedules.schedule("cosine", 0.1, 100)
 fit = kvision.training.fit(
     model,
     optimizer,
