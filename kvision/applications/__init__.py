@@ -1,9 +1,9 @@
-"""The constructors of `keras.applications`, on the zoo: `VGG16(include_top=False, weights=path, pooling="avg")`.
+"""Constructors compatible with `keras.applications`: `VGG16(include_top=False, weights=path, pooling="avg")`.
 
-Each name is callable with Keras's arguments and has its `preprocess_input` and `decode_predictions`; the modules that
-Keras has (`vgg16`, `resnet50` ...) have them as functions. A name that Keras has too builds Keras's wiring (`ResNet50`
-is the zoo's `resnet50_v1`, `InceptionV3` its `inception_v3_tf`), so that weights converted from there fit; a weights
-file of a sister network, such as torchvision's `resnet50`, builds that one.
+Each has Keras's arguments, `preprocess_input` and `decode_predictions`; Keras's modules (`vgg16`, `resnet50` ...) have
+them as functions. A name that Keras has, too, builds Keras's network (`ResNet50` is the zoo's `resnet50_v1`,
+`InceptionV3` its `inception_v3_tf`), so that weights converted from there fit; a weights file of a related
+network, such as torchvision's `resnet50`, builds that one.
 """
 
 from kvision.applications import densenet, inception_v3, mobilenet_v2, resnet, resnet50, vgg16, vgg19

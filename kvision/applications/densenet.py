@@ -1,4 +1,4 @@
-"""As `keras.applications.densenet`."""
+"""Compatible with `keras.applications.densenet`."""
 
 from kvision.applications.application import Application, decode_predictions
 

@@ -1,4 +1,4 @@
-"""As `keras.applications.inception_v3`."""
+"""Compatible with `keras.applications.inception_v3`."""
 
 from kvision.applications.application import Application, decode_predictions
 

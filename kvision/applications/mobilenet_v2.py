@@ -1,4 +1,4 @@
-"""As `keras.applications.mobilenet_v2`."""
+"""Compatible with `keras.applications.mobilenet_v2`."""
 
 from kvision.applications.application import MobileNetV2Application, decode_predictions
 

@@ -1,4 +1,4 @@
-"""As `keras.applications.resnet`."""
+"""Compatible with `keras.applications.resnet`."""
 
 from kvision.applications.application import Application, decode_predictions
 

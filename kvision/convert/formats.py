@@ -10,7 +10,7 @@ import numpy as np
 
 from kvision.convert import hdf5, pth, safetensors, tf_checkpoint
 from kvision.data import zipped
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 from kvision.weights.archive import Archive, WeightsError, weights_error
 from kvision.weights.manifest import MANIFEST
 
@@ -35,7 +35,7 @@ class Foreign:
 def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a `.keras` file, a zip that holds a `.weights.h5`; its description of the network is not read."""
     with (
-        border(partial(weights_error, path), ".keras file", "save it in Keras again"),
+        translate_errors(partial(weights_error, path), ".keras file", "save it in Keras again"),
         open_regular(path) as file,
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -61,7 +61,10 @@ def read(path: str | os.PathLike) -> Foreign:
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
     if not os.path.exists(path):
         raise weights_error(path, "no such file")
-    with border(partial(weights_error, path), "weights file", "download it again"), open_regular(path) as file:
+    with (
+        translate_errors(partial(weights_error, path), "weights file", "download it again"),
+        open_regular(path) as file,
+    ):
         size = os.fstat(file.fileno()).st_size
         head = file.read(9)
         file.seek(max(0, size - 8))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.untrusted import BASE, Budget, border, open_regular, read_exactly
+from kvision.untrusted import BASE, Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import atomic_weights_file, shorten, weights_error
 
 # The variables' last names in files of Keras 1 and 2, and ours.
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     with (
-        border(partial(weights_error, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
+        translate_errors(partial(weights_error, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             if math.prod(max(1, length) for length in shape) >= 2**60:
                 raise ValueError(f"{key[:80]} has shape {shape}")
             size = math.prod(shape) * dtype.itemsize
-            budget.import_(size, key[:80])
+            budget.take(size, key[:80])
             values = read_exactly(file, offset, size, key[:80])
             arrays[key] = values.view(dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
     if not arrays:
@@ -92,7 +92,7 @@ def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
         raise ValueError(f"HDF5 cannot read it and ends with {end} {reason[:200]}") from None
     if "error" in answer:
         raise ValueError(answer["error"])
-    budget.import_(len(done.stdout), "the names of its arrays")
+    budget.take(len(done.stdout), "the names of its arrays")
     return answer["arrays"]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvision.data import zipped
 from kvision.safe_pickle import Refused, copied, expect, interpret, text
-from kvision.untrusted import Budget, border, open_regular, read_exactly
+from kvision.untrusted import Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import plain_bytes, weights_error, write_zip
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before the zip format
@@ -72,7 +72,7 @@ class _Tensor:
         strides = [stride * values.itemsize for stride in self.strides]
         array = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
         if not array.flags.c_contiguous:
-            budget.import_(array.nbytes, "tensors that are no plain part of their storage")
+            budget.take(array.nbytes, "tensors that are no plain part of their storage")
             array = array.copy(order="C")
         return array
 
@@ -133,7 +133,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
             than its size explains. Nothing was executed.
     """
     with (
-        border(partial(weights_error, path), "file of PyTorch", "download it again, or save a plain state_dict"),
+        translate_errors(
+            partial(weights_error, path), "file of PyTorch", "download it again, or save a plain state_dict"
+        ),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
@@ -222,7 +224,7 @@ def _read_legacy(file: BinaryIO, budget: Budget):
 
     def content(storage: _Storage) -> np.ndarray:
         size = storage.count * storage.dtype.itemsize
-        budget.import_(size, f"the storage {storage.key[:80]}")
+        budget.take(size, f"the storage {storage.key[:80]}")
         return read_exactly(file, tensor_maps[storage.key], size, f"the storage {storage.key[:80]}")
 
     return tensors, content

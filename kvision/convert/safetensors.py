@@ -9,7 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from kvision.untrusted import Budget, border, open_regular, read_exactly, unique
+from kvision.untrusted import Budget, open_regular, read_exactly, translate_errors, unique
 from kvision.weights.archive import atomic_weights_file, plain_bytes, weights_error
 
 DTYPES = {
@@ -41,13 +41,16 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: the file is damaged, or no safetensors file.
     """
-    with border(partial(weights_error, path), "safetensors file", "download it again"), open_regular(path) as file:
+    with (
+        translate_errors(partial(weights_error, path), "safetensors file", "download it again"),
+        open_regular(path) as file,
+    ):
         whole_size = os.fstat(file.fileno()).st_size
         budget = Budget(whole_size)
         size = int.from_bytes(file.read(8), "little")
         if whole_size < 8 or size > min(MAX_HEADER, whole_size - 8):
             raise weights_error(path, "is no safetensors file, or is cut short")
-        budget.import_(30 * size, "its header")  # as Python's objects: lists within lists take so much
+        budget.take(30 * size, "its header")  # as Python's objects: lists within lists take so much
         header = json.loads(file.read(size).decode("utf-8"), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         return _arrays(header, read_exactly(file, 8 + size, whole_size - 8 - size, "its values"))

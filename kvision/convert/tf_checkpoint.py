@@ -17,7 +17,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from kvision.untrusted import Budget, border, open_regular, read_exactly
+from kvision.untrusted import Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import weights_error
 
 MAGIC = 0xDB4775248B80FB57
@@ -121,7 +121,7 @@ def _block(data: memoryview, handle: memoryview, budget: Budget) -> Iterator[tup
         if shared > len(key) or place + fresh + length > end:
             raise ValueError("an entry beyond the end of its block")
         # Keys share their beginnings: a few bytes of the file may stand for a long one.
-        budget.import_(_OBJECT + 3 * (shared + fresh), "the names of its tensors")
+        budget.take(_OBJECT + 3 * (shared + fresh), "the names of its tensors")
         key = key[:shared] + bytes(block[place : place + fresh])
         yield key, block[place + fresh : place + fresh + length]
         place += fresh + length
@@ -138,7 +138,7 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...], budget: Budget) -
             return np.frombuffer(value, plain.newbyteorder("<")).reshape(shape)
         if number != wanted:
             continue
-        budget.import_(_OBJECT, "its tensors' values")
+        budget.take(_OBJECT, "its tensors' values")
         if wanted in (5, 6):
             floats.append(np.frombuffer(value, plain.newbyteorder("<")))
         elif isinstance(value, int):
@@ -147,7 +147,7 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...], budget: Budget) -
             place = 0
             while place < len(value):
                 item, place = _varint(value, place)
-                budget.import_(_OBJECT // 4, "its tensors' values")
+                budget.take(_OBJECT // 4, "its tensors' values")
                 numbers.append(item)
     if wanted in (5, 6):
         values = np.concatenate(floats) if floats else np.zeros(0, plain)
@@ -167,7 +167,7 @@ def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], 
             if number == 1 and not key:
                 for field, meta in _fields(content):
                     if field == 1:
-                        budget.import_(2 * _OBJECT, "the names of its tensors")
+                        budget.take(2 * _OBJECT, "the names of its tensors")
                         entry = dict(_fields(meta))
                         name = _name(entry[1])
                         described[name] = (entry[3], _shape(entry.get(2, memoryview(b""))))
@@ -181,7 +181,7 @@ def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], 
                     ignored.append(name)
                     continue
                 array = _values(entry[3], DTYPES[kind], shape, budget)
-                budget.import_(array.nbytes, f"the values of {name[:80]}")
+                budget.take(array.nbytes, f"the values of {name[:80]}")
                 # A copy: writable, in this machine's byte order, and free of the file's bytes.
                 arrays[name] = array.astype(array.dtype.newbyteorder("="))
     if missing := described.keys() - arrays.keys() - set(ignored):
@@ -227,7 +227,7 @@ def _read_second(prefix: str, file: BinaryIO, budget: Budget) -> tuple[dict[str,
             shape, dtype = _shape(entry.get(2, memoryview(b""))), np.dtype(DTYPES[kind])
             if size != math.prod(shape) * dtype.itemsize or offset >= 2**60:
                 raise ValueError(f"{name[:80]} of shape {shape} does not lie in its {size} bytes")
-            budget.import_(size, f"the values of {name[:80]}")
+            budget.take(size, f"the values of {name[:80]}")
             values = read_exactly(shards[shard], offset, size, f"the values of {name[:80]}")
             if dtype == np.bool_ and values.max(initial=0) > 1:
                 raise ValueError(f"{name[:80]} is of dtype bool but holds other bytes than 0 and 1")
@@ -247,7 +247,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
     prefix = os.fspath(path).removesuffix(".index")
     second = os.path.isfile(f"{prefix}.index")
     with (
-        border(partial(weights_error, path), "checkpoint of TensorFlow", "download it again"),
+        translate_errors(partial(weights_error, path), "checkpoint of TensorFlow", "download it again"),
         open_regular(f"{prefix}.index" if second else path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)

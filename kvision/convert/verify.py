@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvision import zoo
-from kvision.untrusted import MALFORMED
+from kvision.untrusted import READ_ERRORS
 from kvision.weights.archive import Archive, weights_error
 from kvision.weights.manifest import MANIFEST, read_manifest, room_for
 from kvision.weights.npz import load, probe_logits
@@ -81,7 +81,7 @@ def rebuild(path: str | os.PathLike, manifest: dict):
     try:
         with skip_init(room_for(parameters)):
             return zoo.build_model(manifest["architecture"], **manifest["arguments"])
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         reason = str(error) or type(error).__name__
         message = f"{manifest['architecture']} cannot be rebuilt from the manifest's arguments: {reason}"
         raise weights_error(path, message) from None
@@ -100,7 +100,7 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
         logits = probe_logits(model, tuple(shape[1:]), manifest["preprocessing"])
         if expected.shape != logits.shape or not expected.size:
             raise ValueError(f"logits of shape {expected.shape}, the model gives {logits.shape}")
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         raise weights_error(path, f"the manifest's probe cannot be repeated: {error}") from None
     scale = float(np.abs(expected).max()) or 1.0
     return float(np.abs(logits - expected).max()) / scale

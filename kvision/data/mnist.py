@@ -15,7 +15,7 @@ import numpy as np
 
 from kvision.data.dataset import MAX_BYTES, DataError, Dataset, derive_name
 from kvision.data.npz import read_npz
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 
 DIGITS = tuple("0123456789")
 FASHION_CLASSES = (
@@ -114,7 +114,7 @@ def _read_idx(path: Path) -> np.ndarray:
     """Read the uint8 array of one IDX file; the file's name says whether it holds images or labels."""
     dimensions = 3 if "idx3" in path.name else 1
     with (
-        border(lambda message: DataError(f"cannot read {path}: it {message}"), "IDX file", "fetch it again"),
+        translate_errors(lambda message: DataError(f"cannot read {path}: it {message}"), "IDX file", "fetch it again"),
         open_regular(path) as raw,
         gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file,
     ):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from kvision.untrusted import MALFORMED
+from kvision.untrusted import READ_ERRORS
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000  # bytes of an array's header; NumPy's own bound
@@ -42,7 +42,7 @@ def parse_header(head: bytes) -> tuple[int, tuple[int, ...], np.dtype, bool]:
             raise ValueError
         if math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy can index, even where it is empty
             raise ValueError
-    except MALFORMED:
+    except READ_ERRORS:
         raise ValueError("has a header that says nothing sensible: the file is damaged") from None
     if "O" in str(descr):
         raise ValueError("holds Python objects (a pickle), which could run code and are never read")

@@ -11,7 +11,7 @@ import numpy as np
 from kvision.data import zipped
 from kvision.data.dataset import MAX_BYTES, MAX_CLASSES, DataError, Dataset, derive_name
 from kvision.data.npy import MAX_HEADER, parse_header
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -25,7 +25,7 @@ def read_npz(path: Path) -> Dataset:
         DataError: not an .npz, a missing array, a wrong type or shape, a pickled object, or arrays larger than the file
             allows.
     """
-    with border(lambda message: DataError(f"{path} {message}"), ".npz file", "write it again with np.savez"):
+    with translate_errors(lambda message: DataError(f"{path} {message}"), ".npz file", "write it again with np.savez"):
         if not path.exists():
             raise DataError(f"{path} does not exist")
         with open_regular(path) as file:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from kvision.data.dataset import DataError
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 
 # CIFAR's archives unpack to 178 MB, in 8 members.
 MAX_UNPACKED = 600 << 20
@@ -61,7 +61,7 @@ def _members(path: Path, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[
         DataError: a broken archive.
     """
     with (
-        border(lambda message: DataError(f"{path} {message}"), "tar archive", "fetch it again"),
+        translate_errors(lambda message: DataError(f"{path} {message}"), "tar archive", "fetch it again"),
         open_regular(path) as raw,
     ):
         size = os.fstat(raw.fileno()).st_size

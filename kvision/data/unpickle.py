@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from kvision.data.dataset import DataError
-from kvision.safe_pickle import BROKEN, Refused, expect, interpret, raw, text
-from kvision.untrusted import Budget
+from kvision.safe_pickle import Refused, expect, interpret, raw, text
+from kvision.untrusted import READ_ERRORS, Budget
 
 _DTYPES = ("u1", "i4", "i8")
 
@@ -57,7 +57,7 @@ def unpickle(blob: bytes, where: str) -> dict[str, object]:
         result = interpret(blob, _GLOBALS, partial(_call, budget), _set_state, budget)
     except Refused as refusal:
         raise DataError(f"{where} is not a CIFAR batch: it contains {refusal}; it was not executed") from None
-    except BROKEN as error:
+    except READ_ERRORS as error:
         raise DataError(f"{where} is not a readable CIFAR batch: {type(error).__name__}: {error}") from None
     if not isinstance(result, dict):
         raise DataError(f"{where} is not a CIFAR batch: expected a dictionary, got {type(result).__name__}")

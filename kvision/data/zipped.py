@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kvision.untrusted import MALFORMED, Budget, read_exactly
+from kvision.untrusted import READ_ERRORS, Budget, read_exactly
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Flags that do not matter here: deflate's effort (1, 2), sizes stored after the data (3), UTF-8 (11).
@@ -59,7 +59,7 @@ def directory(file: BinaryIO) -> list[Entry]:
     """
     try:
         zipped = zipfile.ZipFile(_Pieces(file))
-    except MALFORMED as error:  # it raises a dozen others besides BadZipFile
+    except READ_ERRORS as error:  # it raises a dozen others besides BadZipFile
         raise zipfile.BadZipFile(str(error) or type(error).__name__) from None
     entries, names, free = [], set(), 0
     for info in sorted(zipped.infolist(), key=lambda info: info.header_offset):

@@ -188,7 +188,7 @@ class AffineIdentity(VarianceScaling):
     def __init__(self):
         super().__init__()
 
-    def draw(self, shape, generator):
+    def sample(self, shape, generator):
         return np.array([1, 0, 0, 0, 1, 0], np.float32)
 
     def get_config(self):

@@ -14,14 +14,14 @@ _DISTRIBUTIONS = {"truncated_normal": "truncated", "untruncated_normal": "normal
 def _draw(initializer, shape: tuple[int, ...], generator: np.random.Generator, key: str) -> np.ndarray:
     known = keras.initializers
     if isinstance(initializer, VarianceScaling):
-        return initializer.draw(shape, generator)
+        return initializer.sample(shape, generator)
     if isinstance(initializer, known.VarianceScaling):
         fan, distribution = _FANS[initializer.mode], _DISTRIBUTIONS[initializer.distribution]
-        return VarianceScaling(initializer.scale, fan, distribution).draw(shape, generator)
+        return VarianceScaling(initializer.scale, fan, distribution).sample(shape, generator)
     if isinstance(initializer, known.RandomUniform):
         return generator.uniform(initializer.minval, initializer.maxval, shape)
     if isinstance(initializer, known.TruncatedNormal):
-        unit = VarianceScaling(0.87962566103423978**2, "in", "truncated").draw((1, int(np.prod(shape))), generator)
+        unit = VarianceScaling(0.87962566103423978**2, "in", "truncated").sample((1, int(np.prod(shape))), generator)
         return initializer.mean + initializer.stddev * unit.reshape(shape)
     if isinstance(initializer, known.RandomNormal):
         return initializer.mean + initializer.stddev * generator.standard_normal(shape)

@@ -11,7 +11,7 @@ from types import NoneType
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.untrusted import MALFORMED, Budget, name_fault, unique
+from kvision.untrusted import READ_ERRORS, Budget, name_fault, unique
 from kvision.weights.archive import Archive, WeightsError, shorten, weights_error
 
 FORMAT = "kvision-npz"
@@ -182,7 +182,7 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
     try:
         check_fields(manifest)
         _check_probe(manifest.get("probe"))
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         raise weights_error(path, str(error)) from None
     _check_arrays(archive, manifest)
     return manifest
