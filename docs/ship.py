@@ -1,7 +1,7 @@
 """Put a run's weights into `weights/`: `python docs/ship.py RUN [EVALUATION ...]`, from the top of the repository.
 
 RUN is the folder of the training run; each EVALUATION that of a run with `--weights RUN/weights.npz --epochs 0` on
-another backend. The manifest gains the accuracy on those backends and the licence; the arrays stay bit for bit.
+another backend. The manifest gains the accuracy on those backends and the license; the arrays stay bit for bit.
 """
 
 import json
@@ -29,7 +29,7 @@ def ship(run: Path, evaluations: list[Path]) -> Path:
         if not same or any(scored[key] != trained[key] for key in ("dataset", "test_images")):
             raise ValueError(f"{folder} is no evaluation of {run}/weights.npz on the same images")
         manifest["accuracy"][scored["backend"]] = scored["test_accuracy"]
-    manifest["licence"] = "Apache-2.0"
+    manifest["license"] = "Apache-2.0"
     manifest["provenance"]["versions"] = trained["versions"]
     arrays[MANIFEST] = np.frombuffer(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode(), np.uint8)
     path = WEIGHTS / f"{manifest['architecture']}.{manifest['dataset']}.npz"

@@ -1,5 +1,6 @@
 """The apps as a user runs them: real training on real CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
 
+import importlib
 import json
 import os
 import re
@@ -215,7 +216,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
     result = mnist.main(config)
     assert result["dataset"] in ("digits", "synthetic_digits")
     assert result["test_accuracy"] > 0.5
-    assert "mnist is not here" in capsys.readouterr().out
+    assert "mnist is not available" in capsys.readouterr().out
     for name in ("metrics.json", "report.html"):
         assert result["dataset"] in (tmp_path / "run" / name).read_text()
 
@@ -368,7 +369,7 @@ def test_the_rows_of_regularize_start_alike(images):
     outputs = []
     for model in models.values():
         regularize.initialize(model, 0)
-        outputs.append(regularize.engines.create(model).predict(dataset.x_test / np.float32(255)))
+        outputs.append(regularize.engine.create(model).predict(dataset.x_test / np.float32(255)))
     assert len(outputs) == 7 and all(np.array_equal(output, outputs[0]) for output in outputs[1:-1])
     np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)  # shake-shake's mean
 
@@ -444,17 +445,43 @@ def test_a_used_folder_is_not_written_over(trained, capsys):
 
 def test_resume_refuses_other_flags(trained, capsys):
     assert run_command("--resume", "--output-dir", trained["folder"], "--seed", "7") == 2
-    assert "--seed is 0 in the run to go on with, not 7" in capsys.readouterr().err
+    assert "--seed is 0 in the run to resume, not 7" in capsys.readouterr().err
 
 
-def test_help_names_every_flag_with_its_default(capsys):
+def help_of(command, argv, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
-        flags.parse(Config, ["--help"], prog="x", description="", defaults=cifar10.RECIPES["airbench_small"])
+        command(argv)
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_all_names_every_flag_with_its_choices_and_default(capsys, monkeypatch):
+    def show(argv):
+        flags.parse(Config, argv, prog="x", description="", defaults=cifar10.RECIPES["airbench_small"])
+
+    text = " ".join(help_of(show, ["--help", "all"], capsys, monkeypatch).split())
     for name in FLAGS:
-        assert f"--{name}" in text
-    assert "(default: 250)" in text
+        assert f"--{name} " in text or f"--[no-]{name} " in text
+    for words in ("(default: 250)", "sgd, adam, adamw (default: sgd)", "(default: no clipping)", "(default: on)"):
+        assert words in text
+    assert "bias-factor" not in text
+    with pytest.raises(SystemExit):
+        show(["--help", "most"])
+
+
+@pytest.mark.parametrize("app", ["cifar10", "mnist", "transfer", "regularize", "compare"])
+def test_help_of_every_app_fits_on_a_screen(app, capsys, monkeypatch):
+    module = importlib.import_module(f"apps.{app}")
+    commands = {
+        "regularize": lambda argv: module.command(argv),
+        "compare": lambda argv: module.main(argv),
+        "transfer": lambda argv: command(module.main, {"vgg11_bn": module.RECIPE}, module.__doc__, argv),
+    }
+    show = commands.get(app, lambda argv: command(module.main, module.RECIPES, module.__doc__, argv))
+    lines = help_of(show, ["--help"], capsys, monkeypatch).splitlines()
+    assert lines[0].startswith(f"usage: python -m apps.{app} ")
+    assert len(lines) <= 54 and max(map(len, lines)) <= 120
 
 
 def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):

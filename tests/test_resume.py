@@ -446,7 +446,7 @@ def test_ignored_signals_stay_ignored_and_other_threads_listen_to_none():
     ("error", "code", "line"),
     [
         (Interrupted("stopped by Ctrl-C"), 75, "app: stopped by Ctrl-C"),
-        (KeyboardInterrupt(), 130, "app: stopped; --resume goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "app: stopped; --resume continues from the last checkpoint"),
         (OSError(28, "No space left on device", "runs/x/report.html"), 2, "app: runs/x/report.html: No space left"),
         (DivergedError("the loss is nan"), 2, "app: the loss is nan"),
     ],
