@@ -194,7 +194,7 @@ BAD_PICKLES = {
     "text": b"hello world",
     "nothing": b"",
     "no end": pickle.dumps({"data": 1})[:-1],
-    "cut short": pickle.dumps({"data": np.zeros((5, 3072), np.uint8)}, 2)[:4000],
+    "truncated": pickle.dumps({"data": np.zeros((5, 3072), np.uint8)}, 2)[:4000],
     "an empty stack": b"s.",
     "a missing mark": b"t.",
     "an unknown memo": b"h\x07.",
@@ -362,13 +362,13 @@ def test_an_archive_replaces_a_broken_folder_and_keeps_an_equal_one(tmp_path):
     [
         (tar_of(("something/else.txt", b"1")), "contains none of CIFAR's layouts"),
         (tar_of(("cifar-10-batches-py/data_batch_1", b"1")), "lacks data_batch_2"),
-        (tar_of(("x/data_batch_1", bytes(200_000)), ("x/test_batch", b""))[:100], "no readable tar archive"),
+        (tar_of(("x/data_batch_1", bytes(200_000)), ("x/test_batch", b""))[:100], "not a readable tar archive"),
         (tar_of(("x/data_batch_1", bytes(200_000))), "unpacks to more than"),
-        (b"\x1f\x8bnonsense", "no readable tar archive"),
+        (b"\x1f\x8bnonsense", "not a readable tar archive"),
         (b"", "is not a data set"),
         (b"just text", "is not a data set"),
     ],
-    ids=["other files", "incomplete", "cut short", "bomb", "not gzip", "empty", "text"],
+    ids=["other files", "incomplete", "truncated", "bomb", "not gzip", "empty", "text"],
 )
 def test_an_invalid_archive_given_as_path_raises(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(tar, "MAX_UNPACKED", 100_000)

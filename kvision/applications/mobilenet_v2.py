@@ -4,5 +4,5 @@ from kvision.applications.application import MobileNetV2Application, decode_pred
 
 __all__ = ["MobileNetV2", "decode_predictions", "preprocess_input"]
 
-MobileNetV2 = MobileNetV2Application("MobileNetV2", "mobilenet_v2_tf", least=32)
+MobileNetV2 = MobileNetV2Application("MobileNetV2", "mobilenet_v2_keras", least=32)
 preprocess_input = MobileNetV2.preprocess_input

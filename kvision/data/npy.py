@@ -43,9 +43,9 @@ def parse_header(head: bytes) -> tuple[int, tuple[int, ...], np.dtype, bool]:
         if math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy can index, even where it is empty
             raise ValueError
     except READ_ERRORS:
-        raise ValueError("has a header that says nothing sensible: the file is damaged") from None
+        raise ValueError("has a malformed header: the file is damaged") from None
     if "O" in str(descr):
-        raise ValueError("holds Python objects (a pickle), which could run code and are never read")
+        raise ValueError("contains Python objects (a pickle), which could run code and are never loaded")
     if not isinstance(descr, str) or not re.fullmatch("[<>|=]?(b1|[iu][1248]|f[248])", descr):
         raise ValueError(f"has dtype {str(descr)[:80]!r}; {PLAIN_NUMBERS}")
     return end, shape, np.dtype(descr), fortran_order
