@@ -21,7 +21,7 @@ from kvision.files import sha256, write_json
 from kvision.report import environment
 from kvision.weights.archive import Archive, digest
 from kvision.weights.npz import MANIFEST
-from tests.drawn import write_shapes
+from tests.datasets import write_shapes
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [

@@ -308,7 +308,7 @@ def _fork_hdf5() -> None:
                 pass  # the child has reported it
         return subprocess.CompletedProcess([], code, said, b"")
 
-    hdf5._ask = ask
+    hdf5._run_child = ask
 
 
 def _memory(field: str) -> int:

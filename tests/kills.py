@@ -27,7 +27,7 @@ import numpy as np
 
 from kvision.data import Dataset, load
 from kvision.report import environment
-from tests.drawn import real_data
+from tests.datasets import real_data
 
 ROOT = Path(__file__).parent.parent
 IMAGES, BATCH, EVERY = 240, 24, 2  # of the training, of a step; steps from checkpoint to checkpoint

@@ -26,7 +26,7 @@ from kvision.run_data import build_batches, build_preprocessing, train_validatio
 from kvision.training.averaging import EMA, SWA, Lookahead
 from kvision.training.optimizers import LearningRateMultipliers
 from kvision.weights import inspect
-from tests.drawn import real_data, write_shapes
+from tests.datasets import real_data, write_shapes
 
 FLAGS = [
     "model",
@@ -216,7 +216,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
         output_dir=str(tmp_path / "run"),
     )
     result = mnist.main(config)
-    assert result["dataset"] in ("digits", "drawn_digits")
+    assert result["dataset"] in ("digits", "synthetic_digits")
     assert result["test_accuracy"] > 0.5
     assert "mnist is not available" in capsys.readouterr().out
     for name in ("metrics.json", "report.html"):

@@ -65,7 +65,7 @@ def test_what_is_no_part_of_the_network_is_still_named(tmp_path):
     ("name", "asked", "hint"),
     [
         ("resnet20", "resnet32", r"they fit resnet20 \(torchvision\): --model resnet20$"),
-        ("mobilenet_v2_tf", "mobilenet_v2", r"they fit mobilenet_v2_tf \(keras\): --model mobilenet_v2_tf$"),
+        ("mobilenet_v2_keras", "mobilenet_v2", r"they fit mobilenet_v2_keras \(keras\): --model mobilenet_v2_keras$"),
     ],
 )
 def test_a_file_of_a_sister_network_names_it(tmp_path, name, asked, hint):
@@ -79,14 +79,14 @@ def test_a_file_of_a_sister_network_names_it(tmp_path, name, asked, hint):
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenet_v2_tf", pytest.param("densenet121_tf", marks=pytest.mark.backend_free), "vgg16"]
+    "name", ["mobilenet_v2_keras", pytest.param("densenet121_keras", marks=pytest.mark.backend_free), "vgg16"]
 )
 def test_kerass_file_without_a_top(tmp_path, name, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
     model = filled(name, (32, 32, 3), 0)
     hdf5.write(tmp_path / "notop.h5", export_arrays(model, "keras"))
-    proof = name == "mobilenet_v2_tf" or BACKEND != "jax"  # JAX compiles a program for each layer
+    proof = name == "mobilenet_v2_keras" or BACKEND != "jax"  # JAX compiles a program for each layer
     report = convert(tmp_path / "notop.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=proof)
     assert not report.skipped and (report.difference < 1e-5 if proof else report.difference is None)
     again = create_model(name, weights=tmp_path / "ours.npz")
@@ -111,7 +111,7 @@ def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
     names = keras_applications.renumbered(layer.name for layer in peer.layers)
     theirs = [names.get(layer.name, layer.name) for layer in peer.layers if layer.weights]
     with skip_init():
-        model = zoo.build_model("inception_v3_tf", (75, 75, 3), 3)
+        model = zoo.build_model("inception_v3_keras", (75, 75, 3), 3)
     ours = list(dict.fromkeys(key.rpartition("/")[0] for key in export_arrays(model, "keras")))
     assert ours == theirs
 
@@ -137,7 +137,7 @@ def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
     for variable in theirs.weights:
         variable.assign(np.abs(rng(0, variable.path).standard_normal(variable.shape, np.float32)))
     theirs.save_weights(tmp_path / "keras.weights.h5")
-    name = "mobilenet_v2_tf"
+    name = "mobilenet_v2_keras"
     report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)
     assert report.source == "keras" and not report.skipped
     again = export_arrays(create_model(name, weights=tmp_path / "ours.npz"), "keras")

@@ -12,9 +12,9 @@ from kvision.layers import skip_init
 from kvision.random import rng
 
 # The least sizes that Keras takes with its top.
-SIZES = {"vgg16": 32, "resnet50_v1": 32, "densenet121_tf": 32, "mobilenet_v2_tf": 32, "inception_v3_tf": 75}
+SIZES = {"vgg16": 32, "resnet50_keras": 32, "densenet121_keras": 32, "mobilenet_v2_keras": 32, "inception_v3_keras": 75}
 # Logits of one network are compared on every backend: `test_zoo` compares the backends' logits of all.
-EVERYWHERE = "mobilenet_v2_tf"
+EVERYWHERE = "mobilenet_v2_keras"
 OTHERS = [name for name in SIZES if name != EVERYWHERE]
 
 
@@ -69,7 +69,7 @@ def test_logits_are_kerass(name, peer, tmp_path):
     import_arrays(again, back, "keras")
     for one, two in zip(model.weights, again.weights, strict=True):
         assert np.array_equal(ops.convert_to_numpy(one.value), ops.convert_to_numpy(two.value)), one.path
-    if name == "resnet50_v1":
+    if name == "resnet50_keras":
         assert back.keys() == arrays.keys()
     else:
         names = renumbered(key.rpartition("/")[0] for key in arrays)
@@ -82,10 +82,10 @@ def test_logits_are_kerass(name, peer, tmp_path):
 
 
 def test_keras_reads_what_goes_out(peer, tmp_path):
-    network, arrays = peer("mobilenet_v2_tf")
+    network, arrays = peer("mobilenet_v2_keras")
     hdf5.write(tmp_path / "keras.h5", arrays)
     convert.convert(
-        tmp_path / "keras.h5", tmp_path / "ours.npz", "mobilenet_v2_tf", input_shape=(32, 32, 3), compare=False
+        tmp_path / "keras.h5", tmp_path / "ours.npz", "mobilenet_v2_keras", input_shape=(32, 32, 3), compare=False
     )
     convert.convert(tmp_path / "ours.npz", tmp_path / "back.h5", compare=False)
     for variable in network.weights:
@@ -121,7 +121,7 @@ def test_the_familiar_door():
     assert applications.ResNet20(classes=4, classifier_activation=None).output_shape == (None, 4)
     assert applications.ResNet20(include_top=False).output_shape == (None, 8, 8, 64)
     assert applications.ResNet20(include_top=False, pooling="max").output_shape == (None, 64)
-    assert applications.ResNet50.architecture == "resnet50_v1"
+    assert applications.ResNet50.architecture == "resnet50_keras"
     named = applications.ResNet20.decode_predictions(probabilities, top=2, classes="abcd")
     assert [[name for _, name, _ in row] for row in named] == [
         ["abcd"[i] for i in np.argsort(-row)[:2]] for row in probabilities

@@ -29,7 +29,7 @@ NETWORKS = {
     "alexnet_2012": {},
     "vgg11_bn": {},
     "googlenet": {},
-    "inception_v2_tf": {},
+    "inception_v2_tf_slim": {},
     "inception_v3": {},
     "resnet18": {},
     "squeezenet1_1": {},

@@ -14,7 +14,7 @@ from PIL import Image
 from apps import cifar10, mnist, transfer
 from kvision import flags, memory, zoo
 from kvision.config import Config, arguments_of, public
-from kvision.convert import shipped
+from kvision.convert import pretrained_weights
 from kvision.data import Dataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.experiment import build, build_schedule, command, learning_rates
@@ -47,7 +47,7 @@ def dataset_of(height, width, classes=2, n=6) -> Dataset:
 
 
 def weights_of(name: str) -> str:
-    if name not in shipped():
+    if name not in pretrained_weights():
         pytest.skip(f"{name} does not lie here")
     return name
 
@@ -242,7 +242,7 @@ def test_public_names_what_ships_and_hides_what_does_not():
         ("data", "weights", "output_dir", "compile_cache"), "..."
     )
     assert arguments_of(config) == ["--model", "resnet20", "--data", "...", "--weights", "..."]
-    if "resnet20.cifar10" in shipped():
+    if "resnet20.cifar10" in pretrained_weights():
         config = Config(weights="resnet20.cifar10", model="resnet20")
         assert arguments_of(config) == ["--model", "resnet20", "--weights", "resnet20.cifar10"]
     assert public(Config())["data"] is None and public(Config())["compile_cache"] == "auto"
@@ -257,7 +257,7 @@ def test_weights_by_name_ask_for_a_new_head_of_other_classes(photos, tmp_path, c
     assert command(cifar10.main, cifar10.RECIPES, "", [*argv[:-1], str(tmp_path / "new"), "--new-head"]) == 0
     metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert f"--weights {weights} --new-head" in metrics["command"]
-    with np.load(shipped()[weights]) as old, np.load(tmp_path / "new" / "weights.npz") as new:
+    with np.load(pretrained_weights()[weights]) as old, np.load(tmp_path / "new" / "weights.npz") as new:
         assert new["logits/kernel"].shape[-1] == 2
         for name in set(old.files) - {"__manifest__", "logits/kernel"}:
             np.testing.assert_array_equal(old[name], new[name])
@@ -282,7 +282,7 @@ def test_transfer_takes_two_classes(photos, tmp_path, capsys):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["margin"] == metrics["head_accuracy"] - metrics["scratch_accuracy"]
     assert "Transfer to 2 classes of home of somebody from 5 images each" in capsys.readouterr().out
-    with np.load(shipped()[weights]) as old, np.load(tmp_path / "run" / "head" / "weights.npz") as new:
+    with np.load(pretrained_weights()[weights]) as old, np.load(tmp_path / "run" / "head" / "weights.npz") as new:
         assert all(np.array_equal(old[name], new[name]) for name in old.files if name.startswith("stage"))
 
 

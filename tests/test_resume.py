@@ -33,7 +33,7 @@ from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
 from tests import kills
-from tests.drawn import real_data, write_shapes
+from tests.datasets import real_data, write_shapes
 from tests.test_training import KilledError, everything, run, same, without_times
 
 callbacks = keras.callbacks

@@ -131,7 +131,7 @@ def test_kerass_initialisers_keep_their_moments(initializer, moments):
 def test_an_initialiser_that_numpy_cannot_draw_is_named():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(4, kernel_initializer="orthogonal", name="turn")(inputs))
-    with pytest.raises(ValueError, match=r"cannot draw turn/kernel in NumPy: its initializer is Orthogonal"):
+    with pytest.raises(ValueError, match=r"cannot initialize turn/kernel in NumPy: its initializer is Orthogonal"):
         initialize(model, 0)
 
 

@@ -1,4 +1,4 @@
-"""Weights of torchvision's networks mean the same here: logits against the reference's, and back to the bit."""
+"""torchvision's weights: logits against reference networks, and bit-exact round trips."""
 
 import json
 
@@ -17,7 +17,7 @@ CASES = pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case.name
 
 
 @CASES
-def test_converted_weights_give_the_references_logits_and_go_back_to_the_bit(case):
+def test_converted_weights_give_the_references_logits_and_an_exact_round_trip(case):
     model = zoo.build_model(case.name, case.input_shape, case.classes, **case.own)
     found, variables = torchvision.find(model), named_variables(model)
     given = {key: golden.draw(place.key, place.shape) for key, place in found.items()}

@@ -81,11 +81,11 @@ COUNTS = {
     "alexnet_2012": 60_965_224,
     "inception_v1": 6_998_552,  # Caffe's bvlc_googlenet without its auxiliary heads
     "googlenet": 6_624_904,
-    "inception_v1_tf": 6_624_904 - 7_280,  # no scales in the batch norms
+    "inception_v1_tf_slim": 6_624_904 - 7_280,  # no scales in the batch norms
     "inception_v2": 11_295_240 - 10_016,  # the Caffe weights, without the biases before batch norms
-    "inception_v2_tf": 11_178_336,  # counted in TF-Slim
+    "inception_v2_tf_slim": 11_178_336,  # counted in TF-Slim
     "inception_v3": 23_834_568,
-    "inception_v3_tf": 23_817_352,  # counted in Keras
+    "inception_v3_keras": 23_817_352,  # counted in Keras
     "vgg11": 132_863_336,
     "vgg13": 133_047_848,
     "vgg16": 138_357_544,
@@ -105,7 +105,7 @@ COUNTS = {
     **{f"densenet169{wiring}": 14_149_480 for wiring in ("", "_tf")},
     **{f"densenet201{wiring}": 20_013_928 for wiring in ("", "_tf")},
     "mobilenet_v2": 3_504_872,
-    "mobilenet_v2_tf": 3_504_872,
+    "mobilenet_v2_keras": 3_504_872,
     "mnasnet0_5": 2_218_512,
     "mnasnet0_75": 3_170_208,
     "mnasnet1_0": 4_383_312,
@@ -134,8 +134,8 @@ SHORT = {
 }
 
 # Networks with auxiliary heads, and images large enough for these.
-AUXILIARY = {"inception_v1": (79, 80, 3), "googlenet": (33, 35, 3), "inception_v1_tf": (65, 66, 3)}
-AUXILIARY |= dict.fromkeys(("inception_v3", "inception_v3_tf"), (107, 109, 3))
+AUXILIARY = {"inception_v1": (79, 80, 3), "googlenet": (33, 35, 3), "inception_v1_tf_slim": (65, 66, 3)}
+AUXILIARY |= dict.fromkeys(("inception_v3", "inception_v3_keras"), (107, 109, 3))
 
 
 def short_form(name):
@@ -179,7 +179,7 @@ def test_the_tables_above_hold_the_whole_zoo():
     assert set(COUNTS) == set(NAMES) == set(kvision.list_models())
     papers = {zoo._variants()[name].func.__module__.split(".")[-1] for name in WIRINGS}
     assert papers == set(zoo.PAPERS) - {"autoencoder", "unet"}
-    assert {"resnet18", "resnet50", "resnet50_v1", "resnet50_tf"} <= set(WIRINGS) and "resnet101" not in WIRINGS
+    assert {"resnet18", "resnet50", "resnet50_keras", "resnet50_tf_slim"} <= set(WIRINGS) and "resnet101" not in WIRINGS
 
 
 @pytest.mark.parametrize("name", NAMES)

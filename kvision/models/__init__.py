@@ -1,4 +1,4 @@
-"""One paper, one file: blocks, a builder, and `VARIANTS`, a row for each network."""
+"""One module per paper: blocks, a builder, and `VARIANTS`, one row per network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a file's networks were published, and what they read and give unless told otherwise.
+    """The publication of a module's networks, and their default input and output sizes.
 
     Args:
         input_shape: (height, width, channels) of the images.
