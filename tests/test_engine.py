@@ -1,4 +1,4 @@
-"""The runners: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
+"""The engines: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
 
 import os
 
@@ -553,7 +553,7 @@ def test_the_programs_unused_for_longest_are_removed(programs, monkeypatch):
     assert {path.name for path in programs.iterdir()} == {"a-cache", "c-cache", "notes.txt"}
 
 
-def test_kerass_own_step_is_the_floors():
+def test_kerass_own_step_is_the_engines():
     x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
     found = []
     for kind in engine.ENGINES:
@@ -580,7 +580,7 @@ def test_floors():
     assert engine.backend_module().__name__ == f"kvision.engine.{keras.backend.backend()}"
 
 
-def test_another_backend_of_keras_has_no_floor(monkeypatch):
+def test_another_backend_of_keras_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
         engine.backend_module()

@@ -640,7 +640,7 @@ def test_an_app_ends_with_75_where_it_saved(images, tmp_path, monkeypatch, capsy
     saved.unlink()
     (folder / ".metrics.jsonl.x1y2.tmp").touch()  # what SIGKILL may leave
     assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", str(folder)]) == 0
-    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning" in capsys.readouterr().out
+    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts at step 0" in capsys.readouterr().out
     assert same(weights(folder), weights(tmp_path / "whole")) and not list(folder.rglob(".*"))
 
 

@@ -257,7 +257,7 @@ def build_short(name, shape, classes, **own):
 
 
 @pytest.fixture(scope="module", params=WIRINGS)
-def backend_module(request):
+def runner(request):
     """The engine of a network in the short form, made once, because compiling takes time."""
     auxiliary = {"auxiliary": True} if request.param in AUXILIARY else {}
     shape = AUXILIARY.get(request.param, short_form(request.param)[0])
