@@ -379,7 +379,7 @@ def test_the_rows_of_regularize_start_alike(images):
 
 def test_regularize_names_its_rows(capsys):
     assert regularize.command(["--only", "l2,l3"]) == 2
-    assert "--only knows none, l1, l2," in (error := capsys.readouterr().err) and "got l3" in error
+    assert "--only must be of none, l1, l2," in (error := capsys.readouterr().err) and "got l3" in error
     assert regularize.RegularizeConfig(only="l2,none,l2").rows() == ["none", "l2"]
 
 
@@ -396,10 +396,10 @@ def run_command(*argv: str) -> int:
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--epochs", "1.5"], "expected a whole number, got '1.5'"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
-        (["--dropout", "0.5", "--model", "resnet20"], "--dropout does not apply to resnet20; it does to"),
+        (["--dropout", "0.5", "--model", "resnet20"], "--dropout does not apply to resnet20; it applies to"),
         (["--ema", "1"], "--ema must be at least 0 and below 1"),
         (["--swa", "1"], "--swa must be above 0 and below 1"),
-        (["--ema", "0.9", "--swa", "0.5"], "--ema and --swa are two averages of the weights: give one"),
+        (["--ema", "0.9", "--swa", "0.5"], "--ema and --swa both average the weights: give one"),
         (["--mixup", "0"], "--mixup must be a positive number, got 0"),
         (["--random-erasing", "2"], "--random-erasing must be from 0 to 1"),
         (["--max-norm", "-1"], "--max-norm must be a positive number"),
