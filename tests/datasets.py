@@ -1,11 +1,12 @@
 """Data for tests of the apps: the real set if KVISION_DATA names it, else a file of synthetic shapes."""
 
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
 
-from kvision.data import load
+from kvision.data import Dataset, load
 
 
 def real_data() -> str | None:
@@ -14,8 +15,25 @@ def real_data() -> str | None:
     return folder if folder and Path(folder).is_dir() else None
 
 
-def write_shapes(path: Path) -> str:
-    """An .npz of shapes10 in Keras's layout; its path."""
-    shapes = load("shapes10", log=lambda line: None)
-    np.savez(path, x_train=shapes.x_train, y_train=shapes.y_train, x_test=shapes.x_test, y_test=shapes.y_test)
+@functools.cache
+def _shapes() -> Dataset:
+    return load("shapes10", log=lambda line: None)
+
+
+def _write(path: Path, dataset: Dataset) -> str:
+    np.savez(path, x_train=dataset.x_train, y_train=dataset.y_train, x_test=dataset.x_test, y_test=dataset.y_test)
     return str(path)
+
+
+def write_shapes(path: Path) -> str:
+    """Write an .npz of shapes10 in Keras's layout; returns its path."""
+    return _write(path, _shapes())
+
+
+def write_few(path: Path) -> str:
+    """Write an .npz of 2,500 and 1,000 images of CIFAR-10, else of shapes10; returns its path.
+
+    Reading the pickled labels of all of CIFAR-10 takes 3 s, longer than a short run.
+    """
+    whole = load("cifar10", real_data()) if real_data() else _shapes()
+    return _write(path, whole.subset(train=2500, test=1000, seed=0))

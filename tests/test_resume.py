@@ -33,7 +33,7 @@ from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
 from tests import kills
-from tests.datasets import real_data, write_shapes
+from tests.datasets import write_few
 from tests.test_training import KilledError, everything, run, same, without_times
 
 callbacks = keras.callbacks
@@ -539,7 +539,7 @@ def test_terminate_on_nan_ends_the_run(pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> str:
-    return real_data() or write_shapes(tmp_path_factory.mktemp("data") / "shapes.npz")
+    return write_few(tmp_path_factory.mktemp("data") / "few.npz")
 
 
 def app(images, folder, *more):
