@@ -56,7 +56,6 @@ WORDS = (
 
 # Paths whose words are still to be replaced. The list only gets shorter, and is empty in the end.
 EXEMPT = (
-    *("kvision/engine/", "kvision/training/", "kvision/tasks/", "benchmarks/"),
     *("kvision/data/", "kvision/convert/", "kvision/weights/", "kvision/models/", "kvision/layers/"),
     *("kvision/applications/", "kvision/zoo.py", "kvision/files.py"),
     "tests/",

@@ -1,4 +1,4 @@
-"""Regularizers on samples: what a batch shows and what it is told are changed together.
+"""Batch transforms that regularize: mixup, CutMix, random erasing.
 
 Each is a dataclass with two methods. `make_params(generator, shape)` makes the random numbers of a batch in NumPy, and
 `apply(images, targets, params)` is a pure function of tensors on Keras ops, which differs between backends by rounding
@@ -61,7 +61,7 @@ def _blend(x, permutation, lam):
 @dataclass(frozen=True)
 class CutMix:
     """A rectangle of each image is another image's, and the target is mixed by area (Yun et al. 2019,
-    https://arxiv.org/abs/1905.04899, section 3.1): one rectangle for the batch, around a uniform centre, cut off at the
+    https://arxiv.org/abs/1905.04899, section 3.1): one rectangle for the batch, around a uniform center, cut off at the
     border. Its sides are `sqrt(1 - lam)` of the image's, lambda from Beta(alpha, alpha).
 
     Args:
@@ -83,8 +83,8 @@ class CutMix:
         permutation = generator.permutation(n).astype(np.int32)
         box = []
         for size in (height, width):
-            centre, half = generator.integers(size), int(size * side) // 2
-            box += [max(0, centre - half), min(size, centre + half)]
+            center, half = generator.integers(size), int(size * side) // 2
+            box += [max(0, center - half), min(size, center + half)]
         return {"box": np.array(box, np.int32), "permutation": permutation}
 
     def apply(self, images, targets, params):

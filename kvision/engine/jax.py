@@ -200,7 +200,7 @@ class Engine:
     def train_steps(self, dataset, params):
         if self._state is None:
             self._state = self._values()
-        # Convolutions within a loop are slow on a CPU: there each step is a program of its own.
+        # Convolutions within a loop are slow on a CPU: there each step is a separate program.
         pieces = [params] if accelerated() else np.split(params, len(params))
         results = []
         for piece in pieces:

@@ -192,7 +192,7 @@ def with_methods(optimizer, methods_for: Callable[[keras.optimizers.Optimizer], 
     """An optimizer of the same state with other methods; the optimizer that is given stays as it is.
 
     Args:
-        methods_for: the methods by name, for the innermost of wrapped optimizers.
+        methods_for: the methods by name, for the optimizer inside all wrappers.
     """
     kind, inner = type(optimizer), inner_name(optimizer)
     if inner is None:

@@ -17,7 +17,7 @@ from kvision.engine.program import Program, gradients_or_zeros, split
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
     if deterministic:
         tf.config.experimental.enable_op_determinism()  # for the whole process: TensorFlow knows no way back
-        tf.random.set_seed(0)  # or what params numbers without a seed of its own would fail
+        tf.random.set_seed(0)  # without it, operations that have no seed would fail
 
 
 def accelerated() -> bool:

@@ -212,7 +212,7 @@ def _lay_out(variables):
 
 
 def _fast_methods(optimizer):
-    """Keras's own methods of an optimizer in a quicker form; a method that its class has of its own stays."""
+    """Faster forms of Keras's methods of an optimizer; a method that its class overrides stays."""
     kind, methods = type(optimizer), {}
     if has_plain_weight_decay(optimizer):
         methods[WEIGHT_DECAY] = _weight_decay()

@@ -37,7 +37,7 @@ class Task(Protocol):
 
     Optional, looked up by name:
 
-    - `variables`: `keras.Variable`s of its own, as metrics or the weights of a momentum teacher; carried through every
+    - `variables`: the task's `keras.Variable`s, as metrics or the weights of a momentum teacher; carried through every
       step and stored in checkpoints.
     - `phases() -> Sequence[Phase]`: several gradient steps in the place of one by `loss`.
     - `predict(models, batch)`: tensors of fixed shape, nested as one likes.

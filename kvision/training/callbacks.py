@@ -87,7 +87,7 @@ class Callbacks:
         if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
             raise ValueError(
                 "BackupAndRestore keeps no optimizer and no place in an epoch: give fit(checkpoint=FOLDER) instead, "
-                "which goes on to the bit"
+                "which resumes bit-exactly"
             )
         # ModelCheckpoint has hooks for batches, which do nothing where it saves after epochs.
         waiting = [callback for callback in self.callbacks if getattr(callback, "save_freq", None) != "epoch"]
