@@ -61,6 +61,8 @@ class Compiled:
         loss = self.model.compute_loss(x, y, outputs, weight, **options)
         loss_tracker(self.model).update_state(ops.stop_gradient(loss), sample_weight=_examples(x))
         fixed = tree.map_structure(lambda one: copy_mask(one, ops.stop_gradient(one)), outputs)
+        # On PyTorch Keras's losses and metrics multiply weights by masks where they lie, and the gradient needs them.
+        weight = tree.map_structure(lambda one: None if one is None else ops.copy(one), weight)
         self.model.compute_metrics(x, y, fixed, sample_weight=weight)
         return loss
 
