@@ -56,6 +56,14 @@ def full_precision():
     return jax.default_matmul_precision("highest")
 
 
+def generator_states():
+    return []
+
+
+def set_generator_states(states):
+    pass
+
+
 def why_keras(model):
     return "Keras runs on Flax NNX" if keras.config.is_nnx_enabled() else None
 

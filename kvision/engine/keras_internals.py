@@ -13,6 +13,7 @@ import keras
 from keras import tree
 
 _functional = importlib.import_module("keras.src.models.functional")
+_arrays = importlib.import_module("keras.src.trainers.data_adapters.array_data_adapter")
 _dtypes = importlib.import_module("keras.src.backend.common.dtypes")
 
 # What `train_on_batch` calls of a model, which a subclass may write anew.
@@ -237,14 +238,17 @@ def copy_mask(tensor, other):
 
 
 def is_built(model: keras.Model) -> bool:
-    """Whether a model, all of its layers, and the losses and metrics that it is compiled with have their variables."""
+    """Whether a model, its layers, and the optimizer, losses and metrics that it is compiled with have their variables."""
     parts = (model._compile_loss, model._compile_metrics, model.optimizer, *model._flatten_layers())
     return all(part is None or part.built for part in parts)
 
 
 def build_compiled(model: keras.Model, data) -> None:
-    """Make the variables of a compiled model, of its losses, metrics and optimizer for a batch (x, y, sample weights).
-
-    Nothing is computed.
-    """
+    """Make the variables of a compiled model, of its losses, metrics and optimizer, for a batch (x, y, sample weights);
+    nothing is computed."""
     model._symbolic_build(data_batch=data)
+
+
+def are_arrays(data) -> bool:
+    """Whether Keras's `fit` takes what is nested in `data` as arrays in memory, which it divides into batches itself."""
+    return _arrays.can_convert_arrays(data)

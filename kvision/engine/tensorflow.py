@@ -34,6 +34,14 @@ def full_precision():
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
+def generator_states():
+    return []
+
+
+def set_generator_states(states):
+    pass
+
+
 def why_keras(model):
     replicas = model.distribute_strategy.num_replicas_in_sync
     return f"tf.distribute trains it on {replicas} replicas" if replicas > 1 else None

@@ -68,6 +68,18 @@ def full_precision():
             switch.allow_tf32 = allowed
 
 
+def generator_states():
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [np.asarray(state) for state in (torch.get_rng_state(), *cards)]
+
+
+def set_generator_states(states):
+    first, *cards = map(torch.from_numpy, states)
+    torch.set_rng_state(first)
+    if len(cards) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cards)
+
+
 def why_keras(model):
     return "it is compiled with jit_compile=True" if model.jit_compile and not model.run_eagerly else None
 
