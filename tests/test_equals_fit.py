@@ -5,6 +5,7 @@ at the end every variable of the model and of the optimizer are Keras's: in floa
 in it, else to the bound of its row. What the engine does not take is trained by Keras, with a line that says so.
 """
 
+import csv
 import importlib
 import random
 import warnings
@@ -18,6 +19,9 @@ from keras import layers, ops
 
 import kvision
 from kvision import engine
+from kvision.engine.keras_internals import build_compiled
+from kvision.tasks.compiled import Compiled
+from kvision.training import keras_fit
 from tests.arrays import value
 
 BACKEND = keras.backend.backend()
@@ -968,3 +972,198 @@ def test_a_program_trains_as_model_fit_trains_it(name):
 
 def test_there_are_many_programs():
     assert len(PROGRAMS) >= 90
+
+
+def both(program, *callbacks_of, **options):
+    """A program's model by `model.fit` and by `kvision.fit`, each with callbacks made of a folder's name."""
+    engine.configure("float64")
+    for name, fit in (("theirs", lambda model, **given: model.fit(**given)), ("ours", kvision.fit)):
+        program.callbacks = lambda name=name: [make(name) for make in callbacks_of]
+        yield fitted(program, fit, **options)
+
+
+def test_files_of_callbacks(tmp_path):
+    """A checkpoint of the best weights, and a table of the logs."""
+    program = Program(head(relu), optimizer=lambda: keras.optimizers.SGD(3.0), options={"epochs": 4})
+    saves = lambda name: keras.callbacks.ModelCheckpoint(  # noqa: E731
+        tmp_path / name / "{epoch}.weights.h5", save_weights_only=True, save_best_only=True
+    )
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    logs = lambda name: keras.callbacks.CSVLogger(tmp_path / f"{name}.csv")  # noqa: E731
+    (theirs, *_), (ours, *_) = both(program, saves, logs)
+    tables = [list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("theirs", "ours")]
+    assert tables[0][0] == tables[1][0] and len(tables[0]) == 5
+    close(np.array(tables[1][1:], float), np.array(tables[0][1:], float), 1e-10, "table")
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("theirs", "ours")]
+    assert files[0] == files[1] and len(files[0]) in (1, 2, 3), files
+    for file in files[0]:
+        theirs.load_weights(tmp_path / "theirs" / file)
+        ours.load_weights(tmp_path / "ours" / file)
+        for mine, kerass in zip(ours.weights, theirs.weights, strict=True):
+            close(value(mine), value(kerass), 1e-10, file)
+
+
+class BrokenError(Exception):
+    pass
+
+
+class Breaks(keras.callbacks.Callback):
+    """Ends a run in an epoch as a fault does. It has no state that a run goes on with."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.epoch == 0 and batch == 1:
+            raise BrokenError
+        self.epoch -= batch == 1
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+RESUMED = Program(
+    head(batch_norm(), relu, lambda: layers.Dropout(0.3, seed=3)),
+    optimizer=optimizer("Adam", 0.05, **EMA),
+    compiled=metrics("accuracy"),
+    options={"epochs": 4, "batch_size": 6},
+)
+
+
+@pytest.mark.parametrize("data", ["arrays", "PyDataset"])
+def test_a_run_that_breaks_off_goes_on_as_if_it_had_not(tmp_path, data):
+    """To the bit: weights, optimizer and history of what `model.fit` gives in one go, an optimizer's averages, an early
+    stopping's patience and a rate that plateaus lower among it."""
+    engine.configure("float64")
+    given = RESUMED.data if data == "arrays" else alone(Pairs, shuffle=True, epochs=4)
+    program = Program(**{**vars(RESUMED), "data": given})
+
+    def run(fit, epoch=-1, **more):
+        monitor = "loss" if data == "PyDataset" else "val_loss"
+        program.callbacks = lambda: [
+            keras.callbacks.ReduceLROnPlateau(monitor, patience=0, factor=0.5, min_delta=10),
+            keras.callbacks.EarlyStopping(monitor, patience=3, min_delta=10),
+            Breaks(epoch),
+        ]
+        return fitted(program, lambda model, **options: fit(model, **options, **more))
+
+    whole, _, _, history = run(kvision.fit)
+    folder = tmp_path / "checkpoints"
+    for epoch in (1, 0):
+        with pytest.raises(BrokenError):
+            run(kvision.fit, 2 - epoch, checkpoint=folder)
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed, _, _, again = run(kvision.fit, checkpoint=folder)
+        assert again.history == history.history and again.epoch == history.epoch
+        for mine, other in zip(state(resumed), state(whole), strict=True):
+            np.testing.assert_array_equal(value(mine), value(other), mine.path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"x": batches(np.ones((N, 1)), np.ones(N)), "y": None},
+            "takes arrays or a keras.utils.PyDataset, got a gen",
+        ),
+        ({"steps_per_epoch": 1}, "takes whole epochs: leave out steps_per_epoch"),
+        ({"callbacks": [keras.callbacks.BackupAndRestore("nowhere")]}, "BackupAndRestore keeps no"),
+    ],
+    ids=["generator", "steps", "BackupAndRestore"],
+)
+def test_what_cannot_be_resumed_is_refused(tmp_path, changed, message):
+    program = Program(head(relu))
+    model = program.build()
+    program.compile(model)
+    x, y = program.arrays()
+    with pytest.raises(ValueError, match=message):
+        kvision.fit(model, **{"x": x, "y": y, "checkpoint": tmp_path / "run", **changed})
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    program = Program(head(relu))
+    x, y = program.arrays()
+    for size in (N, N - 1):
+        model = program.build()
+        program.compile(model)
+        if size == N:
+            kvision.fit(model, x, y, checkpoint=tmp_path, verbose=0)
+        else:
+            with pytest.raises(kvision.weights.WeightsError, match="is of a run with size 16; this run has size 15"):
+                kvision.fit(model, x[:size], y[:size], checkpoint=tmp_path, verbose=0)
+
+
+def test_a_second_fit_goes_on_and_compiles_nothing_anew(monkeypatch):
+    engine.configure("float64")
+    program, made = Program(head(batch_norm(), relu)), []
+    kind = engine.backend_module().Engine
+    monkeypatch.setattr(engine.backend_module(), "Engine", lambda *options: made.append(1) or kind(*options))
+    ends = []
+    for fit in (lambda model, *given, **options: model.fit(*given, **options), kvision.fit):
+        model = program.build()
+        program.compile(model)
+        x, y = program.arrays()
+        for _ in range(3):
+            fit(model, x, y, batch_size=BATCH, shuffle=False, verbose=0)
+        assert len(made) == (fit is kvision.fit)
+        model.compile("adam", "mse")
+        fit(model, x, np.eye(CLASSES)[y], batch_size=BATCH, shuffle=False, verbose=0)
+        assert len(made) == 2 * (fit is kvision.fit)
+        ends.append(state(model))
+    for kerass, mine in zip(*ends, strict=True):
+        close(value(mine), value(kerass), 1e-10, mine.path)
+
+
+def test_keras_fits_a_model_afterwards():
+    """Its own step, which the engine has not changed."""
+    program = Program(head(relu))
+    model = program.build()
+    program.compile(model)
+    x, y = program.arrays()
+    kvision.fit(model, x, y, verbose=0)
+    assert model.train_function is None and model.train_step.__func__ is keras.Model.train_step
+    model.fit(x, y, verbose=0)
+    assert model.optimizer.iterations == 2
+
+
+def test_what_is_no_compiled_model_is_refused():
+    with pytest.raises(TypeError, match=r"expected a keras\.Model, got a Dense"):
+        kvision.fit(layers.Dense(2))
+    with pytest.raises(ValueError, match=r"is not compiled: call model\.compile\(optimizer, loss"):
+        kvision.fit(Program(head(relu)).build())
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+def test_a_model_that_pytorch_compiles_is_kerass():
+    model = Program(head(relu)).build()
+    model.compile("sgd", "mse", jit_compile=True)
+    assert keras_fit.why_keras(model) == "it is compiled with jit_compile=True"
+
+
+@pytest.mark.parametrize("make", [lambda: head(lambda: layers.Dense(5, kernel_regularizer="l2"), relu)])
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_gradients_accumulated_over_parts_are_those_of_the_whole(make, kind):
+    """A compiled model as a task, its batch in two parts, against Keras's step on the whole batch."""
+    engine.configure("float64")
+    program = Program(make(), optimizer=optimizer(kind, 0.05))
+    models = [program.build(), program.build()]
+    x, y = program.arrays()
+    for model in models:
+        program.compile(model, run_eagerly=BACKEND != "torch")
+        if model is models[0]:
+            row = model.train_on_batch(x, y, return_dict=True)
+            continue
+        build_compiled(model, (x, y, None))
+        task = Compiled(model)
+        own = engine.backend_module().Engine(model, task, model.optimizer, 2)
+        means = own.train_step({"x": x, "y": y})
+        own.sync_variables()
+        close(np.divide(*map(ops.convert_to_numpy, means["loss"])), row["loss"], 1e-10, "loss")
+        close(task.summarize(means)["loss"], row["loss"], 1e-10, "logged loss")
+    for mine, kerass in zip(state(models[1]), state(models[0]), strict=True):
+        close(value(mine), value(kerass), 1e-10, mine.path)

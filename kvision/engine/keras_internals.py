@@ -238,7 +238,7 @@ def copy_mask(tensor, other):
 
 
 def is_built(model: keras.Model) -> bool:
-    """Whether a model, its layers, and the optimizer, losses and metrics that it is compiled with have their variables."""
+    """Whether a model, its layers, its optimizer, and the losses and metrics of `compile` have their variables."""
     parts = (model._compile_loss, model._compile_metrics, model.optimizer, *model._flatten_layers())
     return all(part is None or part.built for part in parts)
 
@@ -250,5 +250,5 @@ def build_compiled(model: keras.Model, data) -> None:
 
 
 def are_arrays(data) -> bool:
-    """Whether Keras's `fit` takes what is nested in `data` as arrays in memory, which it divides into batches itself."""
+    """Whether what is nested in `data` are arrays to Keras's `fit`, which divides them into batches itself."""
     return _arrays.can_convert_arrays(data)
