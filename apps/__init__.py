@@ -1,1 +1,1 @@
-"""Programs that show what kvision does, a page each: `python -m apps.cifar10 --help`."""
+"""Example programs, one page each: `python -m apps.cifar10 --help`."""

@@ -1,10 +1,10 @@
 """Classify CIFAR-10: `KERAS_BACKEND=torch python -m apps.cifar10`.
 
-The default, airbench_small, is a first run for two CPU cores: expect 89.7 to 89.9 % of the 10,000 test images (seed 0,
-one run on each backend). On two cores of a Xeon with AVX-512 it trains in 400 s on PyTorch; the README has the others.
-Two recipes are for a GPU. `--model resnet20` is that of He et al. 2015, 164 epochs: 91.4 % in 159 s (JAX, an H200,
-float32, seed 0, one run; the paper has 91.25 %). `--model airbench94 --dtype bfloat16` is that of Jordan 2024: 94.07 %
-on six views of each test image (JAX, ten runs; 94.04 % on PyTorch), in seconds, see docs/engine.md.
+The default network, airbench_small, is sized for two CPU cores: test accuracy 89.7 to 89.9 % (seed 0, one run on each
+backend). On two cores of a Xeon with AVX-512 it trains in 400 s on PyTorch; the README lists the other backends. Two
+recipes are for a GPU. `--model resnet20` is the recipe of He et al. 2015, 164 epochs: 91.4 % in 159 s (JAX, an H200,
+float32, seed 0, one run; the paper reports 91.25 %). `--model airbench94 --dtype bfloat16` is the recipe of Jordan
+2024: 94.07 % with test-time augmentation (JAX, ten runs; 94.04 % on PyTorch), in seconds, see docs/engine.md.
 """
 
 import sys
@@ -14,7 +14,7 @@ from kvision.experiment import classify, command
 
 DATASETS = ("cifar10", "shapes10")
 
-# He et al. 2015, section 4.2: weight decay 1e-4 is a penalty of half that on the squares.
+# He et al. 2015, section 4.2: weight decay 1e-4 is an L2 penalty of half that.
 RESNET = {"epochs": 164, "learning_rate": 0.1, "schedule": "steps", "l2": 5e-5, "flip": True, "crop_padding": 4}
 VGG = {"epochs": 60, "learning_rate": 0.05, "warmup": 0.1, "l2": 2.5e-4, "flip": True, "crop_padding": 4, "hidden": 512}
 
@@ -76,7 +76,7 @@ RECIPES = {
 
 
 def main(config: Config = RECIPES["airbench_small"]) -> dict:
-    """Train as configured; the content of metrics.json, and the run's folder."""
+    """Train as configured; returns the content of metrics.json and the run folder."""
     return classify(config, DATASETS)
 
 

@@ -1,26 +1,26 @@
 """Run an app on every installed backend and compare: `python -m apps.compare --check --model resnet20 --max-steps 100`.
 
-Flags that are not its own go to the app (`--app cifar10` by default), the same to every backend.
+All other flags are passed to the app (`--app cifar10` by default), the same on every backend.
 """
 
 import argparse
 import sys
 
 from kvision import compare
-from kvision.flags import run_cli
+from kvision.flags import app_module, run_cli
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, with `--check` 1 where the backends differ too much, 2 where the flags are wrong, 143 where
-    SIGTERM came."""
+    """Run the command; returns the exit code: 0, 1 if `--check` fails, 2 for invalid flags, 143 after SIGTERM."""
+    prog = f"python -m {app_module('compare')}"
     parser = argparse.ArgumentParser(
-        prog="python -m apps.compare",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     compare.add_arguments(parser)
-    return run_cli("python -m apps.compare", lambda: compare.main(*parser.parse_known_args(argv)), ())
+    return run_cli(prog, lambda: compare.main(*parser.parse_known_args(argv)), ())
 
 
 if __name__ == "__main__":

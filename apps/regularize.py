@@ -1,11 +1,10 @@
 """What each regularizer does to one network that overfits: `KERAS_BACKEND=torch python -m apps.regularize`.
 
-A small residual network learns 2,000 images of CIFAR-10 by heart; then the same run again, once with each regularizer
-alone, everything else the same: initial weights, order, schedule. The folder of the run gets a table (table.md,
-metrics.json) and report.html with the curves: training accuracy (of the training images as they are, in inference
-mode), test accuracy on all 10,000 images, and the gap between them. `--only l2,mixup` chooses.
+A small residual network overfits 2,000 images of CIFAR-10. The run is repeated with each regularizer alone, with the
+same initial weights, order and schedule. The run folder gets a table (table.md, metrics.json) and report.html with the
+curves: training accuracy (without augmentation, in inference mode), test accuracy on all 10,000 images, and their gap.
 
-Expect (PyTorch on a CPU, seed 0, one run each, so half a point is chance; train, test in percent):
+Accuracy in percent (PyTorch on a CPU, seed 0, one run each, standard error half a point; train, test):
 
     none               100.0  50.9      stochastic_depth    88.7  52.0
     l1                 100.0  51.8      shake_shake         85.5  54.2
@@ -20,9 +19,9 @@ Expect (PyTorch on a CPU, seed 0, one run each, so half a point is chance; train
     gaussian_noise      83.8  50.6      ema                100.0  50.8
     early_stopping      51.2  42.4      swa                100.0  51.2
 
-The settings are set by judgement after short trials and not searched for. Early stopping ends the run while the rate is
-still high: it wants a schedule that does not plan for the last epoch. On one thread of an AMD EPYC beside other work a
-row takes 40 to 130 s, all of them 50 minutes.
+The settings come from short trials, not from a search. Early stopping ends the run while the learning rate is still
+high; it requires a schedule that does not depend on the last epoch. A row takes 40 to 130 s on one thread of an AMD
+EPYC with other load, all rows 50 minutes.
 """
 
 import dataclasses
@@ -35,15 +34,14 @@ from pathlib import Path
 
 import keras
 
-from kvision import engine as engines
-from kvision import experiment, files, flags, run_data
+from kvision import engine, experiment, files, flags, run_data
 from kvision.config import HELD_OUT, Config, flag
 from kvision.data import Dataset
 from kvision.layers import activation, batch_norm, conv, global_pool, logits, max_pool, norm
 from kvision.layers.noise import DropBlock, Dropout, GaussianNoise, ShakeShake, SpatialDropout, StochasticDepth
 from kvision.random import key
 from kvision.report import environment, page
-from kvision.report.run_report import column, shares_as_percent
+from kvision.report.run_report import column, fractions_to_percent
 from kvision.report.svg import bar_chart, line_chart
 from kvision.tasks import classification
 from kvision.training import evaluation, schedules, trainer
@@ -54,11 +52,11 @@ DATASETS = ("cifar10", "shapes10")
 
 @dataclass(frozen=True)
 class Row:
-    """One regularizer: how it is set, the flags of a run that it is, or the layer and where in each block it goes."""
+    """One regularizer: its setting as text, and either flags of a run, or a layer and its position in each block."""
 
     setting: str
     flags: dict[str, object] = field(default_factory=dict)
-    place: str | None = None
+    position: str | None = None
     layer: Callable | None = None
     prepare: Callable = lambda model: None
 
@@ -71,76 +69,74 @@ ROWS = {
     "weight_decay": Row("decoupled, 0.05", {"weight_decay": 0.05}),
     "orthogonal": Row("1e-2", {"orthogonal": 1e-2}),
     "max_norm": Row("1", {"max_norm": 1.0}),
-    "dropout": Row("0.3 in each branch", place="branch", layer=lambda **options: Dropout(0.3, **options)),
+    "dropout": Row("0.3 in each branch", position="branch", layer=lambda **options: Dropout(0.3, **options)),
     "spatial_dropout": Row(
-        "0.2 in each branch", place="branch", layer=lambda **options: SpatialDropout(0.2, **options)
+        "0.2 in each branch", position="branch", layer=lambda **options: SpatialDropout(0.2, **options)
     ),
     "dropblock": Row(
-        "0.2 in each branch, 3 pixels", place="branch", layer=lambda **options: DropBlock(0.2, 3, **options)
+        "0.2 in each branch, 3 pixels", position="branch", layer=lambda **options: DropBlock(0.2, 3, **options)
     ),
     "gaussian_noise": Row(
-        "deviation 0.5 in each branch", place="branch", layer=lambda **options: GaussianNoise(0.5, **options)
+        "stddev 0.5 in each branch", position="branch", layer=lambda **options: GaussianNoise(0.5, **options)
     ),
     "stochastic_depth": Row(
-        "0.3, each block", place="residual", layer=lambda **options: StochasticDepth(0.3, **options)
+        "0.3, each block", position="residual", layer=lambda **options: StochasticDepth(0.3, **options)
     ),
-    "shake_shake": Row("for their mean", place="sum", layer=ShakeShake),
+    "shake_shake": Row("instead of the mean", position="sum", layer=ShakeShake),
     "mixup": Row("alpha 1", {"mixup": 1.0}),
     "cutmix": Row("alpha 1", {"cutmix": 1.0}),
     "cutout": Row("16 pixels", {"cutout": 16}),
     "erasing": Row("half of the images", {"random_erasing": 0.5}),
     "flip_and_shift": Row("4 pixels", {"flip": True, "crop_padding": 4}),
     "label_smoothing": Row("0.1", {"label_smoothing": 0.1}),
-    "frozen_batch_norm": Row("the identity, rate 0.02", {"learning_rate": 0.02}, prepare=norm.freeze_batch_norm),
+    "frozen_batch_norm": Row("identity, learning rate 0.02", {"learning_rate": 0.02}, prepare=norm.freeze_batch_norm),
     "clipping": Row("global norm 0.5", {"clip_norm": 0.5}),
     "ema": Row("0.99", {"ema": 0.99}),
     "swa": Row("the last half, constant rate", {"swa": 0.5, "schedule": "constant"}),
-    "early_stopping": Row("patience 5, on a tenth held out", {"early_stopping": 5}),
+    "early_stopping": Row("patience 5, 10 % validation split", {"early_stopping": 5}),
 }
 
 
 @dataclass(frozen=True)
 class RegularizeConfig:
-    """A run of this app. Raises `flags.UsageError` where a value cannot work."""
+    """A run of this app. Raises `flags.UsageError` for an invalid value."""
 
-    only: str | None = flag(None, f"comma-separated rows beside none: {', '.join(ROWS)}; none runs all", metavar="ROWS")
-    epochs: int = flag(30, "times that every training image is shown")
+    only: str | None = flag(None, f"comma-separated rows of {', '.join(ROWS)}", none="all", metavar="ROWS")
+    epochs: int = flag(30, "passes over the training images")
     batch_size: int = flag(100, "images a step")
-    learning_rate: float = flag(0.1, "the largest learning rate of the schedule")
-    schedule: str = flag("cosine", "how the learning rate goes down", choices=schedules.SCHEDULES)
-    max_train_samples: int = flag(2000, "train on so many images, drawn evenly from the classes")
-    max_test_samples: int | None = flag(None, "test on so many images; none takes all")
-    eval_every: int = flag(5, "epochs from one scoring to the next")
-    seed: int = flag(0, "seed of the initial weights, the order and the noise, equal on every backend")
-    data: str | None = flag(
-        None, "folder or file to read the data set from; none looks in the usual places", metavar="PATH"
-    )
-    output_dir: str | None = flag(None, "folder of the run; none makes a new one below runs/", metavar="FOLDER")
+    learning_rate: float = flag(0.1, "maximum learning rate of the schedule")
+    schedule: str = flag("cosine", "learning-rate schedule", choices=schedules.SCHEDULES)
+    max_train_samples: int = flag(2000, "use N training images, balanced over the classes")
+    max_test_samples: int | None = flag(None, "use N test images", none="all")
+    eval_every: int = flag(5, "evaluate every N epochs")
+    seed: int = flag(0, "seed of weights, order and noise")
+    data: str | None = flag(None, "folder or file of the data set", none="cache, ./data or download", metavar="PATH")
+    output_dir: str | None = flag(None, "run folder", none="a new one below runs/", metavar="FOLDER")
 
     def __post_init__(self):
         if unknown := [name for name in self.rows() if name not in ROWS]:
-            raise flags.UsageError(f"--only knows {', '.join(ROWS)}; got {', '.join(unknown)}")
-        self.of("none")  # checks the numbers
+            raise flags.UsageError(f"--only must be of {', '.join(ROWS)}, got {', '.join(unknown)}")
+        self.config("none")  # raises for invalid numbers
 
     def rows(self) -> list[str]:
         """The names of the rows to run, the plain network first."""
         return list(ROWS) if self.only is None else list(dict.fromkeys(["none", *self.only.split(",")]))
 
-    def of(self, name: str) -> Config:
-        """The run of a row."""
-        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "only"}
-        return Config(app="regularize", warmup=0.1, **own | ROWS[name].flags)
+    def config(self, name: str) -> Config:
+        """The configuration of a row's run."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "only"}
+        return Config(app="regularize", warmup=0.1, **values | ROWS[name].flags)
 
 
 def network(input_shape: tuple[int, int, int], classes: int, row: Row, seed: int) -> keras.Model:
-    """A residual network of two blocks of 16 and 32 filters, whose residual is the mean of two branches.
+    """Build a residual network of two blocks with 16 and 32 filters, whose residual is the mean of two branches.
 
-    `row.layer` stands behind the rectified units of each branch ("branch"), behind the mean ("residual") or for it
+    `row.layer` follows the ReLU of each branch (position "branch"), follows the mean ("residual"), or replaces it
     ("sum").
     """
 
-    def place(where, x, name):
-        if row.place != where:
+    def insert(position, x, name):
+        if row.position != position:
             return x
         return row.layer(name=name, seed=key(seed, name))(x)
 
@@ -153,11 +149,11 @@ def network(input_shape: tuple[int, int, int], classes: int, row: Row, seed: int
             name = f"stage{i}_{side}"
             y = conv(filters, 3, name=f"{name}_1_conv")(x)
             y = activation("relu", name=f"{name}_1_relu")(batch_norm(name=f"{name}_1_bn")(y))
-            y = conv(filters, 3, name=f"{name}_2_conv")(place("branch", y, f"{name}_noise"))
+            y = conv(filters, 3, name=f"{name}_2_conv")(insert("branch", y, f"{name}_noise"))
             branches.append(batch_norm(name=f"{name}_2_bn")(y))
         mean = keras.layers.Average(name=f"stage{i}_mean")
-        y = place("sum", branches, f"stage{i}_noise") if row.place == "sum" else mean(branches)
-        y = place("residual", y, f"stage{i}_noise")
+        y = insert("sum", branches, f"stage{i}_noise") if row.position == "sum" else mean(branches)
+        y = insert("residual", y, f"stage{i}_noise")
         if x.shape != y.shape:
             x = batch_norm(name=f"stage{i}_shortcut_bn")(conv(filters, 1, name=f"stage{i}_shortcut_conv")(x))
         x = activation("relu", name=f"stage{i}")(keras.layers.Add(name=f"stage{i}_add")([x, y]))
@@ -166,36 +162,35 @@ def network(input_shape: tuple[int, int, int], classes: int, row: Row, seed: int
 
 
 def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> dict:
-    """Train the network with one regularizer; its row of the table."""
-    row, own, started = ROWS[name], config.of(name), time.perf_counter()
-    model = network(dataset.input_shape, len(dataset.classes), row, own.seed)
-    initialize(model, own.seed)
+    """Train the network with one regularizer; returns its row of the table."""
+    row, run, started = ROWS[name], config.config(name), time.perf_counter()
+    model = network(dataset.input_shape, len(dataset.classes), row, run.seed)
+    initialize(model, run.seed)
     preprocessing = run_data.build_preprocessing(dataset)
     row.prepare(model)
-    experiment.regularize_weights(own, model)
+    experiment.regularize_weights(run, model)
     part, validation = (
-        run_data.train_validation_split(dataset, HELD_OUT, own.seed) if own.early_stopping else (dataset, None)
+        run_data.train_validation_split(dataset, HELD_OUT, run.seed) if run.early_stopping else (dataset, None)
     )
-    batches = run_data.build_batches(own, part, preprocessing)
+    batches = run_data.build_batches(run, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
+    evaluations = {"test": test, "train": train} | ({} if validation is None else {"validation": validation})
     history = trainer.fit(
         model,
-        experiment.build_optimizer(own, batches.steps, {}),
-        classification.cross_entropy(own.label_smoothing),
+        classification.Classification(label_smoothing=run.label_smoothing),
+        experiment.build_optimizer(run, batches.steps, {}),
         batches,
-        epochs=own.epochs,
-        test=test,
-        also={"train": train},
-        eval_every=own.eval_every,
-        validation=validation,
-        early_stopping=trainer.EarlyStopping(own.early_stopping) if own.early_stopping else None,
+        epochs=run.epochs,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(eval_every=run.eval_every),
+        early_stopping=trainer.EarlyStopping(run.early_stopping) if run.early_stopping else None,
         label=name,
     )
-    engine = engines.create(model)
+    runner = engine.create(model)
     scored = {
         f"{which}_{figure}": value
         for which, (images, labels) in (("train", train), ("test", test))
-        for figure, value in classification.score(evaluation.predict(engine, images, preprocessing), labels).items()
+        for figure, value in classification.score(evaluation.predict(runner, images, preprocessing), labels).items()
     }
     gap = scored["train_accuracy"] - scored["test_accuracy"]
     log(f"{name}: train {scored['train_accuracy']:.2%}, test {scored['test_accuracy']:.2%}, gap {100 * gap:.2f} points")
@@ -203,11 +198,11 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     return {**result, "seconds": time.perf_counter() - started, "history": history.epochs}
 
 
-COLUMNS = ("regularizer", "setting", "train", "test", "gap, points", "test against none, points")
+COLUMNS = ("regularizer", "setting", "train", "test", "gap, points", "test minus none, points")
 
 
 def cells(rows: list[dict]) -> list[list[str]]:
-    """The table's cells, a list a row."""
+    """The cells of the table, row by row."""
     plain = rows[0]["test_accuracy"]
     return [
         [
@@ -229,9 +224,9 @@ def markdown(rows: list[dict]) -> str:
 
 
 def write_report(folder: Path, result: dict) -> None:
-    """Write report.html: the table, bars of the test accuracies and gaps, and the curves of each row."""
+    """Write report.html: the table, bar charts of test accuracy and gap, and the curves of each row."""
     rows = result["rows"]
-    curve = lambda row, key: shares_as_percent(column(row["history"], key))  # noqa: E731
+    curve = lambda row, key: fractions_to_percent(column(row["history"], key))  # noqa: E731
     plain, charts = curve(rows[0], "test_accuracy"), []
     for row in rows:
         series = {"train": curve(row, "train_accuracy"), "test": curve(row, "test_accuracy")}
@@ -247,7 +242,7 @@ def write_report(folder: Path, result: dict) -> None:
     header = (
         "<h1>Regularizers</h1><p>One network, the same initial weights and batches, on "
         f"{result['train_images']:,} images of {page.escape(result['dataset'])}; each regularizer alone, one run each. "
-        "Training accuracy is that of the training images as they are, in inference mode.</p>"
+        "Training accuracy is measured without augmentation, in inference mode.</p>"
     )
     more = [("command", f"`{result['command']}`"), ("seed", str(result["seed"]))]
     sections = [
@@ -262,14 +257,16 @@ def write_report(folder: Path, result: dict) -> None:
 
 
 def main(config: RegularizeConfig = RegularizeConfig(), log=print) -> dict:
-    """Run the rows; the content of metrics.json, and the run's folder."""
-    with experiment.run_folder(config.of("none")) as folder:
+    """Run the rows; returns the content of metrics.json and the run folder."""
+    with experiment.run_folder(config.config("none")) as folder:
         return train_rows(config, folder, log)
 
 
 def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
-    """Run the rows in a folder; as `main`."""
-    sized = dataclasses.replace(config.of("none"), model="resnet20")  # photos become as large as CIFAR-10's images
+    """Run the rows in a folder; returns as `main`."""
+    sized = dataclasses.replace(
+        config.config("none"), model="resnet20"
+    )  # photos are resized to the size of CIFAR-10's images
     dataset, note = run_data.read_data(sized, DATASETS, log)
     dataset = dataset.subset(train=config.max_train_samples, test=config.max_test_samples, seed=config.seed)
     files.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, output_dir=None)))
@@ -277,7 +274,7 @@ def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
     words = [
         word
         for item in dataclasses.fields(config)
-        if (value := getattr(config, item.name)) != item.default and item.name != "out"
+        if (value := getattr(config, item.name)) != item.default and item.name != "output_dir"
         for word in (f"--{item.name.replace('_', '-')}", "..." if item.name == "data" else str(value))
     ]
     result = {
@@ -291,11 +288,11 @@ def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
         "rows": rows,
         "versions": environment.versions(backend),
         "hardware": environment.hardware(),
-        "command": f"KERAS_BACKEND={backend} python -m apps.regularize {shlex.join(words)}".strip(),
+        "command": f"KERAS_BACKEND={backend} python -m {flags.app_module('regularize')} {shlex.join(words)}".strip(),
     }
     for name in config.rows():
         rows.append(train(name, config, dataset, log))
-        # After each row, so that a run that is stopped leaves what it has.
+        # Written after each row, so that a stopped run keeps its rows.
         files.write_json(folder / "metrics.json", result)
         files.write_text(folder / "table.md", markdown(rows))
         write_report(folder, result)
@@ -305,8 +302,8 @@ def train_rows(config: RegularizeConfig, folder: Path, log=print) -> dict:
 
 
 def command(argv=None) -> int:
-    """The exit code."""
-    prog = "python -m apps.regularize"
+    """Run the app from the command line; returns the exit code."""
+    prog = f"python -m {flags.app_module('regularize')}"
     given = flags.parse(RegularizeConfig, argv, prog=prog, description=__doc__, defaults=RegularizeConfig())
     return flags.run_cli(prog, lambda: main(RegularizeConfig(**given)) and None, experiment.ERRORS)
 

@@ -1,11 +1,11 @@
-"""Computer vision on Keras 3: one model source, the same run on JAX, TensorFlow and PyTorch, weights that move."""
+"""Computer vision on Keras 3: one model source, the same run on JAX, TensorFlow and PyTorch, portable weights."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 from kvision import keras_import
 
-if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
+if TYPE_CHECKING:  # the names that `__getattr__` loads, for type checkers and editors
     from kvision import (
         applications,
         convert,
@@ -47,7 +47,7 @@ __all__ = [
     "weights",
     "zoo",
 ]
-# The modules of the functions; every other name is a module itself.
+# The module of each function; all other names are modules.
 _FUNCTIONS = {
     "create_model": "kvision.convert",
     "fit": "kvision.training.keras_fit",
@@ -63,10 +63,10 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
-if not TYPE_CHECKING:  # with it a type checker would take every name
+if not TYPE_CHECKING:  # a type checker would accept any name with it
 
     def __getattr__(name: str):
-        # Loaded at the first use, so that `import kvision` stays light.
+        # Loaded on first use, so that `import kvision` stays light.
         if name in _FUNCTIONS:
             value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
         elif name in __all__:

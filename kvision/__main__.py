@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvision", description=kvision.__doc__)
     parser.add_argument("--version", action="version", version=f"kvision {kvision.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    models = commands.add_parser("models", help="list the zoo: name, size of its images, paper")
+    models = commands.add_parser("models", help="list the networks: name, image size, paper")
     models.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'resnet*'")
     models.add_argument(
-        "--table", action="store_true", help="print the README's table: parameters, multiply-adds, scores"
+        "--table", action="store_true", help="print the README's table: parameters, multiply-adds, accuracy"
     )
     models.set_defaults(handler=_models)
     info = commands.add_parser("info", help="print a network's paper, parameters, multiply-adds, stages, preprocessing")
@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parity.add_commands(commands)
     print_anything()
     arguments, others = parser.parse_known_args(argv)
-    passes_flags = getattr(arguments, "passes_flags", False)  # what `compare` does not know goes to the app
+    passes_flags = getattr(arguments, "passes_flags", False)  # `compare` passes unknown flags to the app
     if others and not passes_flags:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         code = arguments.handler(arguments, others) if passes_flags else arguments.handler(arguments)
-        keras_import.announce("kvision")  # now it is known whether the command needed Keras
+        keras_import.announce("kvision")  # after the command, which may not have imported Keras
         return code
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         sys.stderr.close()
         return 0
     except (UsageError, WeightsError, UnknownModelError, keras_import.BackendError) as error:

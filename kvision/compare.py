@@ -1,7 +1,7 @@
-"""One app on every backend, each in a process of its own, side by side.
+"""Runs an app on every backend, each in a separate process, and compares the runs.
 
-Two backends in one process share memory, threads and patience badly, and Keras knows one at a time. So each is a child
-process with its own `KERAS_BACKEND`, and what is compared are the run folders they leave.
+Keras supports one backend a process, so each backend runs in a child process with `KERAS_BACKEND` set. The run folders
+are compared.
 """
 
 import argparse
@@ -17,21 +17,21 @@ import numpy as np
 from kvision.children import Children, StoppedError, TimeLimitError
 from kvision.engine import BACKENDS, installed
 from kvision.files import LOCK, FolderInUseError, locked, make_folder, new_folder, write_json
-from kvision.flags import UsageError
+from kvision.flags import UsageError, app_module
 from kvision.report.compare_report import advice, comparison_table, write_compare_report
 from kvision.report.environment import hardware, load_average
 
 APPS = ("cifar10", "mnist", "transfer")
-DAY = 24 * 3600.0  # seconds that a run may take
-# What several runs are timed for.
+DAY = 24 * 3600.0  # seconds, the default time limit of a run
+# The figures of which several runs give medians and ranges.
 TIMED = (
     *("images_per_second", "seconds_to_first_step", "compile_seconds", "peak_memory_bytes"),
     *("train_seconds", "load_average"),
 )
 
-# What `--check` allows between the first backend and each other one, in float32 without dropout. Later losses are shown
-# and not checked: at a high learning rate rounding alone drives them apart. The first loss of ResNet-20 in training
-# mode, batch 128, agrees to 1.6e-7 on two cores; with one core JAX's parts from the others' by 1.4e-6.
+# The limits of `--check` between the first backend and each other one, in float32 without dropout. Later losses are
+# reported and not checked: at a high learning rate they diverge by rounding alone. The first loss of ResNet-20 in
+# training mode, batch 128, agrees to 1.6e-7 on two cores; on one core JAX's differs from the others' by 1.4e-6.
 INITIAL_LOGITS = 1e-5  # largest difference, relative to the largest logit
 FIRST_LOSS = 2e-6  # relative, of the first step
 ACCURACY = 0.015
@@ -46,14 +46,16 @@ def run_backend(
     children: Children | None = None,
     limit: float | None = DAY,
 ) -> dict:
-    """Run the app on one backend into `folder`; the row of the comparison, whose "status" says how it went.
+    """Run the app on one backend into `folder`; returns its row of the comparison.
+
+    Its "status" is "ok", "failed" or "not installed", with a "reason".
 
     Args:
-        children: what runs the process; None takes one of its own.
-        limit: seconds that it may take; None sets no limit.
+        children: runs the process; None makes a new `Children`.
+        limit: time limit in seconds; None sets no limit.
 
     Raises:
-        StoppedError: this process was told to stop.
+        StoppedError: this process got a signal.
     """
     if children is None:
         with Children() as children:
@@ -62,7 +64,7 @@ def run_backend(
     if not installed(backend):
         return row | {"reason": f"install it with: pip install kvision-keras[{backend}]"}
     log(f"{backend}: python -m apps.{app} {' '.join(arguments)}")
-    # A part of the package where that is installed, else a folder of the clone.
+    # Apps are in the installed package, or in a folder of the clone.
     package = "kvision.apps" if importlib.util.find_spec("kvision.apps") else "apps"
     words = [sys.executable, "-m", f"{package}.{app}", *arguments, "--output-dir", str(folder)]
     log_path = folder.with_name(f"{folder.name}.log")
@@ -80,14 +82,14 @@ def run_backend(
         trace = json.loads((folder / "trace.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
-        return row | {"status": "failed", "reason": f"exit code 0, but no whole run is in {folder}: {error}"}
+        return row | {"status": "failed", "reason": f"exit code 0, but the run in {folder} is incomplete: {error}"}
     return {**row, **metrics, **trace, "load_average": row["load_average"], "status": "ok", "history": history}
 
 
-def median_of(rows: Sequence[dict]) -> dict:
-    """One row of several runs of a backend: the first run's, with the medians of what was timed.
+def merge_runs(rows: Sequence[dict]) -> dict:
+    """Merge several runs of a backend into one row: the first run's, with the medians of the figures in `TIMED`.
 
-    Beside each figure stands its range: "images_per_second_range" is [lowest, highest]. Where a run failed, its row.
+    Each figure has its range too: "images_per_second_range" is [lowest, highest]. If a run failed, its row is returned.
     """
     for row in rows:
         if row["status"] != "ok":
@@ -104,23 +106,23 @@ def median_of(rows: Sequence[dict]) -> dict:
 
 
 def differences(rows: Sequence[dict]) -> list[dict]:
-    """Add to each row that is ok its differences from the first; returns the checks."""
-    done = [row for row in rows if row["status"] == "ok"]
+    """Add to each row with status "ok" its differences from the first; returns the checks."""
+    completed = [row for row in rows if row["status"] == "ok"]
     checks = []
-    for row in done:
+    for row in completed:
         row["max_loss_difference"] = row["first_loss_difference"] = row["initial_logits_difference"] = 0.0
-    if not done:
+    if not completed:
         return checks
-    first = done[0]
+    first = completed[0]
     reference_losses = np.asarray(first["step_losses"])
     reference_logits = np.asarray(first["initial_logits"])
-    for row in done[1:]:
+    for row in completed[1:]:
         losses, logits = np.asarray(row["step_losses"]), np.asarray(row["initial_logits"])
         if losses.shape != reference_losses.shape or logits.shape != reference_logits.shape:
             raise UsageError(f"{row['backend']} and {first['backend']} did not run the same number of steps")
-        apart = np.abs(losses - reference_losses)
-        row["max_loss_difference"] = float(apart.max(initial=0))
-        row["first_loss_difference"] = float((apart / np.abs(reference_losses))[:1].max(initial=0))
+        difference = np.abs(losses - reference_losses)
+        row["max_loss_difference"] = float(difference.max(initial=0))
+        row["first_loss_difference"] = float((difference / np.abs(reference_losses))[:1].max(initial=0))
         row["initial_logits_difference"] = float(
             np.abs(logits - reference_logits).max() / np.abs(reference_logits).max()
         )
@@ -145,21 +147,21 @@ def compare(
     runs: int = 1,
     limit: float | None = DAY,
 ) -> dict:
-    """Run the app on each backend; writes compare.json and compare.html into `out` and returns what is in the first.
+    """Run the app on each backend; writes compare.json and compare.html into `out`, returns the content of the first.
 
     Args:
-        runs: of each backend, in turn, so that what else the machine does befalls all of them.
-        limit: seconds that each run may take; None sets no limit. After them it is told to stop, by SIGTERM, on which
-            it saves, and 30 s later it is killed.
+        runs: runs of each backend, interleaved, so that other load on the machine affects all backends.
+        limit: time limit of a run in seconds; None sets no limit. Then the run gets SIGTERM, saves a checkpoint, and is
+            killed after 30 s.
 
     Raises:
-        UsageError: an unknown app or backend, a bad number, or `out` is not empty.
-        StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The running app has saved and ended.
+        UsageError: an unknown app or backend, an invalid number, or `out` is not empty.
+        StoppedError: this process got SIGTERM, SIGHUP or Ctrl-C. The running app has saved a checkpoint and ended.
     """
     if app not in APPS:
         raise UsageError(f"--app must be one of {', '.join(APPS)}, got {app!r}")
     if unknown := set(backends) - set(BACKENDS):
-        raise UsageError(f"--backends knows {', '.join(BACKENDS)}, got {', '.join(sorted(unknown))}")
+        raise UsageError(f"--backends must be of {', '.join(BACKENDS)}, got {', '.join(sorted(unknown))}")
     if runs < 1:
         raise UsageError(f"--runs must be at least 1, got {runs}")
     if limit is not None and not limit > 0:
@@ -177,9 +179,9 @@ def compare(
                     if all(row["status"] == "ok" for row in rows):
                         folder = out / (backend if number == 1 else f"{backend}-{number}")
                         rows.append(run_backend(backend, app, arguments, folder, log, children, limit))
-            rows = [median_of(rows) for rows in found.values()]
+            rows = [merge_runs(rows) for rows in found.values()]
             comparison = {
-                "command": " ".join(["python -m apps.compare", "--app", app, *arguments]),
+                "command": " ".join([f"python -m {app_module('compare')}", "--app", app, *arguments]),
                 "app": app,
                 "arguments": list(arguments),
                 "hardware": hardware(),
@@ -194,8 +196,8 @@ def compare(
         raise UsageError(str(error)) from None
 
 
-def faults(comparison: dict) -> list[str]:
-    """Why a comparison is none, or did not hold: nothing where two backends at least ran and every check held."""
+def failures(comparison: dict) -> list[str]:
+    """Why a comparison failed; empty if at least two backends ran and every check passed."""
     ran = [row["backend"] for row in comparison["rows"] if row["status"] == "ok"]
     found = [f"{row['backend']} failed: {row['reason']}" for row in comparison["rows"] if row["status"] == "failed"]
     if len(ran) < 2:
@@ -205,40 +207,46 @@ def faults(comparison: dict) -> list[str]:
 
 
 def passed(comparison: dict) -> bool:
-    """Whether at least two backends ran, none failed, and every check held."""
-    return not faults(comparison)
+    """Whether at least two backends ran, none failed, and every check passed."""
+    return not failures(comparison)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the comparison; every flag it does not know goes to the app."""
-    parser.add_argument("--app", default="cifar10", help="which app to run: %(default)s, or " + ", ".join(APPS[1:]))
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--output-dir", default=None, metavar="FOLDER", help="default: a new runs/compare-APP")
-    parser.add_argument("--check", action="store_true", help="exit code 1 where the backends differ beyond the limits")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of each, for medians and ranges (1)")
+    """Add the flags of the comparison; all other flags are passed to the app."""
+    parser.add_argument("--app", default="cifar10", help=f"app to run: {', '.join(APPS)} (default: %(default)s)")
+    parser.add_argument(
+        "--backends", default=",".join(BACKENDS), help="comma-separated backends (default: %(default)s)"
+    )
+    parser.add_argument("--output-dir", default=None, metavar="FOLDER", help="(default: a new runs/compare-APP)")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with code 1 if the backends differ beyond the limits"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=1, metavar="N", help="runs of each backend, for medians and ranges (default: 1)"
+    )
     parser.add_argument(
         "--timeout",
         type=float,
         default=DAY,
         metavar="SECONDS",
-        help="that each run may take; then it is told to stop, and killed 30 s later; 0 sets no limit (a day)",
+        help="time limit of a run, 0 for none (default: a day)",
     )
 
 
 def main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Run a comparison as parsed, `words` being the app's flags; prints the table; returns the exit code."""
+    """Run a comparison with the parsed arguments and the app's flags `words`; returns the exit code."""
     backends = list(dict.fromkeys(arguments.backends.split(",")))
     present = [backend for backend in backends if backend in BACKENDS and installed(backend)]
     if arguments.check and len(present) < 2:
         raise UsageError(
-            f"--check compares two backends at least, and of {', '.join(backends)} only {', '.join(present) or 'none'} "
+            f"--check requires at least two backends, and of {', '.join(backends)} only {', '.join(present) or 'none'} "
             "is installed: pip install kvision-keras[all], or leave out --check"
         )
-    made = arguments.out is None
+    made = arguments.output_dir is None
     stem = f"compare-{arguments.app}"
     names = (Path("runs") / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))))
     try:
-        out = new_folder(names) if made else Path(arguments.out)
+        out = new_folder(names) if made else Path(arguments.output_dir)
         comparison = compare(arguments.app, words, out, backends, runs=arguments.runs, limit=arguments.timeout or None)
     except StoppedError as error:
         print(f"\ncompare: {error}", file=sys.stderr)
@@ -246,10 +254,10 @@ def main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     print(comparison_table(comparison))
     print(comparison["advice"])
     print(out / "compare.html")
-    wrong = faults(comparison) if arguments.check else []
-    for fault in wrong:
-        print(f"compare: --check: {fault}", file=sys.stderr)
-    return int(bool(wrong))
+    failed = failures(comparison) if arguments.check else []
+    for failure in failed:
+        print(f"compare: --check: {failure}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def add_commands(subparsers) -> None:

@@ -1,20 +1,53 @@
-"""A dataclass is the configuration language: every field is a flag, every bad value one clear line."""
+"""Command-line flags from dataclasses: every field with a help text is a flag, every bad value is a one-line error."""
 
 import argparse
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
 
 from kvision import keras_import
 
-SAVED = 75  # exit code of a run that was told to stop and has saved: "temporary failure, try again" (sysexits.h)
+SAVED = 75  # exit code of a run that was stopped after it saved a checkpoint: "temporary failure" (sysexits.h)
+WIDTH = 100  # columns of `--help` at most
+FLAG_COLUMN = 35  # column at which the help texts begin
 
 
 class UsageError(ValueError):
-    """A flag's value, or a combination of flags, that cannot work; the message says what was expected."""
+    """A flag's value, or a combination of flags, is invalid; the message states what was expected."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help of at most `WIDTH` columns, one line a flag where it fits, a bool as `--[no-]name`."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=FLAG_COLUMN)
+        self._width = min(self._width, WIDTH)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.option_strings[0].removeprefix('--')}"
+        return super()._format_action_invocation(action)
+
+
+class _Help(argparse.Action):
+    """Prints the common flags for `--help`, all of them for `--help all`, and exits."""
+
+    rare: Sequence[argparse.Action] = ()  # what `--help` alone leaves out
+    titles: Collection[str] = ()  # the groups of these
+    brief = ""  # the description that `--help` alone prints
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values is None and self.rare:
+            parser.description = self.brief
+            parser.epilog = f"--help all also lists the flags for {', '.join(self.titles)}."
+            for action in self.rare:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,8 +56,16 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _kind(annotation) -> type:
-    """The type behind `int | None` and its like."""
+def app_module(name: str) -> str:
+    """The module of an app: `apps.NAME` in a clone, `kvision.apps.NAME` in an installed package."""
+    running = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if running is not None and running.name in (f"apps.{name}", f"kvision.apps.{name}"):
+        return running.name
+    return f"kvision.apps.{name}" if (Path(__file__).parent / "apps").is_dir() else f"apps.{name}"
+
+
+def _base_type(annotation) -> type:
+    """The type of an annotation such as `int | None`, without None."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         (annotation,) = [part for part in typing.get_args(annotation) if part is not type(None)]
     return annotation
@@ -41,6 +82,17 @@ def _number(kind: type) -> Callable[[str], object]:
     return read
 
 
+def _help_text(item: Field, kind: type, default: object, more: str) -> str:
+    """What `--help` prints for a flag: its text, its choices, what is `more` about it, and its default."""
+    choices = ", ".join(item.metadata.get("choices", ()))
+    text = item.metadata["help"] + (f": {choices}" if choices else "") + (f"; {more}" if more else "")
+    if kind is bool:
+        shown = "on" if default else "off"
+    else:
+        shown = item.metadata.get("none", "none") if default is None else default
+    return f"{text} (default: {shown})".replace("%", "%%")
+
+
 def parse(
     config: type,
     argv: Sequence[str] | None,
@@ -50,16 +102,17 @@ def parse(
     defaults=None,
     more: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
-    """The fields of the dataclass `config` that the command line sets, by name.
+    """Parse a command line into the fields of the dataclass `config`; returns those that are given, by name.
 
-    Fields with metadata {"help": ...} are flags; a bool is `--name/--no-name`; metadata "choices" limits a value.
-    `--help` lists them by the groups of `config.GROUPS`, {title: "names of fields"}, where there are such; fields in
-    none of them come first.
+    Fields with metadata {"help": ...} are flags; a bool is `--name/--no-name`; metadata "choices" limits the values,
+    "none" is what `--help` prints for the default None. `config.GROUPS`, {title: "names of fields"}, orders the
+    flags in `--help`; flags in no group come first. `--help` leaves out the groups in `config.RARE`, `--help all` does
+    not.
 
     Args:
-        argv: the arguments; None takes the process's own.
-        defaults: an instance whose values `--help` shows as the defaults.
-        more: by a field's name, what `--help` says after its text, such as names that are known when it is asked for.
+        argv: the arguments; None takes the process's.
+        defaults: an instance whose values `--help` prints as the defaults.
+        more: text that `--help` appends to a flag's, by field name.
 
     Raises:
         SystemExit: code 2 after one line on an unknown flag or a malformed value; code 0 after `--help`.
@@ -67,49 +120,54 @@ def parse(
     parser = _Parser(
         prog=prog,
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         usage=f"{prog} [--flag VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
-    groups, first = {}, parser.add_argument_group("of this app")
-    for title, names in getattr(config, "GROUPS", {}).items():
+    grouped: Mapping[str, str] = getattr(config, "GROUPS", {})
+    rare_groups: Collection[str] = getattr(config, "RARE", ())
+    groups, first, rare = {}, parser.add_argument_group("options"), []
+    for title, names in grouped.items():
         groups |= dict.fromkeys(names.split(), parser.add_argument_group(title))
     hints = typing.get_type_hints(config)
-    for item in fields(config):
+    order = {name: i for i, name in enumerate(" ".join(grouped.values()).split())}
+    for item in sorted(fields(config), key=lambda item: order.get(item.name, -1)):
         if "help" not in item.metadata:
             continue
-        kind = _kind(hints[item.name])
+        kind = _base_type(hints[item.name])
         default = getattr(defaults, item.name, item.default)
-        shown = "none" if default is None else default
-        choices = item.metadata.get("choices")
-        texts = [
-            item.metadata["help"],
-            f"one of {', '.join(choices)}" if choices else "",
-            (more or {}).get(item.name, ""),
-        ]
-        help_text = f"{'; '.join(filter(None, texts))} (default: {shown})".replace("%", "%%")
+        help_text = _help_text(item, kind, default, (more or {}).get(item.name, ""))
         group = groups.get(item.name, first)
         flag = f"--{item.name.replace('_', '-')}"
         if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+            action = group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            group.add_argument(
+            action = group.add_argument(
                 flag,
                 type=str if kind is str else _number(kind),
-                choices=choices,
+                choices=item.metadata.get("choices"),
                 metavar=item.metadata.get("metavar", {str: "NAME", int: "N", float: "X"}[kind]),
                 help=help_text,
             )
+        if group.title in rare_groups:
+            rare.append(action)
+    if rare:
+        text = "print the common flags, or all of them, and exit"
+        show = first.add_argument("-h", "--help", action=_Help, nargs="?", choices=["all"], metavar="all", help=text)
+        show.rare, show.titles, show.brief = rare, rare_groups, description.partition("\n\n")[0]
+    else:
+        first.add_argument("-h", "--help", action="help", help="print the flags and exit")
     return vars(parser.parse_args(argv))
 
 
 def arguments(config, skip: Sequence[str] = (), hidden: Sequence[str] = ()) -> list[str]:
-    """The command line that gives this configuration: every flag that is not its class's default.
+    """The command line of a configuration: every flag whose value is not its class's default.
 
     Args:
-        skip: fields to leave out, such as the folder of a run.
-        hidden: fields whose values stay on this machine, such as paths: the flag is there, with "..." for its value.
+        skip: fields to leave out, such as the run folder.
+        hidden: fields with private values, such as local paths, which become "...".
     """
     words = []
     for item in fields(config):
@@ -124,7 +182,7 @@ def arguments(config, skip: Sequence[str] = (), hidden: Sequence[str] = ()) -> l
 
 
 def check(config, names: str, holds: Callable[[object], bool], expected: str) -> None:
-    """Check the fields of a configuration that are not None.
+    """Check the fields `names` of a configuration; None passes.
 
     Raises:
         UsageError: a value for which `holds` is false; the message names the flag and what was expected.
@@ -136,21 +194,20 @@ def check(config, names: str, holds: Callable[[object], bool], expected: str) ->
 
 
 def print_anything() -> None:
-    """For a command: what the terminal's or the pipe's encoding lacks is printed as an escape sequence, `\\xfc`, and
-    does not end the run."""
+    """Let stdout and stderr print characters that their encoding lacks as escape sequences such as `\\xfc`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _tell(line: str) -> None:
-    """Print to stderr, unless the terminal has gone, which must not change the exit code."""
+def _print_error(line: str) -> None:
+    """Print to stderr; a terminal that is gone is ignored, so that the exit code stays."""
     try:
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):  # what is still to be written there would fail at the process's end
+        for stream in (1, 2):  # a buffered line would fail when the process exits
             os.dup2(nowhere, stream)
 
 
@@ -160,26 +217,27 @@ def run_cli(
     errors: tuple[type[Exception], ...],
     saved: type[BaseException] | tuple[()] = (),
 ) -> int:
-    """Run an app's command; the given errors, and what the system refuses, end it with one line and exit code 2, Ctrl-C
-    with code 130.
+    """Run an app's command; returns its exit code.
+
+    UsageError, OSError and `errors` print one line and give code 2, Ctrl-C gives 130.
 
     Args:
-        saved: the exception of a run that was told to stop and has saved: its line, and the code `SAVED`.
+        saved: the exception of a run that was stopped and saved a checkpoint: prints its line and gives `SAVED`.
     """
     print_anything()
     keras_import.announce(prog)
     try:
         return run() or 0
     except (UsageError, *errors) as error:
-        _tell(f"{prog}: {' '.join(str(error).split())}")
+        _print_error(f"{prog}: {' '.join(str(error).split())}")
         return 2
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        _tell(f"{prog}: {file}{error.strerror or error}")
+        _print_error(f"{prog}: {file}{error.strerror or error}")
         return 2
     except saved as stop:
-        _tell(f"\n{prog}: {stop}")
+        _print_error(f"\n{prog}: {stop}")
         return SAVED
     except KeyboardInterrupt:
-        _tell(f"\n{prog}: stopped; --resume goes on from the last checkpoint")
+        _print_error(f"\n{prog}: stopped; --resume continues from the last checkpoint")
         return 130

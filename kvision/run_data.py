@@ -1,4 +1,4 @@
-"""The images of a run: found, brought to a size, counted, held out, and shown in batches that fit the memory."""
+"""The data of a run: loads and resizes images, splits off a validation set, builds batches that fit into memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,8 +6,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 
-from kvision import engine as engine
-from kvision import flags, memory, zoo
+from kvision import engine, flags, memory, zoo
 from kvision.config import Config
 from kvision.convert import find
 from kvision.data import Dataset, DataUnavailable, load
@@ -17,14 +16,16 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.random import rng
 from kvision.weights import inspect
 
-WHITENED_PIXELS = 5000 * 32 * 32  # of training images whose patches are whitened: 5,000 of CIFAR-10
+WHITENED_PIXELS = 5000 * 32 * 32  # pixels of the images from which the whitening kernel is computed
 
 
 def image_size(config: Config) -> tuple[int, int]:
-    """(height, width) that the images of a folder are brought to: never a camera's.
+    """(height, width) to which the images of a folder are resized.
+
+    It is `--image-size`, else the size in the manifest of `--weights`, else the network's default.
 
     Raises:
-        WeightsError: `config.weights` are needed to know, and cannot be read.
+        WeightsError: `config.weights` cannot be read.
     """
     if config.image_size is not None:
         return config.image_size, config.image_size
@@ -36,10 +37,10 @@ def image_size(config: Config) -> tuple[int, int]:
 
 
 def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset, str | None]:
-    """The data set, and a note where it is not the first of `names` because that one is nowhere to be had.
+    """Load the data set; returns it and a note if it is not the first of `names`, else None.
 
     Raises:
-        DataError: `--data` names no readable data set, or none of `names` is there.
+        DataError: `--data` names no readable data set, or none of `names` is available.
     """
     if config.data is not None:
         dataset = load(
@@ -53,7 +54,7 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
         if config.image_size not in (None, *dataset.input_shape[:2]):
             height, width = dataset.input_shape[:2]
             raise flags.UsageError(
-                f"--image-size is of folders of images; those of {dataset.name} are {height}x{width}"
+                f"--image-size applies to folders of images; those of {dataset.name} are {height}x{width}"
             )
         return dataset, None
     missing = []
@@ -65,16 +66,19 @@ def read_data(config: Config, names: Sequence[str], log=print) -> tuple[Dataset,
             continue
         if not missing:
             return dataset, None
-        note = f"{names[0]} is not here, so this run trains on {dataset.name} instead. {missing[0]}"
+        note = f"{names[0]} is not available, so this run trains on {dataset.name} instead. {missing[0]}"
         log(f"NOTE: {note}")
         return dataset, note
     raise DataUnavailable(missing[0])
 
 
 def build_preprocessing(dataset: Dataset) -> Preprocessing:
-    """Mean 0 and deviation 1 a channel over the training images, from statistics rounded to four digits."""
+    """Standardization to mean 0 and standard deviation 1 a channel over the training images.
+
+    The statistics are rounded to four decimals.
+    """
     images = dataset.x_train
-    part = max(1, (1 << 22) // images[0].size)  # NumPy counts in int64, which is eight times as large
+    part = max(1, (1 << 22) // images[0].size)  # np.bincount makes int64 copies, eight times as large
     counts = [
         sum(
             np.bincount(images[start : start + part, ..., channel].ravel(), minlength=256)
@@ -90,45 +94,57 @@ def build_preprocessing(dataset: Dataset) -> Preprocessing:
     return Preprocessing(
         mean=tuple(round(mean, 4) for mean in means),
         std=tuple(max(round(std, 4), 1e-3) for std in stds),
-        channel_order="rgb" if dataset.x_train.shape[-1] == 3 else "grey",
+        channel_order="rgb" if dataset.x_train.shape[-1] == 3 else "gray",
         size=dataset.input_shape[:2],
     )
 
 
 def build_batches(config: Config, dataset: Dataset, preprocessing: Preprocessing) -> Batches | MixedBatches:
-    """The training images as the configuration shows them."""
+    """The training batches of a configuration, with its augmentation."""
     augmentation = (
         Augmentation(config.flip, config.crop_padding, config.padding_mode, config.cutout) if config.augment else None
     )
-    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
-    mixers = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
+    batches = Batches(
+        dataset.x_train,
+        dataset.y_train,
+        config.batch_size,
+        config.seed,
+        preprocessing,
+        augmentation,
+        classes=len(dataset.classes),
+    )
+    transforms = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
     erasing = RandomErasing(config.random_erasing) if config.random_erasing else None
-    if not mixers and not erasing:
+    if not transforms and not erasing:
         return batches
-    return MixedBatches(batches, len(dataset.classes), mixers, erasing)
+    return MixedBatches(batches, len(dataset.classes), transforms, erasing)
 
 
 def fit_batch(config: Config, model: keras.Model, images: int, log=print) -> Config:
-    """The configuration with a batch that the memory holds, and the learning rate in proportion to it (Goyal et al.
-    2017, https://arxiv.org/abs/1706.02677)."""
-    wanted = min(config.batch_size, images)
+    """Reduce the batch size to what fits into memory, and the learning rate in proportion.
+
+    The linear scaling rule is that of Goyal et al. 2017, https://arxiv.org/abs/1706.02677.
+    """
+    requested = min(config.batch_size, images)
     size = (
-        memory.batch_within(model, wanted) if config.fit_batch and config.gradient_accumulation_steps == 1 else wanted
+        memory.batch_within(model, requested)
+        if config.fit_batch and config.gradient_accumulation_steps == 1
+        else requested
     )
-    if size == wanted:
+    if size == requested:
         return config
-    rate = config.learning_rate * size / wanted
-    much, less = (count * memory.activation_bytes(model) / 2**30 for count in (wanted, size))
+    rate = config.learning_rate * size / requested
+    much, less = (count * memory.activation_bytes(model) / 2**30 for count in (requested, size))
     log(
-        f"batch size {size} instead of {wanted}, learning rate {rate:g} instead of {config.learning_rate:g}: the "
-        f"activations of {wanted} images would take {much:.1f} GiB, those of {size} take {less:.2f}; --batch-size "
-        f"{wanted} takes them all the same"
+        f"batch size {size} instead of {requested}, learning rate {rate:g} instead of {config.learning_rate:g}: the "
+        f"activations of {requested} images would take {much:.1f} GiB, those of {size} take {less:.2f}; give "
+        f"--batch-size {requested} to use it nevertheless"
     )
     return replace(config, batch_size=size, learning_rate=rate)
 
 
 def sample(dataset: Dataset, pixels: int) -> np.ndarray:
-    """Training images of so many pixels together: the first ones, or, where they lack a class, evenly spaced ones."""
+    """Training images with `pixels` pixels in total: the first ones, or evenly spaced ones if these lack a class."""
     images, count = dataset.x_train, max(1, pixels // int(np.prod(dataset.input_shape[:2])))
     if len(np.unique(dataset.y_train[:count])) == len(np.unique(dataset.y_train)):
         return images[:count]
@@ -136,24 +152,28 @@ def sample(dataset: Dataset, pixels: int) -> np.ndarray:
 
 
 def data_on(config: Config, dataset: Dataset) -> str:
-    """Where the images of a step are made: large ones on the host, where the host computes too, and a copy of all of
-    them for the device would take memory for nothing."""
+    """Where images are stored and augmented, resolving "auto".
+
+    On a CPU, large images stay on the host: a second copy in the device's memory would gain nothing.
+    """
     large = dataset.input_shape[0] * dataset.input_shape[1] > memory.SMALL_IMAGE
     return "host" if config.data_on == "auto" and large and not engine.accelerated() else config.data_on
 
 
-def train_validation_split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
-    """The data set without a share of its training images, drawn from each class, and those images and labels.
+def train_validation_split(
+    dataset: Dataset, fraction: float, seed: int
+) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+    """Split a stratified fraction off the training images; returns the remaining data set, and (images, labels).
 
     Raises:
-        flags.UsageError: the share is less than an image, or all of them.
+        flags.UsageError: the fraction is less than one image of each class.
     """
     labels, generator = dataset.y_train, rng(seed, "hold out")
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        places = generator.permutation(np.flatnonzero(labels == label))
-        held[places[: round(share * len(places))]] = True
+        indices = generator.permutation(np.flatnonzero(labels == label))
+        held[indices[: round(fraction * len(indices))]] = True
     if not held.any():
-        raise flags.UsageError(f"{len(labels)} training images are too few to hold out {share:.0%} of each class")
+        raise flags.UsageError(f"{len(labels)} training images are too few to hold out {fraction:.0%} of each class")
     part = replace(dataset, x_train=dataset.x_train[~held], y_train=dataset.y_train[~held])
     return part, (dataset.x_train[held], dataset.y_train[held])

@@ -1,4 +1,4 @@
-"""The folder of a run: made and held before data are read, so that no two runs share one; what a run resumes from."""
+"""The folder of a run: creates and locks it before data are read; stores and restores the configuration to resume."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ from kvision.weights.archive import Archive, WeightsError, digest
 from kvision.weights.npz import MANIFEST
 
 FILES = ("config.json", "metrics.jsonl", "metrics.json", "trace.json", "weights.npz", "report.html")
-# Flags that a run may change where it is resumed: they name a place, or say how fast, how far and how often, and the
-# numbers of the steps that were taken are the same under each value, but for rounding.
+# Flags that may change when a run is resumed: paths, durations, intervals and execution settings. The steps so far give
+# the same numbers under each value, except for rounding.
 FREE = {
     *("output_dir", "resume", "data", "epochs", "max_steps", "save_every", "eval_every", "tta", "license"),
     *("engine", "data_on", "steps_per_execution", "deterministic", "compile_cache", "data_memory"),
@@ -29,22 +29,22 @@ FREE = {
 
 @contextlib.contextmanager
 def run_folder(config) -> Iterator[Path]:
-    """The folder of a run, which is this process's alone until the context ends.
+    """Create and lock the folder of a run until the context ends.
 
-    It is `--output-dir`, new or empty unless the run is resumed, or one made below runs/ under the next free name. What
-    was made here and is empty at the end is removed.
+    It is `--output-dir`, which must be new or empty unless the run is resumed, or a new folder below runs/. Folders
+    that were created here and are empty at the end are removed.
 
     Raises:
-        flags.UsageError: `--output-dir` is a file, or a folder that holds something and the run is not resumed.
-        kvision.files.FolderInUseError: another process runs in it.
-        OSError: it cannot be made.
+        flags.UsageError: `--output-dir` is a file, or is not empty and the run is not resumed.
+        kvision.files.FolderInUseError: another process has locked it.
+        OSError: it cannot be created.
     """
     folder = Path("runs" if config.output_dir is None else config.output_dir)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     if config.output_dir is None:
         stem = f"{config.app}-{config.model}-{keras.backend.backend()}"
         folder = new_folder(folder / name for name in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))))
-        made.insert(0, folder)
+        created.insert(0, folder)
     elif folder.exists() and not folder.is_dir():
         raise flags.UsageError(f"--output-dir {folder} is a file; expected a new or an empty folder")
     elif not config.resume:
@@ -53,34 +53,34 @@ def run_folder(config) -> Iterator[Path]:
         with locked(folder):
             if not config.resume and any(path.name != LOCK for path in folder.iterdir()):
                 raise flags.UsageError(
-                    f"--output-dir {folder} is not empty: give --resume to go on with the run in it, or another folder"
+                    f"--output-dir {folder} is not empty: give --resume to continue the run in it, or another folder"
                 )
             yield folder
     finally:
-        with contextlib.suppress(OSError):  # the first that holds something ends it
-            for place in made:
-                place.rmdir()
+        with contextlib.suppress(OSError):  # stops at the first that is not empty
+            for path in created:
+                path.rmdir()
 
 
 def clean_run_folder(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote into a run folder."""
+    """Remove the temporary files that a killed process left in a run folder."""
     for name in FILES:
         remove_temp_files(folder, name)
 
 
 def store_config(config, folder: Path) -> None:
-    """Write config.json, from which `--resume` takes the configuration."""
+    """Write config.json, from which `--resume` restores the configuration."""
     write_json(folder / "config.json", dataclasses.asdict(replace(config, output_dir=None, resume=False)))
 
 
 def stored_config(default, given: Mapping[str, object]):
-    """The configuration of the run that `--resume` goes on with.
+    """The configuration of the run that `--resume` continues.
 
     Raises:
-        flags.UsageError: there is no such run, or a flag contradicts it.
+        flags.UsageError: there is no such run, or a flag contradicts its configuration.
     """
-    if given.get("out") is not None:
-        folder = Path(given["out"])
+    if given.get("output_dir") is not None:
+        folder = Path(given["output_dir"])
     else:
         started = sorted(Path("runs").glob(f"{default.app}-*/config.json"), key=lambda path: path.stat().st_mtime)
         if not started:
@@ -98,16 +98,16 @@ def stored_config(default, given: Mapping[str, object]):
             raise
         raise flags.UsageError(f"--resume found no run in {folder}: its config.json is missing or broken") from None
     for name, value in given.items():
-        if name not in ("resume", "out") and getattr(config, name) != value:
-            text = f"--{name.replace('_', '-')} is {getattr(config, name)} in the run to go on with, not {value}"
+        if name not in ("resume", "output_dir") and getattr(config, name) != value:
+            text = f"--{name.replace('_', '-')} is {getattr(config, name)} in the run to resume, not {value}"
             raise flags.UsageError(f"{text}; leave the flag out, or start a new run")
     return config
 
 
-def _digest_of(path: str) -> str:
-    """The sha256 of a weights file's arrays; of its bytes, where it is no `.npz`.
+def _weights_digest(path: str) -> str:
+    """The sha256 of a weights file's arrays, or of its bytes if it is no `.npz`.
 
-    Its manifest is left out: it states the score on a backend, and a run may go on under another.
+    The manifest does not count: it holds the accuracy by backend, and a run may be resumed on another backend.
     """
     try:
         with Archive(path) as archive:
@@ -118,18 +118,18 @@ def _digest_of(path: str) -> str:
 
 
 def identity(config, dataset: Dataset) -> dict[str, object]:
-    """What decides the numbers of a run, for its checkpoints: the flags by name, the training images, the weights file.
+    """What determines the numbers of a run, stored in its checkpoints: flags, training images, initial weights.
 
     Args:
-        dataset: what is trained on, after the choice of images.
+        dataset: the training data after `--max-train-samples` and the validation split.
     """
-    flags_of: dict[str, object] = {
+    values: dict[str, object] = {
         f"--{name.replace('_', '-')}": value for name, value in vars(config).items() if name not in FREE
     }
     if config.weights is not None and Path(path := find(config.weights)).is_file():
-        flags_of["--weights"] = f"sha256 {_digest_of(path)[:16]}"  # wherever it lies now
+        values["--weights"] = f"sha256 {_weights_digest(path)[:16]}"  # independent of its path
     labels = np.ascontiguousarray(dataset.y_train, np.int64)
-    return flags_of | {
+    return values | {
         "data set": dataset.name,
         "training images": len(labels),
         "their labels": f"sha256 {hashlib.sha256(labels).hexdigest()[:16]}",

@@ -30,6 +30,8 @@ PAPERS = (
     "mobilenet_v2",
     "mnasnet",
     "spatial_transformer",
+    "autoencoder",
+    "unet",
 )
 
 
@@ -109,7 +111,7 @@ def build_model(
             default is the size it was published for. Most networks without a head take None for height and width:
             images of any size.
         classes: the number of logits; 0 leaves the head off, and the network ends in its pooled features. The default
-            is the published number.
+            is the published number. An autoencoder has none: with None it gives an image, with 0 its code.
         model_kwargs: model-specific arguments, see `arguments(name)`.
 
     Returns:
@@ -126,8 +128,10 @@ def build_model(
     sizes = [size for size in input_shape[:2] if size is not None] + list(input_shape[2:])
     if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape!r}")
-    if not isinstance(classes, int) or classes < 0:
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
+    if classes and paper(name).classes is None:
+        raise ValueError(f"{name} gives images, not classes: expected classes=None, or 0 for its code, got {classes}")
     # JSON has lists only; a manifest's arguments come back as such.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in model_kwargs.items()}
     try:
@@ -164,6 +168,8 @@ def _flops(layer) -> int:
         return math.prod(layer.output.shape[1:3]) * math.prod(layer.kernel.shape)
     if kind == "DepthwiseConv2D":
         return math.prod(layer.output.shape[1:3]) * math.prod(layer.kernel.shape)
+    if kind == "Conv2DTranspose":  # each pixel of the input meets the whole kernel
+        return math.prod(layer.input.shape[1:3]) * math.prod(layer.kernel.shape)
     return 0
 
 

@@ -162,7 +162,7 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
             "preprocessing": None,
             "dataset": "made",
             "accuracy": {"jax": 0.5},
-            "licence": "MIT",
+            "license": "MIT",
             "provenance": {},
             "arrays": {"a": {"shape": [2], "dtype": "float32", "sha256": hashlib.sha256(bytes(8)).hexdigest()}},
             "probe": {"shape": [4, 8, 8, 3], "logits": [[0.5, 1.0]] * 4},

@@ -1,4 +1,4 @@
-"""Models for the tests of `kvision.parity`, some with a fault that one backend alone has."""
+"""Models for the tests of `kvision.parity`, some with an error on one backend."""
 
 import keras
 from keras import ops
@@ -25,7 +25,7 @@ def resnet20_dropout(rate: float = 0.2, size: int = 32) -> keras.Model:
 
 
 class Passing(keras.layers.Layer):
-    """Passes its input on, but through a lower precision, or with a tenth of its gradient missing."""
+    """The identity, in a lower precision, or with a tenth of its gradient missing."""
 
     def __init__(self, through: str | None = None, kept: float = 1.0, **options):
         super().__init__(**options)
@@ -38,7 +38,7 @@ class Passing(keras.layers.Layer):
 
 
 def small(padding: str = "", epsilon: str = "", rounding: str = "", gradient: str = "") -> keras.Model:
-    """Two convolutions; each argument names a backend where that detail is another one."""
+    """Two convolutions; each argument names a backend on which that detail differs."""
     backend = keras.backend.backend()
     inputs = keras.Input(SHAPE, name="image")
     x = conv(8, 3, name="first_conv")(inputs)
@@ -52,7 +52,7 @@ def small(padding: str = "", epsilon: str = "", rounding: str = "", gradient: st
 
 
 def softmax(size: int | None = 8) -> keras.Model:
-    """A `keras.Sequential` of Keras's own layers that ends in a softmax; of any size where `size` is None."""
+    """A `keras.Sequential` with a softmax; of any size if `size` is None."""
     return keras.Sequential(
         [
             keras.Input((size, size, 3)),

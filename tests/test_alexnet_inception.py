@@ -57,7 +57,7 @@ def avg_pool(x, size, strides, padding, counted=True):
 
 
 def adaptive_pool(x, cells):
-    """PyTorch's: cell i of n from floor(i h / n) to ceil((i + 1) h / n)."""
+    """PyTorch's: cell i of n from runner(i h / n) to ceil((i + 1) h / n)."""
     rows, columns = (
         [slice(math.floor(i * side / n), math.ceil((i + 1) * side / n)) for i in range(n)]
         for n, side in zip(cells, x.shape[1:3], strict=True)

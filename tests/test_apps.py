@@ -1,5 +1,6 @@
 """The apps as a user runs them: real training on real CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
 
+import importlib
 import json
 import os
 import re
@@ -79,10 +80,10 @@ def trained(images, tmp_path_factory) -> dict:
     config = replace(
         cifar10.RECIPES["airbench_small"],
         data=images,
-        max_train_samples=2000,
-        max_test_samples=1000,
-        epochs=4,
-        batch_size=100,
+        max_train_samples=500,
+        max_test_samples=500,
+        epochs=3,
+        batch_size=25,
         output_dir=str(tmp_path_factory.mktemp("run") / "cifar10"),
     )
     return cifar10.main(config)
@@ -96,7 +97,7 @@ def test_a_run_learns_and_leaves_its_folder(trained):
     assert metrics == {key: value for key, value in trained.items() if key != "folder"}
     assert metrics["dataset"] == ("cifar10" if real_data() else "shapes")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["test_accuracy"] == metrics["test_accuracy"]
     report = (folder / "report.html").read_text()
     assert f"{100 * metrics['test_accuracy']:.2f}" in report
@@ -115,7 +116,7 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
         weights=weights,
         epochs=0,
         data=images,
-        max_test_samples=1000,
+        max_test_samples=500,
         output_dir=str(tmp_path / "again"),
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
@@ -124,11 +125,11 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
 def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
     """Which is what the curve, the manifest and the confusions state."""
     weights = str(Path(trained["folder"]) / "weights.npz")
-    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=1000)
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=500)
     result = cifar10.main(replace(base, tta="flip_shift", output_dir=str(tmp_path / "views")))
     assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
     assert trained["tta"] == "none" and "tta_accuracy" not in trained
-    assert result["tta"] == "flip_shift" and result["tta_accuracy"] == result["tta_correct"] / 1000
+    assert result["tta"] == "flip_shift" and result["tta_accuracy"] == result["tta_correct"] / 500
     assert result["tta_loss"] != result["test_loss"]
     manifest = inspect(str(tmp_path / "views/weights.npz"))["manifest"]
     assert list(manifest["accuracy"].values()) == [result["test_accuracy"]]
@@ -210,12 +211,13 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
         max_train_samples=500,
         max_test_samples=200,
         epochs=8,
+        compile_cache="off",  # a folder in the changed KERAS_HOME would stay JAX's for the tests that follow
         output_dir=str(tmp_path / "run"),
     )
     result = mnist.main(config)
     assert result["dataset"] in ("digits", "drawn_digits")
     assert result["test_accuracy"] > 0.5
-    assert "mnist is not here" in capsys.readouterr().out
+    assert "mnist is not available" in capsys.readouterr().out
     for name in ("metrics.json", "report.html"):
         assert result["dataset"] in (tmp_path / "run" / name).read_text()
 
@@ -274,7 +276,8 @@ def test_a_run_with_every_regularizer(images, tmp_path):
     result = cifar10.main(config)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["validation_loss"])
-    assert result["test_loss"] == pytest.approx(best["test_loss"], rel=1e-5)
+    assert result["test_accuracy"] == pytest.approx(best["test_accuracy"])
+    assert result["test_loss"] < best["test_loss"]  # without the penalties and the label smoothing
     with np.load(tmp_path / "run/weights.npz") as saved, np.load(newest(tmp_path / "run")) as stored:
         assert sum(name.startswith("best/") for name in stored.files) == sum(
             name.startswith("model/") for name in stored.files
@@ -319,7 +322,7 @@ def test_mixed_batches_are_of_the_classes():
     dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
     plain = build_batches(Config(batch_size=20, cutout=4), dataset, build_preprocessing(dataset))
     mixed = build_batches(Config(batch_size=20, cutout=4, random_erasing=0.5), dataset, build_preprocessing(dataset))
-    (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
+    (images, labels), (erased, targets) = (next(one.epoch(0)).values() for one in (plain, mixed))
     assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
 
 
@@ -368,7 +371,7 @@ def test_the_rows_of_regularize_start_alike(images):
     outputs = []
     for model in models.values():
         regularize.initialize(model, 0)
-        outputs.append(regularize.engines.create(model).predict(dataset.x_test / np.float32(255)))
+        outputs.append(regularize.engine.create(model).predict(dataset.x_test / np.float32(255)))
     assert len(outputs) == 7 and all(np.array_equal(output, outputs[0]) for output in outputs[1:-1])
     np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)  # shake-shake's mean
 
@@ -444,17 +447,43 @@ def test_a_used_folder_is_not_written_over(trained, capsys):
 
 def test_resume_refuses_other_flags(trained, capsys):
     assert run_command("--resume", "--output-dir", trained["folder"], "--seed", "7") == 2
-    assert "--seed is 0 in the run to go on with, not 7" in capsys.readouterr().err
+    assert "--seed is 0 in the run to resume, not 7" in capsys.readouterr().err
 
 
-def test_help_names_every_flag_with_its_default(capsys):
+def help_of(command, argv, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
-        flags.parse(Config, ["--help"], prog="x", description="", defaults=cifar10.RECIPES["airbench_small"])
+        command(argv)
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_all_names_every_flag_with_its_choices_and_default(capsys, monkeypatch):
+    def show(argv):
+        flags.parse(Config, argv, prog="x", description="", defaults=cifar10.RECIPES["airbench_small"])
+
+    text = " ".join(help_of(show, ["--help", "all"], capsys, monkeypatch).split())
     for name in FLAGS:
-        assert f"--{name}" in text
-    assert "(default: 250)" in text
+        assert f"--{name} " in text or f"--[no-]{name} " in text
+    for words in ("(default: 250)", "sgd, adam, adamw (default: sgd)", "(default: no clipping)", "(default: on)"):
+        assert words in text
+    assert "bias-factor" not in text
+    with pytest.raises(SystemExit):
+        show(["--help", "most"])
+
+
+@pytest.mark.parametrize("app", ["cifar10", "mnist", "transfer", "regularize", "compare"])
+def test_help_of_every_app_fits_on_a_screen(app, capsys, monkeypatch):
+    module = importlib.import_module(f"apps.{app}")
+    commands = {
+        "regularize": lambda argv: module.command(argv),
+        "compare": lambda argv: module.main(argv),
+        "transfer": lambda argv: command(module.main, {"vgg11_bn": module.RECIPE}, module.__doc__, argv),
+    }
+    show = commands.get(app, lambda argv: command(module.main, module.RECIPES, module.__doc__, argv))
+    lines = help_of(show, ["--help"], capsys, monkeypatch).splitlines()
+    assert lines[0].startswith(f"usage: python -m apps.{app} ")
+    assert len(lines) <= 54 and max(map(len, lines)) <= 120
 
 
 def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):

@@ -20,7 +20,7 @@ def build_batches(pictures, augmentation=None, n=11, batch_size=4, seed=5, heigh
 def raw(batches, epoch):
     """The uint8 images of an epoch and the numbers of the images they show."""
     shown, numbers = [], []
-    for images, labels in batches.epoch(epoch):
+    for images, labels in map(dict.values, batches.epoch(epoch)):
         stored = (images * PREPROCESSING.std + np.array(PREPROCESSING.mean)) * 255
         shown.append(np.rint(stored).astype(np.uint8))
         numbers.append(labels)
@@ -60,7 +60,7 @@ def test_an_epoch_is_what_the_reference_shows(pictures, flip, crop_padding, padd
         order = rng(5, "order", epoch).permutation(11)
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps == 2
-        for step, (shown, labels) in enumerate(steps):
+        for step, (shown, labels) in enumerate(map(dict.values, steps)):
             indices = order[4 * step : 4 * step + 4]
             np.testing.assert_array_equal(labels, indices)
             assert (labels.dtype, shown.dtype) == (np.int32, np.float32)
@@ -113,7 +113,7 @@ def test_half_of_the_images_are_mirrored(pictures):
 def test_cutout_blanks_a_square(cutout):
     white = np.full((200, 12, 9, 1), 255, np.uint8)
     batches = Batches(white, np.zeros(200, int), 200, 0, Preprocessing(), Augmentation(cutout=cutout))
-    (images, _) = next(batches.epoch(0))
+    images = next(batches.epoch(0))["image"]
     sizes = set()
     for image in images[..., 0]:
         rows, columns = np.nonzero(image == 0)
@@ -131,7 +131,7 @@ def test_moves_take_every_place(pictures):
     batches = Batches(
         np.repeat(image, 5000, 0), np.zeros(5000, int), 5000, 0, Preprocessing(), Augmentation(crop_padding=2)
     )
-    (images, _) = next(batches.epoch(0))
+    images = next(batches.epoch(0))["image"]
     counts = images.sum(axis=0).ravel()
     assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
 
@@ -159,7 +159,7 @@ def test_stored_images_stay_as_they_are(pictures):
 def test_a_batch_is_at_most_all_images(pictures):
     batches, _ = build_batches(pictures, n=3, batch_size=100)
     assert (batches.batch_size, batches.steps) == (3, 1)
-    assert len(next(batches.epoch(0))[1]) == 3
+    assert len(next(batches.epoch(0))["label"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_batch_is_at_most_all_images(pictures):
     [
         (0, 0, 4, "got 0 and 4"),
         (4, 4, 0, "got 4 and 0"),
-        (4, 3, 2, "a label for each image, got 4 and 3"),
+        (4, 3, 2, "a label for each image, got 4 images and 3 labels"),
     ],
 )
 def test_batches_say_what_they_want(images, labels, batch_size, message):
@@ -264,10 +264,10 @@ def test_an_epoch_starts_at_a_step(pictures, monkeypatch, start):
     whole, _ = build_batches(pictures, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
-    drawn, show = [], Batches.show
-    monkeypatch.setattr(Batches, "show", lambda *arguments: drawn.append(1) or show(*arguments))
+    drawn, images = [], Batches.images
+    monkeypatch.setattr(Batches, "images", lambda *arguments: drawn.append(1) or images(*arguments))
     found = list(whole.epoch(1, start))
     assert len(drawn) == len(found) == 3 - start
     for pair, wanted in zip(found, expected[start:], strict=True):
-        for array, other in zip(pair, wanted, strict=True):
+        for array, other in zip(pair.values(), wanted.values(), strict=True):
             np.testing.assert_array_equal(array, other)

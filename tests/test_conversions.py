@@ -36,6 +36,7 @@ def same(one, two):
         np.testing.assert_array_equal(value, other, err_msg=key)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "net.backbone.", "_orig_mod."])
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
 def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, source):
@@ -77,7 +78,9 @@ def test_a_file_of_a_sister_network_names_it(tmp_path, name, asked, hint):
         convert(tmp_path / "file.pth", tmp_path / "ours.npz", asked, compare=False)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2_tf", "densenet121_tf", "vgg16"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2_tf", pytest.param("densenet121_tf", marks=pytest.mark.backend_free), "vgg16"]
+)
 def test_kerass_file_without_a_top(tmp_path, name, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
@@ -98,6 +101,7 @@ def test_a_head_that_may_be_missing_is_still_built(tmp_path):
     assert report.skipped == ["logits/kernel", "logits/bias"]
 
 
+@pytest.mark.backend_free
 def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
     """A file that is read without `by_name` is read in the order of its layers."""
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
@@ -124,6 +128,7 @@ def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
     same(create_model(name, weights=tmp_path / "ours.npz"), model)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("top", [True, False])
 def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731

@@ -6,6 +6,8 @@ from PIL import Image
 
 from kvision.data import DataUnavailable, load
 
+pytestmark = pytest.mark.backend_free
+
 DRAWN = {"shapes10": (32, 32, 3), "drawn_digits": (28, 28, 1)}
 
 

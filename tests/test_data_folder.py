@@ -10,6 +10,8 @@ from kvision.data import DataError, folder, load, read_image_folder
 from kvision.data.images import read_fitted, read_image
 from kvision.data.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.backend_free
+
 
 def write(path, value, size=(6, 4), mode="RGB"):
     """An image of one color; `size` is (width, height), as Pillow has it."""

@@ -11,6 +11,8 @@ from PIL import Image
 from kvision.data import DataError
 from kvision.data.images import open_image, read_image
 
+pytestmark = pytest.mark.backend_free
+
 
 def png(path, width, height):
     """A gray PNG of zeros, packed a thousandfold, written without its pixels ever being in memory."""

@@ -16,10 +16,10 @@ from kvision.layers import activation, batch_norm, conv, logits
 from kvision.parity import Spec, launcher
 from kvision.parity.cli import finite
 from kvision.parity.compare import LIMITS, STAGES, judge
-from kvision.parity.loading import build, check_shape, draw, in_double, start
+from kvision.parity.loading import build, check_shape, make_images, start, with_dtype
 from kvision.parity.result import Result
-from kvision.parity.tensors import KEPT, difference, keep, places
-from kvision.parity.worker import answer, graph, numbered
+from kvision.parity.tensors import KEPT, difference, keep, sampled_indices
+from kvision.parity.worker import graph, numbered, run
 from tests import parity_models
 
 all_installed = pytest.mark.skipif(not all(map(installed, BACKENDS)), reason="compares all three backends")
@@ -29,20 +29,20 @@ QUIET = {"log": lambda line: None}
 # Tensors
 
 
-def test_what_is_kept_of_a_small_tensor_is_all_of_it():
+def test_all_values_of_a_small_tensor_are_kept():
     array = np.random.default_rng(0).normal(size=(3, 4, 5))
     kept = keep("x", array)
     np.testing.assert_array_equal(kept.values, array.ravel())
-    assert (kept.name, kept.shape, kept.odd) == ("x", (3, 4, 5), 0)
+    assert (kept.name, kept.shape, kept.nonfinite) == ("x", (3, 4, 5), 0)
     assert kept.mean == pytest.approx(array.mean(), rel=1e-14)
     assert kept.largest == max(array.max(), -array.min())
     assert kept.norm == pytest.approx(np.linalg.norm(array), rel=1e-14)
 
 
-def test_of_a_large_tensor_some_thousand_places_are_kept_the_same_each_time():
+def test_the_same_sample_of_a_large_tensor_is_kept_each_time():
     size = 100_000
-    kept = places(size)
-    np.testing.assert_array_equal(kept, places(size))
+    kept = sampled_indices(size)
+    np.testing.assert_array_equal(kept, sampled_indices(size))
     assert 0.95 * KEPT < len(kept) <= KEPT
     assert (np.diff(kept) > 0).all()
     assert kept[0] >= 0
@@ -51,10 +51,10 @@ def test_of_a_large_tensor_some_thousand_places_are_kept_the_same_each_time():
 
 
 @pytest.mark.parametrize("size", [60, 100_000])
-def test_a_gap_says_where_and_how_much_of_the_scale(size):
+def test_a_difference_has_its_index_values_and_relative_size(size):
     a = np.random.default_rng(1).normal(size=(size // 20, 20))
     b = a.copy()
-    at = int(places(size)[7])
+    at = int(sampled_indices(size)[7])
     b.flat[at] += 0.5
     found = difference(keep("x", a), keep("x", b))
     assert found.index == np.unravel_index(at, a.shape)
@@ -63,10 +63,10 @@ def test_a_gap_says_where_and_how_much_of_the_scale(size):
 
 
 @pytest.mark.parametrize("by", [0.01, -0.01])
-def test_a_gap_beside_the_places_kept_shows_in_mean_or_norm(by):
+def test_a_difference_at_another_index_changes_mean_or_norm(by):
     a = np.random.default_rng(2).normal(size=100_000)
     b = a.copy()
-    b[np.setdiff1d(np.arange(len(a)), places(len(a)))[3]] += by
+    b[np.setdiff1d(np.arange(len(a)), sampled_indices(len(a)))[3]] += by
     found = difference(keep("x", a), keep("x", b))
     assert found.index is None
     assert LIMITS["float64"]["inference_layers"] < found.size < 0.01
@@ -86,12 +86,12 @@ def test_a_gap_beside_the_places_kept_shows_in_mean_or_norm(by):
         ([], [], 0),
     ],
 )
-def test_gaps_of_odd_values(a, b, size):
+def test_differences_of_nonfinite_values(a, b, size):
     assert difference(keep("x", np.array(a)), keep("x", np.array(b))).size == size
     assert difference(keep("x", np.array(b)), keep("x", np.array(a))).size == size
 
 
-# Made-up results
+# Synthetic results
 
 NAMES = ("first", "norm", "last")
 SHAPES = ((2, 8, 8, 4), (2, 8, 8, 4), (2, 10))
@@ -106,7 +106,7 @@ def made(backend, change=None):
     shapes = {"first/kernel": (3, 3, 3, 4), "first/bias": (4,), "norm/gamma": (4,), "last/kernel": (4, 10)}
     for stage, scale in (("initial", 1.0), ("gradients", 0.1), ("weights", 1.0)):
         arrays[stage] = {name: scale * generator.normal(size=shape) for name, shape in shapes.items()}
-    arrays["gradients"]["first/bias"] *= 1e-17  # before a batch norm all of it is rounding
+    arrays["gradients"]["first/bias"] *= 1e-17  # before a batch norm it is all rounding
     values = {"loss": 2.5, "losses": [2.5, 2.25, 2.0, 1.75], "notes": []}
     operations = [
         {"name": name, "type": kind, "settings": settings, "inputs": inputs, "dtype": "float64", "random": False}
@@ -139,7 +139,7 @@ def test_equal_results_agree():
     assert text.endswith("jax, tensorflow, torch agree")
 
 
-def test_rounding_agrees_also_of_gradients_that_are_nothing_else():
+def test_rounding_passes_even_for_gradients_of_zero():
     def change(arrays, values, operations):
         for stage, named in arrays.items():
             for name in named if stage != "initial" else ():
@@ -160,7 +160,7 @@ def bend(stage, name, index, by):
 
 
 @pytest.mark.parametrize("on", BACKENDS)
-def test_the_odd_one_out_is_named_with_layer_place_and_values(on):
+def test_the_backend_that_diverges_is_reported_with_layer_index_and_values(on):
     def change(arrays, values, operations):
         for stage in ("inference_layers", "training_layers"):
             arrays[stage]["norm"][1, 2, 3, 0] += 1e-3
@@ -173,7 +173,7 @@ def test_the_odd_one_out_is_named_with_layer_place_and_values(on):
     assert not report["passed"]
     assert report["reference"] == ("tensorflow" if on == "jax" else "jax")
     assert (fault["backend"], fault["kind"], fault["stage"], fault["name"]) == (on, "layer", "inference_layers", "norm")
-    assert (fault["place"], fault["of"], fault["index"], fault["type"]) == (2, 3, (1, 2, 3, 0), "BatchNormalization")
+    assert (fault["position"], fault["of"], fault["index"], fault["type"]) == (2, 3, (1, 2, 3, 0), "BatchNormalization")
     others = [fault["values"][backend] for backend in BACKENDS if backend != on]
     assert others[0] == others[1]
     assert fault["values"][on] == pytest.approx(others[0] + 1e-3, rel=1e-12)
@@ -181,11 +181,11 @@ def test_the_odd_one_out_is_named_with_layer_place_and_values(on):
     assert not fault["grown"]
     wrong, right = (1e-3, 1e-5)
     assert fault["settings_that_differ"] == {"epsilon": [right, wrong]}
-    assert f"{on} parts from {report['reference']} at norm, layer 2 of 3" in text
-    assert "its inputs (first) are equal, so the fault lies in this layer" in text
+    assert f"{on} diverges from {report['reference']} at norm, layer 2 of 3" in text
+    assert "its inputs (first) are equal, so the error is in this layer" in text
 
 
-def test_what_grows_over_layers_is_no_single_fault():
+def test_rounding_that_grows_over_layers_is_reported_as_such():
     def change(arrays, values, operations):
         arrays["inference_layers"]["first"][0, 0, 0, 0] += 8e-11 * abs(arrays["inference_layers"]["first"]).max()
         arrays["inference_layers"]["norm"][0, 0, 0, 0] += 2e-10 * abs(arrays["inference_layers"]["norm"]).max()
@@ -193,7 +193,7 @@ def test_what_grows_over_layers_is_no_single_fault():
     report, text = judged(change)
     assert report["faults"][0]["name"] == "norm"
     assert report["faults"][0]["grown"]
-    assert "rounding has grown" in text
+    assert "rounding grows through the layers" in text
 
 
 def test_a_layer_of_another_shape():
@@ -206,7 +206,7 @@ def test_a_layer_of_another_shape():
     assert "2x8x8x4 on jax, 2x7x8x4 on torch" in text
 
 
-def test_a_layer_that_one_backend_has_alone():
+def test_a_layer_that_only_one_backend_has():
     def change(arrays, values, operations):
         arrays["inference_layers"] = {"pad": np.zeros(3), **arrays["inference_layers"]}
         arrays["training_layers"] = {"pad": np.zeros(3), **arrays["training_layers"]}
@@ -216,17 +216,17 @@ def test_a_layer_that_one_backend_has_alone():
 
     report, text = judged(change)
     assert report["faults"][0]["name"] == "first"
-    assert report["notes"] == ["pad is a layer on torch alone"]
-    assert "on torch it reads pad, which is not there on the other" in text
+    assert report["notes"] == ["pad is a layer only on torch"]
+    assert "on torch its inputs include pad, which the other backend lacks" in text
 
 
-def test_layers_that_agree_by_themselves_and_not_together():
+def test_single_layers_agree_and_their_fusion_does_not():
     report, text = judged(bend("inference", "outputs", (1, 1), 1e-3))
-    assert report["faults"][0]["kind"] == "joined"
-    assert "kvision.engine makes one call of neighbours" in text
+    assert report["faults"][0]["kind"] == "fused"
+    assert "the error is in a fusion of layers" in text
 
 
-def test_a_gradient_parts_behind_the_last_layer_that_has_a_wrong_one():
+def test_a_wrong_gradient_is_located_after_the_last_layer_that_has_one():
     def change(arrays, values, operations):
         arrays["gradients"]["first/kernel"][0, 0, 0, 0] += 1e-3
         arrays["gradients"]["norm/gamma"][2] += 1e-3
@@ -245,14 +245,14 @@ def test_a_gradient_parts_behind_the_last_layer_that_has_a_wrong_one():
         ("weights", "variable", "in weights after the steps"),
     ],
 )
-def test_a_variable_that_parts(stage, kind, words):
+def test_a_variable_that_diverges(stage, kind, words):
     report, text = judged(bend(stage, "last/kernel", (3, 3), 1e-8))
     (fault,) = report["faults"]
     assert (fault["kind"], fault["name"], fault["index"]) == (kind, "last/kernel", (3, 3))
     assert words in text
 
 
-def test_losses_are_judged_in_float64_and_shown_in_float32():
+def test_losses_are_checked_in_float64_and_only_reported_in_float32():
     def change(arrays, values, operations):
         values["losses"][2:] = [2.001, 1.5]
         arrays["weights"]["last/kernel"] *= 1.01
@@ -265,12 +265,12 @@ def test_losses_are_judged_in_float64_and_shown_in_float32():
     report, text = judged(lambda arrays, values, operations: values.update(losses=[2.5, 2.25, 2.001, 1.5]))
     assert report["faults"][0]["name"] == "step 3"
     assert report["faults"][0]["values"] == (2.0, 2.001)
-    assert "torch parts from jax at the loss of step 3" in text
-    assert "the losses before and every gradient agreed, so the fault lies in the optimizer" in text
+    assert "torch diverges from jax at the loss of step 3" in text
+    assert "earlier losses and all gradients agreed, so the error is in the optimizer" in text
     grown = [2.5, 2.25 * (1 + 2e-11), 2.0 * (1 + 9e-11), 1.75 * (1 + 3e-10)]
     report, text = judged(lambda arrays, values, operations: values.update(losses=grown))
     assert report["faults"][0]["name"] == "step 4"
-    assert "rounding has grown from step to step" in text
+    assert "rounding grows from step to step" in text
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-10), ("float32", 1e-6)])
@@ -289,7 +289,7 @@ def test_a_loss_that_is_no_number_on_one_backend():
     assert "nan" in json.dumps(finite(report), allow_nan=False)
 
 
-def test_a_result_comes_back_from_its_files(tmp_path):
+def test_a_result_is_restored_from_its_files(tmp_path):
     result = made("jax", lambda arrays, values, operations: values.update(losses=[0.1, math.inf]))
     result.save(tmp_path)
     back = Result.load(tmp_path, "jax")
@@ -305,7 +305,7 @@ def test_a_result_comes_back_from_its_files(tmp_path):
 # One backend
 
 
-def test_no_name_is_twice():
+def test_names_are_made_unique():
     assert numbered(["relu", "relu (2)", "conv", "relu", "relu"]) == [
         "relu",
         "relu (2)",
@@ -329,9 +329,9 @@ def test_a_layer_that_runs_twice_is_two_operations():
     assert last == ["relu (2)"]
 
 
-def test_what_a_backend_answers():
-    """Against Keras's own run of each layer, and against the sum that the loss is."""
-    result = answer(Spec("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3, batch=4, steps=2))
+def test_the_result_of_a_backend():
+    """Layer outputs against `keras.Model.predict`, the loss against NumPy."""
+    result = run(Spec("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3, batch=4, steps=2))
     engine.configure("float32")
     names = [operation["name"] for operation in result.operations]
     assert names == [tensor.name for tensor in result.tensors["inference_layers"]]
@@ -339,11 +339,11 @@ def test_what_a_backend_answers():
     spec = Spec("mnist_cnn", "float32", input_shape=(8, 8, 1), classes=3)
     model, _ = build(spec)
     start(model, spec)
-    images, labels = draw(dataclasses.replace(spec, batch=4), (8, 8, 1), 3)
+    images, labels = make_images(dataclasses.replace(spec, batch=4), (8, 8, 1), 3)
     batch = ((images[:4] / 255 - 0.5) / 0.25).astype("float32")
     for name, kept in zip(names, result.tensors["inference_layers"], strict=True):
         expected = keras.Model(model.inputs, model.get_layer(name).output).predict(batch, verbose=0)
-        np.testing.assert_allclose(kept.values, expected.ravel()[places(expected.size)], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kept.values, expected.ravel()[sampled_indices(expected.size)], rtol=1e-4, atol=1e-5)
     assert result.outputs == names[-1:]
     (training_logits,) = (t.values.reshape(4, 3) for t in result.tensors["training_layers"][-1:])
     log_sums = np.log(np.exp(training_logits).sum(axis=1))
@@ -357,15 +357,13 @@ def test_what_a_backend_answers():
     )
 
 
-def test_of_a_model_that_is_no_graph_only_outputs_are_seen():
+def test_only_the_outputs_of_a_subclassed_model_are_compared():
     spec = Spec("tests.parity_models:subclass", "float32", input_shape=(8, 8, 3), batch=4, steps=2)
-    result = answer(spec)
+    result = run(spec)
     assert [tensor.name for tensor in result.tensors["inference_layers"]] == result.outputs == ["outputs"]
-    assert result.notes == [
-        "subclass is no functional model: its layers cannot be told apart, only its outputs are seen"
-    ]
+    assert result.notes == ["subclass is no functional model: only its outputs are compared, not its layers"]
     (training_logits,) = (t.values.reshape(4, 3) for t in result.tensors["training_layers"])
-    labels = draw(spec, (8, 8, 3), 3)[1][:4]
+    labels = make_images(spec, (8, 8, 3), 3)[1][:4]
     log_sums = np.log(np.exp(training_logits).sum(axis=1))
     assert result.loss == pytest.approx(float((log_sums - training_logits[range(4), labels]).mean()), rel=1e-5)
     assert [tensor.shape for tensor in result.tensors["gradients"]] == [(3, 3, 3, 4), (4,), (4, 3), (3,)]
@@ -373,7 +371,7 @@ def test_of_a_model_that_is_no_graph_only_outputs_are_seen():
     assert len(result.losses) == 2
 
 
-def test_start_draws_what_numpy_does_not_know():
+def test_start_replaces_initializers_without_a_numpy_equivalent():
     def build():
         inputs = keras.Input((4, 4, 3))
         orthogonal = keras.initializers.Orthogonal()
@@ -391,13 +389,13 @@ def test_start_draws_what_numpy_does_not_know():
     assert kernels[0].std() == pytest.approx(27**-0.5, rel=0.3)
 
 
-def test_a_file_computes_in_the_dtype_asked_for(tmp_path):
+def test_a_file_computes_in_the_dtype_of_the_spec(tmp_path):
     inputs = keras.Input((4, 4, 3))
     x = batch_norm(name="bn")(conv(4, 3, name="conv")(inputs))
     model = keras.Model(inputs, logits(2)(keras.layers.Flatten(name="flat")(x)))
     model.save(tmp_path / "model.keras")
     (tmp_path / "double").mkdir()
-    copy = in_double(tmp_path / "model.keras", "float64", tmp_path / "double")
+    copy = with_dtype(tmp_path / "model.keras", "float64", tmp_path / "double")
     with zipfile.ZipFile(copy) as archive:
         config = json.loads(archive.read("config.json"))
     policies = {layer["config"]["name"]: layer["config"]["dtype"] for layer in config["config"]["layers"]}
@@ -409,22 +407,22 @@ def test_a_file_computes_in_the_dtype_asked_for(tmp_path):
     ("spec", "expected"),
     [
         (Spec("resnet21"), "did you mean .*resnet20"),
-        (Spec("resnet20", own={"depth_rate": 1}), "takes no argument depth_rate"),
+        (Spec("resnet20", model_kwargs={"depth_rate": 1}), "takes no argument depth_rate"),
         (Spec("tests.nowhere:small"), "cannot import tests.nowhere"),
         (Spec("tests.parity_models:large"), "has no large"),
         (Spec("tests.parity_models:nothing"), "returned a NoneType; expected a keras.Model"),
-        (Spec("tests.parity_models:small", own={"pad": 1}), "cannot be called with {'pad': 1}"),
+        (Spec("tests.parity_models:small", model_kwargs={"pad": 1}), "cannot be called with {'pad': 1}"),
         (Spec("tests.parity_models:small", classes=3), "cannot be called with {'classes': 3}"),
         (Spec("tests.parity_models:vector"), r"inputs of shape \(None, 7\); expected one input of images"),
-        (Spec("tests.parity_models:softmax", own={"size": None}), "of any size .* give --input-shape"),
+        (Spec("tests.parity_models:softmax", model_kwargs={"size": None}), "of any size .* give --input-shape"),
     ],
 )
-def test_what_is_no_model_ends_in_one_line(spec, expected):
+def test_an_invalid_model_is_a_one_line_error(spec, expected):
     with pytest.raises(UsageError, match=expected):
         build(spec)
 
 
-def test_a_model_of_one_size_takes_no_other():
+def test_a_model_of_a_fixed_size_rejects_another():
     with pytest.raises(UsageError, match=r"reads images of \(4, 4, 3\), not of --input-shape \(8, 8, 3\)"):
         check_shape(Spec("x", input_shape=(8, 8, 3)), (None, 4, 4, 3), True)
 
@@ -433,18 +431,18 @@ def test_a_model_of_one_size_takes_no_other():
     ("words", "expected"),
     [
         (["nowhere.keras"], "nowhere.keras: no such file"),
-        (["weights.npz"], "reads networks of the zoo, .keras files and module:function"),
+        (["weights.npz"], "expected a network of the zoo, a .keras file or module:function"),
         (["resnet20", "--input-shape", "32x32"], "as in 32x32x3, got 32x32"),
         (["resnet20", "--steps", "-1"], "--steps must be at least 0"),
         (["resnet20", "--batch", "0"], "--batch must be at least 1"),
         (["resnet20", "--learning-rate", "nan"], "--learning-rate must be a positive number"),
         (["resnet20", "--classes", "0"], "--classes must be at least 1"),
-        (["resnet20", "--set", "depth"], "--set wants NAME=VALUE"),
+        (["resnet20", "--set", "depth"], "--set must be NAME=VALUE"),
         (["resnet20", "--backends", "jax,mxnet"], "got mxnet"),
         (["resnet20", "--backends", "jax"], "at least two backends"),
     ],
 )
-def test_bad_requests_end_in_one_line(words, expected, capsys):
+def test_invalid_arguments_are_one_line_errors(words, expected, capsys):
     assert __main__.main(["parity", *words]) == 2
     error = capsys.readouterr().err
     assert expected in error
@@ -457,13 +455,13 @@ def test_fewer_than_two_backends(monkeypatch):
         parity.compare(Spec("resnet20"))
 
 
-# All of them
+# All backends
 
 
 @all_installed
-def test_fifty_steps_of_resnet20_in_double():
+def test_fifty_steps_of_resnet20_in_float64():
     """Dropout, augmentation, batch norm, momentum, weight decay and schedule: losses to 1e-10, weights to 1e-9."""
-    spec = Spec("tests.parity_models:resnet20_dropout", own={"size": 16}, steps=50, learning_rate=0.02)
+    spec = Spec("tests.parity_models:resnet20_dropout", model_kwargs={"size": 16}, steps=50, learning_rate=0.02)
     report = parity.compare(spec, **QUIET)
     assert report["passed"], parity.text(report)
     losses = np.array(list(report["losses"].values()))
@@ -476,8 +474,8 @@ def test_fifty_steps_of_resnet20_in_double():
 
 
 @all_installed
-def test_another_padding_and_another_epsilon_are_named():
-    spec = Spec("tests.parity_models:small", own={"padding": "torch", "epsilon": "tensorflow"}, steps=1)
+def test_another_padding_and_another_epsilon_are_reported():
+    spec = Spec("tests.parity_models:small", model_kwargs={"padding": "torch", "epsilon": "tensorflow"}, steps=1)
     report = parity.compare(spec, **QUIET)
     faults = {fault["backend"]: fault for fault in report["faults"]}
     assert report["reference"] == "jax"
@@ -491,13 +489,13 @@ def test_another_padding_and_another_epsilon_are_named():
 
 
 @all_installed
-def test_rounding_in_one_layer_and_a_wrong_gradient_are_named():
-    spec = Spec("tests.parity_models:small", own={"rounding": "torch", "gradient": "tensorflow"}, steps=0)
+def test_rounding_in_one_layer_and_a_wrong_gradient_are_reported():
+    spec = Spec("tests.parity_models:small", model_kwargs={"rounding": "torch", "gradient": "tensorflow"}, steps=0)
     report = parity.compare(spec, **QUIET)
     tensorflow, torch = sorted(report["faults"], key=lambda fault: fault["backend"])
     shown = parity.text(report)
-    assert "torch parts from jax at passing, layer 3 of 10, in inference" in shown
-    assert "its inputs (first_bn) agreed to" in shown
+    assert "torch diverges from jax at passing, layer 3 of 10, in inference" in shown
+    assert "its inputs (first_bn) agree to" in shown
     assert (torch["kind"], torch["backend"]) == ("layer", "torch")
     assert 1e-9 < torch["difference"] < 1e-7
     assert (tensorflow["kind"], tensorflow["backend"]) == ("backward", "tensorflow")
@@ -506,12 +504,12 @@ def test_rounding_in_one_layer_and_a_wrong_gradient_are_named():
 
 
 @all_installed
-def test_noise_that_keras_draws_is_named(capsys):
+def test_random_layers_of_keras_are_reported(capsys):
     words = ["parity", "tests.parity_models:keras_dropout", "--steps", "0", "--backends", "tensorflow,torch"]
     assert __main__.main(words) == 1
     shown = capsys.readouterr().out
-    assert "torch parts from tensorflow at dropout, layer 2 of 4, in training, every layer" in shown
-    assert "Keras's Dropout draws from the backend's generator; kvision.layers.Dropout draws the same" in shown
+    assert "torch diverges from tensorflow at dropout, layer 2 of 4, in training, every layer" in shown
+    assert "Keras's Dropout uses the backend's random generator; kvision.layers.Dropout gives the same random" in shown
 
 
 @all_installed
@@ -527,13 +525,13 @@ def test_a_network_of_the_zoo_in_float32(tmp_path, capsys):
 
 
 @all_installed
-def test_a_file_of_a_user(tmp_path):
-    """A `.keras` file, in double, that ends in a softmax and has its own weights."""
+def test_a_keras_file(tmp_path):
+    """A `.keras` file in float64 with a softmax and its stored weights."""
     model = parity_models.softmax()
     model.save(tmp_path / "softmax.keras")
     report = parity.compare(Spec(str(tmp_path / "softmax.keras"), steps=2), ("tensorflow", "torch"), **QUIET)
     assert report["passed"], parity.text(report)
-    assert report["notes"] == ["classes is a softmax: the loss takes its outputs as logits all the same"]
+    assert report["notes"] == ["classes is a softmax, but the loss takes its outputs as logits"]
 
 
 @all_installed

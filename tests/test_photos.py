@@ -110,7 +110,7 @@ def test_image_size_is_of_folders(tmp_path):
 
 @pytest.mark.parametrize("model", ["mlp", "mnist_cnn"])
 def test_a_kernel_that_grows_with_the_image_is_refused_before_it_is_made(model):
-    with pytest.raises(flags.UsageError, match=rf"noise and {model} do not go together: one of its kernels would have"):
+    with pytest.raises(flags.UsageError, match=rf"{model} cannot be built for noise: one of its kernels would have"):
         build(Config(model=model), dataset_of(374, 500))
 
 
@@ -253,7 +253,7 @@ def test_weights_by_name_ask_for_a_new_head_of_other_classes(photos, tmp_path, c
     argv = ["--data", str(photos), "--weights", weights, "--epochs", "0", "--output-dir", str(tmp_path / "run")]
     assert command(cifar10.main, cifar10.RECIPES, "", argv) == 2
     error = capsys.readouterr().err
-    assert f"--weights {weights} tell 10 classes apart, and home of somebody has 2: give --new-head" in error
+    assert f"--weights {weights} have 10 classes, and home of somebody has 2: give --new-head" in error
     assert command(cifar10.main, cifar10.RECIPES, "", [*argv[:-1], str(tmp_path / "new"), "--new-head"]) == 0
     metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert f"--weights {weights} --new-head" in metrics["command"]

@@ -12,9 +12,9 @@ from keras import ops
 
 from kvision import engine
 from kvision.layers import activation, batch_norm, conv, dense, depthwise_conv, logits, max_pool, norm
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.optimizers import make_optimizer
-from tests.arrays import noise, value, values
+from tests.arrays import noise, take_step, value, values
 
 layers = keras.layers
 
@@ -45,11 +45,10 @@ def small():
 
 
 def train(model, images, steps=2, optimizer=None):
-    floor = engine.create(model, optimizer or make_optimizer("sgd", 0.1), cross_entropy())
-    floor.optimizer.build(model.trainable_variables)
+    runner = engine.create(model, Classification(), optimizer or make_optimizer("sgd", 0.1))
     for _ in range(steps):
-        floor.train_step(images, np.arange(len(images), dtype=np.int32) % 3)
-    floor.sync_variables()
+        take_step(runner, images, np.arange(len(images), dtype=np.int32) % 3)
+    runner.sync_variables()
 
 
 def predict(model, images):
@@ -199,9 +198,9 @@ def test_recalibration_pools_the_moments_of_all_images():
         batch_norm(name="b_bn"),
     )
     batches = [3 * noise(4, 6, 6, 3, seed=i) + i for i in range(3)]
-    floor = engine.create(norm.batch_statistics_model(model))
+    runner = engine.create(norm.batch_statistics_model(model))
     before = values(model)
-    norm.update_bn(model, [floor.predict(images) for images in batches])
+    norm.update_bn(model, [runner.predict(images) for images in batches])
 
     first = [predict(keras.Model(model.input, model.get_layer("a_conv").output), x).astype(np.float64) for x in batches]
     whole = np.concatenate(first)

@@ -13,7 +13,7 @@ from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
 from kvision.random import rng
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.optimizers import make_optimizer
 from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
@@ -33,7 +33,7 @@ def applied(kind, images, targets, params):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_mixup_blends_images_and_targets(share):
     images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(Mixup(), images, TARGETS, {"share": np.float32(share), "partner": partner})
+    found, targets = applied(Mixup(), images, TARGETS, {"lam": np.float32(share), "permutation": partner})
     for i, j in enumerate(partner):
         np.testing.assert_allclose(found[i], share * images[i] + (1 - share) * images[j], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
@@ -43,7 +43,7 @@ def test_mixup_blends_images_and_targets(share):
 @pytest.mark.parametrize("box", [(1, 3, 2, 6), (0, 5, 0, 6), (2, 2, 3, 3), (4, 5, 0, 1)])
 def test_cutmix_pastes_a_rectangle_and_shares_by_area(box):
     images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "partner": partner})
+    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "permutation": partner})
     top, bottom, left, right = box
     share = 1 - (bottom - top) * (right - left) / 30
     for i, j in enumerate(partner):
@@ -134,7 +134,9 @@ def test_an_image_that_no_rectangle_fits_stays():
 def test_draws_are_frozen(kind, expected):
     """The same numbers on every backend and every machine."""
     params = kind.make_params(rng(3, "samples", 1, 2), (16, 8, 8, 3))
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params, reverse="lam" in params)))
+    digest = hashlib.sha256(
+        b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params, reverse="lam" in params))
+    )
     assert digest.hexdigest()[:16] == expected
 
 
@@ -164,9 +166,11 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     plain = batches(pictures)
     mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
-    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
+    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair.values()] for pair in pairs]  # noqa: E731
     second = to_numpy(mixed.epoch(1))
-    for (found, targets), (images, labels), step in zip(second, plain.epoch(1), range(3), strict=True):
+    for (found, targets), (images, labels), step in zip(
+        second, map(dict.values, plain.epoch(1)), range(3), strict=True
+    ):
         generator = rng(1, "samples", 1, step)
         one_hot = np.eye(3, dtype=np.float32)[labels]
         kind = (Mixup(1.0), CutMix(1.0))[generator.integers(2)]
@@ -186,10 +190,10 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
 
 def test_of_two_mixers_each_batch_gets_one(pictures):
     mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
-    plain = [np.sort(images.ravel()) for images, _ in batches(pictures, 400).epoch(0)]
+    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(pictures, 400).epoch(0))]
     pairs = zip(mixed.epoch(0), plain, strict=True)
     # CutMix shows values that were there; mixup's are new.
-    cut = [np.isin(ops.convert_to_numpy(images).ravel(), values).all() for (images, _), values in pairs]
+    cut = [np.isin(ops.convert_to_numpy(batch["image"]).ravel(), values).all() for batch, values in pairs]
     assert 30 < sum(cut) < 70
 
 
@@ -201,7 +205,7 @@ def test_a_run_sees_them(pictures):
     mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
-    for images, targets in mixed.epoch(0):
+    for images, targets in map(dict.values, mixed.epoch(0)):
         x, t = (ops.convert_to_numpy(tensor).astype(np.float64) for tensor in (images, targets))
         x = x.reshape(4, -1)
         scores = x @ weights + bias
@@ -210,7 +214,7 @@ def test_a_run_sees_them(pictures):
         hits += (scores.argmax(axis=1) == t.argmax(axis=1)).sum()
         weights, bias = weights - 0.01 * x.T @ (p - t) / 4, bias - 0.01 * (p - t).mean(axis=0)
     optimizer = make_optimizer("sgd", 0.01, momentum=0.0)
-    history = fit(model, optimizer, cross_entropy(), mixed, epochs=1)
+    history = fit(model, Classification(), optimizer, mixed, epochs=1)
     np.testing.assert_allclose(history.step_losses, losses, rtol=1e-4)
     assert history.epochs[0]["accuracy"] == hits / 12
     found = ops.convert_to_numpy(model.trainable_variables[0].value)

@@ -14,7 +14,7 @@ from kvision.models.spatial_transformer import (
     thin_plate_basis,
 )
 from kvision.weights.initialization import initialize
-from tests.arrays import noise, value
+from tests.arrays import Objective, noise, take_step, value
 
 IDENTITY = np.array([1, 0, 0, 0, 1, 0], np.float32)
 IMAGE = (3, 6, 5, 2)
@@ -161,11 +161,11 @@ def test_gradients(kind, border):
     model = keras.Model(inputs, SpatialTransformer(kind, points=3, border=border)(given))
     optimizer = keras.optimizers.SGD(1.0)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(
-        model, optimizer, lambda labels, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2
+    runner = engine.create(
+        model, Objective(lambda _, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2), optimizer
     )
-    floor.train_step(np.zeros((3, 1), np.float32), np.zeros(IMAGE[:-1], np.int32))
-    floor.sync_variables()
+    take_step(runner, np.zeros((3, 1), np.float32), np.zeros(IMAGE[:-1], np.int32))
+    runner.sync_variables()
     to_image, to_theta = (start - value(v) for start, v in zip((image, theta), model.trainable_variables, strict=True))
 
     x, y = places(kind, theta, IMAGE[1:3])

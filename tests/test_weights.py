@@ -61,7 +61,7 @@ STATED = {
     "classes": ["aeroplane", "bird", "cat", "dög"],
     "dataset": "made-up",
     "accuracy": {"jax": 0.91, "torch": 0.915},
-    "licence": "Apache-2.0",
+    "license": "Apache-2.0",
     "provenance": {"command": "python -m apps.cifar10 --seed 0", "seeds": [0, 1]},
 }
 

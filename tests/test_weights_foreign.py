@@ -311,7 +311,7 @@ def test_half_precision(dtype, small, tmp_path):
 @pytest.mark.skipif(not CIFAR_RESNET.is_file(), reason="KVISION_DATA names no folder with Idelbayev's weights")
 def test_published_weights_score_what_they_are_known_for(tmp_path):
     """https://github.com/akamaster/pytorch_resnet_cifar10: an error of 8.27 % on CIFAR-10."""
-    convert.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", licence="BSD-2-Clause")
+    convert.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", license="BSD-2-Clause")
     model = kvision.create_model("resnet20", weights=tmp_path / "resnet20.npz")
     dataset = load("cifar10", CIFAR_RESNET.parent)
     logits = evaluation.predict(engine.create(model), dataset.x_test, kvision.preprocess(tmp_path / "resnet20.npz"))

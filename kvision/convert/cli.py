@@ -99,7 +99,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             "input_size",
             "preprocessing",
             "classes",
-            "licence",
+            "license",
             "provenance",
         ):
             if manifest.get(field) not in (None, {}):
@@ -145,7 +145,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments=own,
             dtype=arguments.dtype,
             dataset=arguments.dataset,
-            licence=arguments.licence,
+            license=arguments.license,
         )
     except WeightsError:
         raise

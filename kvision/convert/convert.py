@@ -300,7 +300,7 @@ def convert(
         skip: patterns of names, ours or theirs, that may be without a counterpart.
         input_shape, classes, arguments: of the network, where they are not the default and cannot be read off the file.
         compare: run the network and the source framework's on the same images, where that is installed.
-        manifest: fields of the manifest to state, such as dataset and licence; see `kvision.weights.save`.
+        manifest: fields of the manifest to state, such as dataset and license; see `kvision.weights.save`.
 
     Raises:
         WeightsError: the file is damaged, or does not fit the network; nothing is written then.

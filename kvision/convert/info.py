@@ -20,7 +20,8 @@ class ModelInfo:
     Args:
         title, authors, year, address: of the paper.
         file: of `kvision.models`.
-        input_shape, classes: what it reads and gives unless told otherwise; the figures below are for these.
+        input_shape, classes: what it reads and gives unless told otherwise; the figures below are for these. `classes`
+            is None where it gives an image.
         parameters: trainable numbers.
         flops: multiply-adds of the convolutions and dense layers for one image, as He et al. 2015 count FLOPs.
         stages: the taps and the shapes (height, width, channels) of their maps.
@@ -36,7 +37,7 @@ class ModelInfo:
     address: str
     file: str
     input_shape: tuple[int, int, int]
-    classes: int
+    classes: int | None
     parameters: int
     flops: int
     stages: dict[str, tuple[int, ...]]
@@ -49,7 +50,7 @@ class ModelInfo:
         lines = {
             "paper": f"{self.authors} {self.year}, {self.title}, {self.address}",
             "file": self.file,
-            "images": f"{shape}, {self.classes} classes",
+            "images": shape if self.classes is None else f"{shape}, {self.classes} classes",
             "parameters": f"{self.parameters:,}",
             "FLOPs": f"{self.flops:,} multiply-adds an image",
             "stages": ", ".join(f"{tap} {'x'.join(map(str, size))}" for tap, size in self.stages.items()),
@@ -107,7 +108,7 @@ def markdown_table(folder: str | os.PathLike = "weights") -> str:
         accuracy = ", ".join(f"{value:.2%} ({backend})" for backend, value in sorted(manifest["accuracy"].items()))
         scores.setdefault(manifest["architecture"], []).append(f"`{path.stem}`: {accuracy}")
     rows = [
-        "| model | paper's file | images | trainable parameters | multiply-adds | weights that ship |",
+        "| model | paper's file | images | trainable parameters | multiply-adds | pretrained weights |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
     for name in list_models():

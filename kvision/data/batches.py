@@ -85,7 +85,9 @@ class Batches:
     ):
         images = as_uint8(images, value_range)
         if len(images) == 0 or batch_size < 1:
-            raise ValueError(f"expected at least one image and a positive batch size, got {len(images)} and {batch_size}")
+            raise ValueError(
+                f"expected at least one image and a positive batch size, got {len(images)} and {batch_size}"
+            )
         if len(images) != len(labels):
             raise ValueError(f"expected a label for each image, got {len(images)} images and {len(labels)} labels")
         if not images.size:

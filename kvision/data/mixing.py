@@ -77,7 +77,7 @@ class CutMix:
         _expect_positive("CutMix", self.alpha)
 
     def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rectangle (top, bottom, left, right) and each image's partner in the batch, (n,), for images of `shape`."""
+        """The rectangle (top, bottom, left, right) and each image's partner, (n,), for images of `shape`."""
         n, height, width = shape[:3]
         side = np.sqrt(1 - generator.beta(self.alpha, self.alpha))
         permutation = generator.permutation(n).astype(np.int32)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 from PIL import Image
 
-CHANNEL_ORDERS = ("rgb", "bgr", "grey")
+CHANNEL_ORDERS = ("rgb", "bgr", "gray")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -77,7 +77,7 @@ class Preprocessing:
     Args:
         mean, std: one number a channel, in the unit of the scaled images, in the order of `channel_order`.
         scale: factor on the stored 0..255 values; the default 1/255 brings them to 0..1.
-        channel_order: "rgb", "bgr" (the channels are reversed first, as Caffe's networks want) or "grey".
+        channel_order: "rgb", "bgr" (the channels are reversed first, as Caffe's networks want) or "gray".
         size: (height, width) in pixels that the network was trained at; None where any size will do.
         crop: fraction of the shorter side that the centre crop keeps, from 0 (exclusive) to 1.
         interpolation: how an image of another size is resized to `size`.

@@ -11,7 +11,7 @@ result is `Means`, {name: (sum, weight)}, which adds up over examples, steps and
 - `train_step(batch) -> Means`: one step of each phase. "loss" is the task's loss with the models' penalties
   (`model.losses`), weighted by the number of examples or the sum of "weight"; of several phases `<phase>_loss`.
 - `train_steps(dataset, params) -> Means`: a step for each of `params`, int32 (k, 6, n), of a
-  `kvision.data.device.DeviceDataset`; sums and weights have a leading axis of k. On an accelerator they are one program.
+  `kvision.data.device.DeviceDataset`; sums and weights have a leading axis of k. On an accelerator it is one program.
 - `value_and_grad(batch, phase=None) -> (loss, gradients)`: the same without the update: the gradient of each trainable
   variable of the models that the phase trains. Running statistics and generators advance as in a step. An optimizer
   that scales the loss scales these gradients.
@@ -132,8 +132,9 @@ def configure(
             LossScaleOptimizer`.
         deterministic: whether two runs must give the same bits, at some cost of speed. On a GPU PyTorch wants the
             environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 for it, and says so.
-        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. It is bounded to
-            1 GiB and may be shared by processes. None leaves JAX's own setting, which is to keep none.
+        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. Processes
+            may share it. Where it holds more than 1 GiB, the programs unused for longest are removed. None leaves JAX's
+            own setting, which is to keep none.
 
     Raises:
         ValueError: an unknown dtype.

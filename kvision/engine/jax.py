@@ -4,7 +4,8 @@ Compiling takes far longer than a step, so what was compiled is kept in a folder
 """
 
 import os
-import warnings
+from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,20 +33,33 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
         _options["xla_gpu_deterministic_ops"] = True  # a CPU's programs are
     if compile_cache is None:
         return
-    try:
-        import filelock  # noqa: F401 (JAX locks the folder with it, and drops what was not used for longest)
-    except ImportError:
-        warnings.warn(
-            "compiled programs are not kept, as the package filelock is missing: pip install kvision-keras[jax]",
-            stacklevel=3,
-        )
-        return
     Path(compile_cache).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    _remove_oldest(compile_cache, CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # an optimizer starts by a dozen tiny ones
     if jax.config.jax_compilation_cache_dir != os.fspath(compile_cache):
         jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
         compilation_cache.reset_cache()  # the folder is opened once, at the first compilation
+
+
+def _remove_oldest(folder: str | os.PathLike, limit: int) -> None:
+    """Remove the programs read or written longest ago until those left take at most `limit` bytes.
+
+    JAX's own `jax_compilation_cache_max_size` reads the whole folder again for each program that it adds: 76 ms of a
+    CPU in a folder of 2,000, more than compiling a small one.
+    """
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith("-cache"):
+                with suppress(FileNotFoundError):  # another process removes them too
+                    status = entry.stat()
+                    files.append((max(status.st_atime, status.st_mtime), status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            break
+        Path(path).unlink(missing_ok=True)
+        total -= size
 
 
 def accelerated() -> bool:
@@ -109,7 +123,7 @@ class Engine:
                 loss, means = self.program.objective(phase, self._call, batch)
                 scaled = phase.optimizer.scale_loss(loss) if phase.optimizer else loss
             after = [scope.get_current_value(variable) for variable in self.program.fixed]
-            return scaled, (after, jax.tree.map(jnp.asarray, means))
+            return scaled, (after, _ordered(means))
 
         trained = [trainable[index] for index in phase.indices]
         (_, (after, means)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
@@ -136,7 +150,7 @@ class Engine:
 
     def _train(self, state, batch):
         trainable, fixed, slots = state
-        trainable, slots, found = list(trainable), list(slots), {}
+        trainable, slots, found = list(trainable), list(slots), OrderedDict()
         for number, phase in enumerate(self.program.phases):
             fixed, (means, gradients) = self._differentiate(phase, trainable, fixed, slots[number], batch)
             trained = [trainable[index] for index in phase.indices]
@@ -172,7 +186,7 @@ class Engine:
 
     def _evaluate(self, trainable, fixed, batch):
         with self._scope(trainable, fixed) as scope:
-            means = jax.tree.map(jnp.asarray, self.program.metrics(self._call, batch))
+            means = _ordered(self.program.metrics(self._call, batch))
         return means, [scope.get_current_value(variable) for variable in self.program.task_variables]
 
     def _evaluate_on_device(self, trainable, fixed, dataset, tensors, param):
@@ -273,6 +287,11 @@ class Engine:
             return logs, (trainable, fixed[:count], fixed[count:])
 
         return train_step, test_step
+
+
+def _ordered(means):
+    """Means as arrays; JAX sorts the keys of a plain dictionary."""
+    return OrderedDict((name, tuple(map(jnp.asarray, pair))) for name, pair in means.items())
 
 
 def mean_over_replicas(x):

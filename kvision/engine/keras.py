@@ -13,6 +13,8 @@ from kvision.engine.program import Program
 
 
 class Engine:
+    MASKS_PADDING = False  # Keras's loss is divided by the number of examples, whatever their weights
+
     def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
         if gradient_accumulation_steps != 1:
             raise ValueError("Keras's own step accumulates over steps: give its optimizer gradient_accumulation_steps")

@@ -257,9 +257,9 @@ def sync_batch_norm(model: keras.Model, average: Callable) -> keras.Model:
     """The same network, weights included, whose batch norms take their moments over all replicas.
 
     Args:
-        average: see `SynchronizedBatchNorm`; `kvision.engine.backend_module().mean_over_replicas` for replicas under PyTorch's
-            `torch.distributed` or TensorFlow's `MirroredStrategy`. A JAX program on a sharded batch is one program,
-            whose batch norms see the whole batch anyhow.
+        average: see `SynchronizedBatchNorm`; `kvision.engine.backend_module().mean_over_replicas` for replicas under
+            PyTorch's `torch.distributed` or TensorFlow's `MirroredStrategy`. A JAX program on a sharded batch is one
+            program, whose batch norms see the whole batch anyhow.
     """
 
     def clone(layer):

@@ -10,6 +10,7 @@ class Paper:
 
     Args:
         input_shape: (height, width, channels) of the images.
+        classes: the number of logits; None for networks that give an image of the input's shape instead.
         shapes: rows of the file that read other images.
     """
 
@@ -18,5 +19,5 @@ class Paper:
     year: int
     address: str
     input_shape: tuple[int, int, int] = (32, 32, 3)
-    classes: int = 10
+    classes: int | None = 10
     shapes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)

@@ -1,16 +1,17 @@
-"""Whether a model computes the same on every backend: `python -m kvision parity resnet20`.
+"""Compares a model between backends, layer by layer: `python -m kvision parity resnet20`.
 
-Each backend is a child process of its own (Keras knows one at a time), and all start from the same weights and the same
-images. A child keeps the output of every layer at inference and in training, the loss, the gradient of each weight, and
-the losses and weights of some steps with augmentation, momentum, weight decay and a schedule. What is compared are
-those. Where they part, the first layer to do so is named: its inputs agreed, so the fault lies there.
+Each backend runs in a child process, because Keras supports one backend a process. All start from the same weights and
+images. A child records the output of every layer in inference and training mode, the loss, the gradient of each weight,
+and the losses and weights of some steps with augmentation, momentum, weight decay and a schedule. These records are
+compared. The first layer that diverges is reported: its inputs agreed, so the error is in that layer.
 
-In float64 rounding is so small that what parts is an error: a padding, an epsilon, a layer that computes in float32. In
-float32 the forward pass and the first loss tell; later losses part by rounding alone, and are shown and not judged.
+In float64 rounding is so small that any difference is an error: a padding, an epsilon, a layer that computes in
+float32. In float32 the forward pass and the first loss are checked; later losses diverge by rounding alone, and are
+reported but not checked.
 
-What is asked is in `spec`; the parent in `parent`, its command in `cli`; a child in `child`, its model and images
-in `subject`; what it leaves in `result` and `tensors`; who is right in `verdict`; the words in `report`. `child` and
-`subject` import Keras, and no other file here imports them.
+`spec` defines a comparison; `launcher` starts the child processes, `cli` is the command; `worker` is a child,
+`loading` its model and images; `result` and `tensors` are its records; `compare` checks them, `report` formats the
+result as text. `worker` and `loading` import Keras, and no other file here imports them.
 """
 
 from kvision.parity.cli import add_commands

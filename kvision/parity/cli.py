@@ -1,4 +1,4 @@
-"""`python -m kvision parity MODEL`: its arguments, what it prints and what it writes."""
+"""The command `python -m kvision parity MODEL`."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ from kvision.parity.spec import Spec
 
 
 def finite(value):
-    """The report as JSON has it, where infinity is no number."""
+    """Replace infinity and nan, which JSON lacks, by strings."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -32,21 +32,21 @@ def _shape(words: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected height x width x channels as in 32x32x3, got {words!r}") from None
 
 
-def _own(words: Sequence[str]) -> dict[str, object]:
+def _model_kwargs(words: Sequence[str]) -> dict[str, object]:
     try:
         return assignments(words)
     except ValueError as error:
-        raise UsageError(f"--set wants NAME=VALUE, got {error}") from None
+        raise UsageError(f"--set must be NAME=VALUE, got {error}") from None
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run a comparison as parsed, print its report; 0 where the backends agree, 1 where they do not."""
+    """Run a comparison with parsed arguments and print its report; returns 0 if the backends agree, else 1."""
     spec = Spec(
         arguments.model,
         arguments.dtype,
         arguments.input_shape,
         arguments.classes,
-        _own(arguments.set),
+        _model_kwargs(arguments.set),
         arguments.batch,
         arguments.steps,
         arguments.seed,
@@ -72,28 +72,36 @@ def main(arguments: argparse.Namespace) -> int:
 def add_commands(subparsers) -> None:
     """Add `parity` to the command line of `python -m kvision`."""
     parser = subparsers.add_parser(
-        "parity", help="whether a model computes the same on every backend, layer by layer", allow_abbrev=False
+        "parity", help="compare a model between backends, layer by layer", allow_abbrev=False
     )
     defaults = Spec("")
     parser.add_argument("model", metavar="MODEL", help="network of the zoo, .keras file, or module:function")
     parser.add_argument("--dtype", choices=tuple(LIMITS), default=defaults.dtype, help="(default: %(default)s)")
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--input-shape", type=_shape, metavar="HxWxC", help="of the images; default: the model's own")
-    parser.add_argument("--classes", type=int, metavar="N", help="default: the model's own")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of the model's own")
-    parser.add_argument("--batch", type=int, default=defaults.batch, metavar="N", help="images a step (%(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, metavar="N", help="training steps (%(default)s)")
+    parser.add_argument(
+        "--backends", default=",".join(BACKENDS), help="comma-separated backends (default: %(default)s)"
+    )
+    parser.add_argument("--input-shape", type=_shape, metavar="HxWxC", help="image shape (default: the model's)")
+    parser.add_argument("--classes", type=int, metavar="N", help="number of classes (default: the model's)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="model-specific argument, may be repeated"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=defaults.batch, metavar="N", help="images a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, metavar="N", help="training steps (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--learning-rate", type=float, default=defaults.learning_rate, metavar="X", help="(default: %(default)s)"
     )
-    parser.add_argument("--data", metavar="PATH", help="data set to take the images from; default: drawn")
+    parser.add_argument("--data", metavar="PATH", help="data set of the images (default: synthetic)")
     parser.add_argument("--out", metavar="FILE", help="write the report as JSON")
     parser.add_argument(
         "--timeout",
         type=float,
         default=HOUR,
         metavar="SECONDS",
-        help="that each backend may take, after which it is ended; 0 sets no limit (an hour)",
+        help="time limit of each backend, 0 for none (default: an hour)",
     )
     parser.set_defaults(handler=main)

@@ -1,4 +1,4 @@
-"""The parent: a process for each backend, and what they leave put before the judge."""
+"""Starts a worker process for each backend and compares their results."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from kvision.parity.result import Result
 from kvision.parity.spec import Spec, check
 from kvision.report.environment import PACKAGES, hardware, versions
 
-HOUR = 3600.0  # seconds that a child may take
-AT_ONCE = 2  # child processes that run side by side: starting one takes a core some seconds
+HOUR = 3600.0  # seconds, the default time limit of a worker
+AT_ONCE = 2  # workers that run at the same time
 
 
 def compare(
@@ -29,20 +29,20 @@ def compare(
 ) -> dict:
     """Run a model on each installed backend and compare; returns the report, a dictionary of plain values.
 
-    Beside what `judge` gives it holds the question, versions, hardware, and the backends that "failed", with reasons.
+    It has the values of `judge`, and "spec", "versions", "hardware" and the backends that "failed", with reasons.
 
     Args:
-        limit: seconds that each backend may take, after which it is ended and has failed; None sets no limit.
+        limit: time limit of each backend in seconds, after which it is ended and has failed; None sets no limit.
 
     Raises:
-        UsageError: an unknown backend, fewer than two that are installed, no such model; one clear line.
-        kvision.children.StoppedError: SIGTERM, SIGHUP or Ctrl-C came. The children have ended.
+        UsageError: an unknown backend, fewer than two installed ones, no such model; a one-line message.
+        kvision.children.StoppedError: this process got SIGTERM, SIGHUP or Ctrl-C. The workers have ended.
     """
     check(spec)
     if limit is not None and not limit > 0:
         raise UsageError(f"--timeout must be 0 (no limit) or a positive number of seconds, got {limit:g}")
     if unknown := [backend for backend in backends if backend not in BACKENDS]:
-        raise UsageError(f"--backends knows {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+        raise UsageError(f"--backends must be of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
     present = [backend for backend in dict.fromkeys(backends) if installed(backend)]
     if len(present) < 2:
         raise UsageError(
@@ -51,11 +51,11 @@ def compare(
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "question.json").write_text(json.dumps(asdict(spec)))
-        wrong: list[str] = []
+        (folder / "spec.json").write_text(json.dumps(asdict(spec)))
+        errors: list[str] = []
 
         def run(backend: str) -> tuple[int, str]:
-            if wrong:
+            if errors:
                 return 2, ""
             words = [sys.executable, "-m", "kvision.parity.worker", str(folder)]
             path = folder / f"{backend}.log"
@@ -65,16 +65,16 @@ def compare(
                 log(f"{backend}: {error}")
                 return -1, f"{error}: give a longer --timeout"
             text = path.read_text(errors="replace").strip()
-            if (folder / "wrong").exists():
-                wrong.append((folder / "wrong").read_text())
+            if (folder / "error").exists():
+                errors.append((folder / "error").read_text())
                 return code, text
             log(f"{backend}: {'done' if code == 0 else 'failed'}")
             return code, text
 
         with Children() as children, ThreadPoolExecutor(AT_ONCE) as pool:
             codes = dict(zip(present, pool.map(run, present), strict=True))
-        if wrong:
-            raise UsageError(wrong[0])
+        if errors:
+            raise UsageError(errors[0])
         failed = {
             backend: {"reason": text.rpartition("\n")[2] or f"exit code {code}", "log": text[-4000:]}
             for backend, (code, text) in codes.items()
@@ -82,7 +82,7 @@ def compare(
         }
         results = [Result.load(folder, backend) for backend in present if backend not in failed]
     report = {
-        "question": asdict(spec),
+        "spec": asdict(spec),
         "backends": present,
         "versions": {
             backend: {name: v for name, v in versions(backend).items() if name in PACKAGES[backend]}

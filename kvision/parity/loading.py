@@ -1,4 +1,4 @@
-"""The model that is asked for, the weights it starts from, and the images it is shown."""
+"""Loads the model of a comparison, sets its initial weights, and makes its images."""
 
 import importlib
 import inspect
@@ -22,8 +22,8 @@ from kvision.random import rng
 from kvision.weights.initialization import initialize
 
 
-def in_double(path: Path, dtype: str, folder: Path) -> Path:
-    """A copy of a `.keras` file whose layers compute in `dtype` where they did in float32: the file says it of each."""
+def with_dtype(path: Path, dtype: str, folder: Path) -> Path:
+    """Copy a `.keras` file to `folder` with `dtype` in place of float32 in the config of each layer."""
 
     def convert(value, key=None):
         if isinstance(value, dict):
@@ -45,19 +45,19 @@ def in_double(path: Path, dtype: str, folder: Path) -> Path:
 
 
 def _load_file(spec: Spec) -> keras.Model:
-    zoo.list_models()  # imports every network's own layers, so that Keras knows them
-    if spec.own or spec.classes is not None:
-        raise UsageError(f"{spec.model} is built already: --set and --classes do not apply to a .keras file")
+    zoo.list_models()  # imports and registers the custom layers of all networks
+    if spec.model_kwargs or spec.classes is not None:
+        raise UsageError(f"--set and --classes do not apply to a .keras file: {spec.model}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(spec.model)
         try:
             if spec.dtype != "float32":
-                path = in_double(path, spec.dtype, Path(folder))
+                path = with_dtype(path, spec.dtype, Path(folder))
             return keras.saving.load_model(path, compile=False, safe_mode=True)
         except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
-                f"{spec.model} cannot be loaded: {reason} (a model with code of its own is named module:function)"
+                f"{spec.model} cannot be loaded: {reason} (give a model with custom code as module:function)"
             ) from None
 
 
@@ -70,26 +70,26 @@ def _call_function(spec: Spec) -> keras.Model:
         raise UsageError(f"{spec.model}: cannot import {module}: {error}") from None
     except AttributeError:
         raise UsageError(f"{spec.model}: {module} has no {name}") from None
-    given = dict(spec.own)
+    arguments = dict(spec.model_kwargs)
     if spec.input_shape is not None:
-        given["input_shape"] = spec.input_shape
+        arguments["input_shape"] = spec.input_shape
     if spec.classes is not None:
-        given["classes"] = spec.classes
+        arguments["classes"] = spec.classes
     try:
-        inspect.signature(function).bind(**given)
+        inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        raise UsageError(f"{spec.model} cannot be called with {given or 'no arguments'}: {error}") from None
-    model = function(**given)
+        raise UsageError(f"{spec.model} cannot be called with {arguments or 'no arguments'}: {error}") from None
+    model = function(**arguments)
     if not isinstance(model, keras.Model):
         raise UsageError(f"{spec.model} returned a {type(model).__name__}; expected a keras.Model")
     return model
 
 
 def build(spec: Spec) -> tuple[keras.Model, tuple[int, int, int]]:
-    """The model, and the (height, width, channels) of its images.
+    """Load the model; returns it and the (height, width, channels) of its images.
 
     Raises:
-        UsageError: no such model, or one that this test cannot run; one clear line.
+        UsageError: no such model, or an unsupported one; a one-line message.
     """
     if spec.model.endswith(".keras"):
         model = _load_file(spec)
@@ -98,39 +98,39 @@ def build(spec: Spec) -> tuple[keras.Model, tuple[int, int, int]]:
     else:
         try:
             with skip_init():
-                model = zoo.build_model(spec.model, spec.input_shape, spec.classes, **spec.own)
+                model = zoo.build_model(spec.model, spec.input_shape, spec.classes, **spec.model_kwargs)
         except ValueError as error:
             raise UsageError(str(error)) from None
     if isinstance(model, keras.Sequential):
         if not model.built and spec.input_shape is not None:
             model.build((None, *spec.input_shape))
         if model.built:
-            model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers, as a graph
+            model = keras.Model(model.inputs, model.outputs, name=model.name)  # the same layers as a functional model
     shape = model.input_shape if is_graph(model) else (None, *(spec.input_shape or ()))
     return model, check_shape(spec, shape, is_graph(model))
 
 
 def check_shape(spec: Spec, shape, graph: bool) -> tuple[int, int, int]:
-    """The (height, width, channels) to take for a model that reads inputs of `shape`."""
+    """The (height, width, channels) of the images for a model with inputs of `shape`; raises UsageError."""
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise UsageError(
             f"{spec.model} reads inputs of shape {shape}; expected one input of images (n, height, width, channels)"
-            + ("" if graph else ": the model does not say which it reads, give --input-shape")
+            + ("" if graph else ": the model does not define its shape, give --input-shape")
         )
-    wanted = spec.input_shape or shape[1:]
-    if any(side is None for side in wanted):
+    image_shape = spec.input_shape or shape[1:]
+    if any(side is None for side in image_shape):
         raise UsageError(f"{spec.model} reads images of any size {shape[1:]}: give --input-shape, as in 32x32x3")
-    if any(side not in (None, given) for side, given in zip(shape[1:], wanted, strict=True)):
-        raise UsageError(f"{spec.model} reads images of {shape[1:]}, not of --input-shape {wanted}")
-    return tuple(wanted)
+    if any(side not in (None, given) for side, given in zip(shape[1:], image_shape, strict=True)):
+        raise UsageError(f"{spec.model} reads images of {shape[1:]}, not of --input-shape {image_shape}")
+    return tuple(image_shape)
 
 
 def start(model, spec: Spec) -> None:
-    """Set the weights that every backend starts from; a file keeps its own. Generators are set in any case."""
+    """Set the initial weights and the random generators; a `.keras` file keeps its weights."""
     weights = [(variable, np.array(variable.numpy())) for variable in model.weights]
     try:
         initialize(model, spec.seed)
-    except ValueError:  # of a user's model, an initialiser that NumPy does not know
+    except ValueError:  # a custom initializer without a NumPy equivalent
         for variable, value in weights:
             if value.size and (value != value.flat[0]).any():
                 generator = rng(spec.seed, "initial", variable.path)
@@ -143,8 +143,8 @@ def start(model, spec: Spec) -> None:
             variable.assign(value)
 
 
-def draw(spec: Spec, shape: tuple[int, int, int], classes: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images, four batches of them where they are drawn, and labels."""
+def make_images(spec: Spec, shape: tuple[int, int, int], classes: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Load or generate uint8 images and their labels, at most four batches."""
     count = 4 * spec.batch
     if spec.data is not None:
         dataset = load("cifar10", spec.data, size=shape[:2], log=lambda line: None)
@@ -152,7 +152,7 @@ def draw(spec: Spec, shape: tuple[int, int, int], classes: int | None) -> tuple[
         if images.shape[1:] != shape:
             raise UsageError(f"--data has images of {images.shape[1:]}, and {spec.model} reads {shape}")
         return images, labels % (classes or 1)
-    # Coarse patches of colour under noise: a network sees edges, and no two pixels that it pools are equal for long.
+    # Patches of color with noise: they have edges, and pooling windows rarely have equal maxima.
     generator = rng(spec.seed, "images")
     height, width, channels = shape
     patches = generator.integers(0, 192, (count, -(-height // 8), -(-width // 8), channels))

@@ -1,10 +1,10 @@
-"""A comparison in words: the table of stages, the losses step by step, and what is known of each fault."""
+"""Formats a comparison as text: the table of stages, the losses of the steps, and a description of each fault."""
 
 import math
 
 from kvision.parity.compare import LIMITS, STAGES
 
-ENDS = 6  # of many steps, the first and the last that are shown
+ENDS = 6  # of many steps, the first and the last ones are printed
 
 
 def _size(value: float) -> str:
@@ -25,47 +25,47 @@ def _setting(value) -> str:
 def _head(fault: dict) -> str:
     match fault["kind"]:
         case "loss":
-            place = "at the loss"
+            location = "at the loss"
         case "step":
-            place = f"at the loss of {fault['name']}"
-        case "joined":
-            place = f"in {STAGES[fault['stage']]}, by {_size(fault['difference'])} of the scale"
+            location = f"at the loss of {fault['name']}"
+        case "fused":
+            location = f"in {STAGES[fault['stage']]}, by {_size(fault['difference'])} of the scale"
         case "layer":
-            place = f"at {fault['name']}, layer {fault['place']} of {fault['of']}, in {STAGES[fault['stage']]}"
+            location = f"at {fault['name']}, layer {fault['position']} of {fault['of']}, in {STAGES[fault['stage']]}"
         case "backward":
-            place = f"at the gradient of {fault['name']}"
+            location = f"at the gradient of {fault['name']}"
         case "variable":
-            place = f"at {fault['name']}, in {STAGES[fault['stage']]}"
-    return f"{fault['backend']} parts from {fault['reference']} {place}"
+            location = f"at {fault['name']}, in {STAGES[fault['stage']]}"
+    return f"{fault['backend']} diverges from {fault['reference']} {location}"
 
 
 def _values(fault: dict) -> str:
-    """What the backends have at the place of the largest difference."""
+    """The values of the backends at the largest difference."""
     size, values = _size(fault["difference"]), fault["values"]
     if not isinstance(values, dict):
         values = dict(zip((fault["reference"], fault["backend"]), values or (), strict=False))
     shown = ", ".join(f"{_value(value)} on {name}" for name, value in values.items())
     if fault["kind"] in ("loss", "step"):
-        return f"{shown}: {size} of it"
+        return f"{shown}: relative difference {size}"
     if fault.get("shapes"):
         shapes = (f"{_setting(shape)} on {name}" for name, shape in fault["shapes"].items())
-        return f"its outputs have shapes {', '.join(shapes)}"
+        return f"its output shapes are {', '.join(shapes)}"
     if fault["index"] is not None:
         return f"at {list(fault['index'])}: {shown}; {size} of the scale"
     if math.isinf(fault["difference"]):
-        return "only one of them has it, or values of one are not finite"
-    return f"by {size} of the scale, at none of the values kept: means or norms part"
+        return "only one backend has it, or some of its values are not finite"
+    return f"by {size} of the scale, in the mean or norm, not at a kept value"
 
 
 def _step_reason(fault: dict) -> str:
     before = _size(fault["before"])
     if fault["grown"]:
         return (
-            f"losses or gradients before parted by {before} already: rounding has grown from step "
-            "to step, which a smaller --learning-rate or a larger --batch slows"
+            f"earlier losses or gradients already differ by {before}: rounding grows from step to step; "
+            "a smaller --learning-rate or a larger --batch slows this"
         )
     agreed = f"agreed to {before}" if fault["before"] else "agreed"
-    return f"the losses before and every gradient {agreed}, so the fault lies in the optimizer"
+    return f"earlier losses and all gradients {agreed}, so the error is in the optimizer"
 
 
 def _layer_reasons(fault: dict) -> list[str]:
@@ -74,23 +74,21 @@ def _layer_reasons(fault: dict) -> list[str]:
         for name, (a, b) in fault["settings_that_differ"].items()
     ]
     lines += (
-        f"on {name} it reads {', '.join(lone)}, which is not there on the other"
-        for name, lone in fault["inputs_on_one_backend"].items()
-        if lone
+        f"on {name} its inputs include {', '.join(only_here)}, which the other backend lacks"
+        for name, only_here in fault["inputs_on_one_backend"].items()
+        if only_here
     )
-    reach = max(fault["inputs"].values(), default=0.0)
+    largest = max(fault["inputs"].values(), default=0.0)
     if fault["grown"]:
-        lines.append(
-            f"its inputs parted by {_size(reach)} already: rounding has grown on the way, see the layers before"
-        )
+        lines.append(f"its inputs already differ by {_size(largest)}: rounding grows through the layers before it")
     elif not fault["inputs_on_one_backend"]:
         names = ", ".join(fault["inputs"]) or "the images"
-        agreed = f"agreed to {_size(reach)}" if reach else "are equal"
-        lines.append(f"its inputs ({names}) {agreed}, so the fault lies in this layer")
+        agreed = f"agree to {_size(largest)}" if largest else "are equal"
+        lines.append(f"its inputs ({names}) {agreed}, so the error is in this layer")
     if fault["random"]:
         lines.append(
-            f"Keras's {fault['type']} draws from the backend's generator; kvision.layers.{fault['type']} "
-            "draws the same on each"
+            f"Keras's {fault['type']} uses the backend's random generator; kvision.layers.{fault['type']} "
+            "gives the same random numbers on each"
         )
     return lines
 
@@ -98,11 +96,11 @@ def _layer_reasons(fault: dict) -> list[str]:
 def _describe(fault: dict) -> list[str]:
     match fault["kind"]:
         case "loss":
-            lines = [_values(fault), "the outputs agreed, so the fault lies in the loss"]
+            lines = [_values(fault), "the outputs agree, so the error is in the loss"]
         case "step":
             lines = [_values(fault), _step_reason(fault)]
-        case "joined":
-            lines = ["every layer by itself agreed: the fault lies where kvision.engine makes one call of neighbours"]
+        case "fused":
+            lines = ["every single layer agrees: the error is in a fusion of layers by kvision.engine"]
         case "layer":
             settings = ", ".join(f"{name} {_setting(value)}" for name, value in fault["settings"].items())
             lines = [f"{fault['type']}: {settings}" if settings else fault["type"]]
@@ -111,7 +109,7 @@ def _describe(fault: dict) -> list[str]:
             lines, between = [_values(fault)], fault["between"]
             if between:
                 shown = between if len(between) < 7 else [*between[:3], "...", *between[-3:]]
-                lines.append(f"the outputs agreed, so the fault lies in the gradient of one of: {', '.join(shown)}")
+                lines.append(f"the outputs agree, so the error is in the gradient of one of: {', '.join(shown)}")
         case "variable":
             lines = [_values(fault)]
     return [_head(fault), *(f"  {line}" for line in lines)]
@@ -122,37 +120,37 @@ def _describe(fault: dict) -> list[str]:
 
 def _stages(report: dict) -> list[str]:
     others = [backend for backend in report["losses"] if backend != report["reference"]]
-    lines = [f"{'':<24}" + "".join(f"{backend:<12}" for backend in others) + f"{'at most':<9} where largest"]
+    lines = [f"{'':<24}" + "".join(f"{backend:<12}" for backend in others) + f"{'limit':<10}largest at"]
     for stage, title in STAGES.items():
-        if stage in ("losses", "weights") and not report["question"]["steps"]:
+        if stage in ("losses", "weights") and not report["spec"]["steps"]:
             continue
         rows = [row for row in report["rows"] if row["stage"] == stage]
         largest, limit = max(rows, key=lambda row: row["difference"]), rows[0]["limit"]
         cells = "".join(f"{_size(row['difference']) + ('' if row['passed'] else ' !'):<12}" for row in rows)
-        bound = "shown" if limit is None else f"{limit:g}"
+        bound = "unchecked" if limit is None else f"{limit:g}"
         where = largest["where"] if largest["difference"] and largest["where"] != title else ""
-        lines.append(f"{title:<24}{cells}{bound:<9} {where}".rstrip())
+        lines.append(f"{title:<24}{cells}{bound:<10}{where}".rstrip())
     return lines
 
 
 def _steps(report: dict) -> list[str]:
-    lines = [f"{'step':<6}" + "".join(f"{backend:<22}" for backend in report["losses"]) + "apart"]
+    lines = [f"{'step':<6}" + "".join(f"{backend:<22}" for backend in report["losses"]) + "difference"]
     for i, values in enumerate(zip(*report["losses"].values(), strict=True), start=1):
-        apart = (max(values) - min(values)) / (abs(values[0]) or 1)
-        lines.append(f"{i:<6}" + "".join(f"{_value(value):<22}" for value in values) + _size(apart))
+        difference = (max(values) - min(values)) / (abs(values[0]) or 1)
+        lines.append(f"{i:<6}" + "".join(f"{_value(value):<22}" for value in values) + _size(difference))
     if len(lines) > 2 * ENDS + 1:
         lines[ENDS + 1 : -ENDS] = ["..."]
-    if LIMITS[report["question"]["dtype"]]["losses"] is None:
+    if LIMITS[report["spec"]["dtype"]]["losses"] is None:
         lines += (
-            "Gradients part where rounding decides a ReLU's side, and later losses ever more, the higher the",
-            "learning rate; --dtype float64 tells rounding from error.",
+            "Gradients differ if rounding changes the sign of a ReLU's input. Later losses diverge, the more",
+            "the higher the learning rate. --dtype float64 tells rounding from error.",
         )
     return lines
 
 
 def text(report: dict) -> str:
     """The report of `kvision.parity.compare` for a terminal."""
-    spec, backends = report["question"], list(report["losses"])
+    spec, backends = report["spec"], list(report["losses"])
     packages = [f"{backend} {next(iter(report['versions'][backend].values()), '')}".strip() for backend in backends]
     lines = [
         f"{spec['model']} in {spec['dtype']}, batch {spec['batch']}, seed {spec['seed']}: "

@@ -1,4 +1,4 @@
-"""What one backend has computed, and the two files in which its process leaves it to the parent."""
+"""The result of one backend, which its process writes to two files for the parent."""
 
 import json
 from dataclasses import dataclass
@@ -11,16 +11,18 @@ from kvision.parity.tensors import Tensor
 
 @dataclass
 class Result:
-    """What one backend has computed.
+    """The result of one backend.
 
     Args:
-        operations: of the graph in the order of execution: name, type, settings (a dictionary of plain values), inputs
-            (names of operations), dtype, random (whether it draws on the backend).
-        outputs: the operations whose outputs are the model's.
-        tensors: by stage, in order: "initial", "inference_layers" and "training_layers" (one an operation, each run for
-            itself), "inference" (of all at once, as in scoring), "gradients", "weights". In each no name is twice.
-        loss: at the initial weights, in training mode, and `losses` of the steps from then on.
-        notes: what the reader should know of the model.
+        operations: the operations of the graph in the order of execution: name, type, settings (a dictionary of plain
+            values), inputs (names of operations), dtype, random (whether it uses the backend's random generator).
+        outputs: the names of the operations that give the model's outputs.
+        tensors: by stage, in order: "initial", "inference_layers" and "training_layers" (one an operation, computed
+            layer by layer), "inference" (of the fused graph, as in evaluation), "gradients", "weights". Names are
+            unique within a stage.
+        loss: the loss at the initial weights, in training mode.
+        losses: the losses of the steps from there.
+        notes: remarks on the model for the report.
     """
 
     backend: str

@@ -1,4 +1,4 @@
-"""What is to be compared, and what can be seen of it without a backend."""
+"""The specification of a comparison, and its checks that need no backend."""
 
 import math
 from collections.abc import Mapping
@@ -11,25 +11,26 @@ from kvision.parity.compare import LIMITS
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be compared.
+    """The specification of a comparison.
 
     Args:
         model: a network of the zoo, a `.keras` file, or `module:function` whose function returns a `keras.Model`.
         dtype: "float64" or "float32".
-        input_shape: (height, width, channels); None takes the model's own.
-        classes: how many, of a network of the zoo or a function that takes `classes`; None takes the model's own.
-        own: arguments of the network's or the function's own.
+        input_shape: (height, width, channels); None takes the model's.
+        classes: number of classes, for a network of the zoo or a function that takes `classes`; None takes the default.
+        model_kwargs: model-specific arguments of the network or the function.
         batch: images a step.
         steps: training steps; 0 takes none.
-        learning_rate: the largest of the schedule.
-        data: folder or file of a data set, as `kvision.data.load` reads it; None draws the images.
+        seed: seed of the initial weights, images and order.
+        learning_rate: the maximum learning rate of the schedule.
+        data: folder or file of a data set, as `kvision.data.load` reads it; None makes synthetic images.
     """
 
     model: str
     dtype: str = "float64"
     input_shape: tuple[int, int, int] | None = None
     classes: int | None = None
-    own: Mapping[str, object] = field(default_factory=dict)
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
     batch: int = 8
     steps: int = 5
     seed: int = 0
@@ -38,10 +39,10 @@ class Spec:
 
 
 def check(spec: Spec) -> None:
-    """See what can be seen of a question before a backend is started.
+    """Check a specification before a backend is started.
 
     Raises:
-        UsageError: one clear line.
+        UsageError: an invalid value; a one-line message.
     """
     if spec.dtype not in LIMITS:
         raise UsageError(f"--dtype must be one of {', '.join(LIMITS)}, got {spec.dtype!r}")
@@ -55,12 +56,11 @@ def check(spec: Spec) -> None:
     shape = spec.input_shape
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise UsageError(
-            "--input-shape must be an image's, height x width x channels as in 32x32x3, "
-            f"got {'x'.join(map(str, shape))}"
+            f"--input-shape must be height x width x channels as in 32x32x3, got {'x'.join(map(str, shape))}"
         )
     path = Path(spec.model)
     if path.suffix == ".keras":
         if not path.is_file():
             raise UsageError(f"{path}: no such file; expected a model that Keras saved")
     elif path.suffix in (".h5", ".npz", ".pth", ".pt", ".onnx", ".safetensors", ".json"):
-        raise UsageError(f"{path}: parity reads networks of the zoo, .keras files and module:function")
+        raise UsageError(f"{path}: expected a network of the zoo, a .keras file or module:function")

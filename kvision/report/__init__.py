@@ -1,7 +1,7 @@
-"""Where a run's figures go: a page to read, a bar to watch, and the machine they were measured on.
+"""Reports of runs: HTML pages, progress bars, hardware and package versions.
 
-NumPy and Pillow are all this needs. It knows no model and no backend: what it shows arrives as plain
-dictionaries, so that a page can be written again from the files of a finished run.
+This package requires only NumPy and Pillow. Its input is plain dictionaries, without models or backends, so that a page
+can be written again from the files of a finished run.
 """
 
 from kvision.report.compare_report import comparison_table, write_compare_report

@@ -1,4 +1,4 @@
-"""One run on several backends: a table for the terminal, a page with the curves over each other."""
+"""The comparison of a run on several backends: a text table, and an HTML page with charts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,21 @@ from typing import Any
 from kvision.files import write_text
 from kvision.report import page
 from kvision.report.page import MISSING, escape, finite, fixed, percent, plain, size
-from kvision.report.run_report import column, shares_as_percent
+from kvision.report.run_report import column, fractions_to_percent
 from kvision.report.svg import bar_chart, line_chart
 
 
 def _seconds(value: Any) -> str:
-    """Seconds to a tenth: in a column they compare better than minutes and hours do."""
+    """Seconds to a tenth, which compare better in a column than minutes and hours."""
     return MISSING if value is None else f"{fixed(value, ',.1f')} s"
 
 
 def _range(value: Any) -> str:
-    """The lowest and the highest of several runs."""
+    """The range of several runs."""
     return MISSING if value is None else f"{fixed(value[0], ',.0f')} to {fixed(value[1], ',.0f')}"
 
 
-# (heading in two lines, key of the row, how its value is written): the same on paper and on the terminal.
+# (heading in two lines, key of the row, format of its value), for the page and for the terminal.
 COLUMNS = (
     ("test", "accuracy", "test_accuracy", percent),
     ("final", "loss", "final_loss", lambda value: fixed(value, ".4f")),
@@ -40,20 +40,20 @@ COLUMNS = (
 )
 
 
-def _uncoloured(text: Any) -> str:
-    """The text without the escape sequences by which a child process coloured it."""
+def _without_color(text: Any) -> str:
+    """The text without the escape sequences for color that a child process printed."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(text or ""))
 
 
 def _one_line(text: Any, longest: int = 160) -> str:
-    """The last line that says something, without control characters: a traceback ends in its error."""
-    lines = [line for line in (" ".join(line.split()) for line in _uncoloured(text).splitlines()) if line]
+    """The last line that is not blank, without control characters; in a traceback it is the error."""
+    lines = [line for line in (" ".join(line.split()) for line in _without_color(text).splitlines()) if line]
     last = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", lines[-1]) if lines else ""
     return last if len(last) <= longest else last[: longest - 3] + "..."
 
 
 def _status(row: Mapping[str, Any]) -> str:
-    """Why a row has no numbers, on one line."""
+    """One line on why a row has no numbers."""
     reason = _one_line(row.get("reason"))
     return f"{row.get('status') or 'failed'}: {reason}" if reason else str(row.get("status") or "failed")
 
@@ -63,10 +63,10 @@ def _bound(value: Any) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as aligned plain text (ASCII but for what a failed row says), for a terminal or a log.
+    """The comparison as an aligned text table, for a terminal or a log.
 
-    A row that did not run says why in place of its numbers. The checks, where there are any, follow below.
-    See `write_compare_report` for the argument.
+    A backend that failed has the reason in place of its numbers. The checks follow the table. All is ASCII except for
+    those reasons. See `write_compare_report` for the argument.
     """
     rows = comparison.get("rows") or []
     columns = _columns(rows)
@@ -76,7 +76,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         *([str(row.get("backend")), *_values(row, columns)] for row in rows),
     ]
     widths = [max(len(line[0]) for line in lines)]
-    widths += [max(len(line[place]) for line in lines if len(line) > place) for place in range(1, len(columns) + 1)]
+    widths += [max(len(line[i]) for line in lines if len(line) > i) for i in range(1, len(columns) + 1)]
     text = []
     for line, row in zip(lines, [None, None, *rows], strict=True):
         cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=False)]
@@ -96,10 +96,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
-    """Which backend to take on this machine, in one sentence, by the rows of a comparison.
+    """One sentence on which backend to use on this machine, from the rows of a comparison.
 
     Args:
-        cores: of the machine, for a remark where its load was above half of them.
+        cores: the machine's cores; the sentence mentions a load above half of them.
     """
     ran = [row for row in rows if row.get("status") == "ok" and finite(row.get("images_per_second"))]
     if not ran:
@@ -114,10 +114,10 @@ def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
     text += f", {' and '.join(ratios)}" if ratios else ""
     ranges = [row.get("images_per_second_range") for row in ranked[:2]]
     if others and all(ranges) and ranges[1][1] >= ranges[0][0]:
-        text += f", though its runs and those of {others[0]['backend']} overlap"
+        text += f", but its range overlaps that of {others[0]['backend']}"
     for key, what, write in (
-        ("peak_memory_bytes", "the least memory", size),
-        ("seconds_to_first_step", "the shortest start", _seconds),
+        ("peak_memory_bytes", "least memory", size),
+        ("seconds_to_first_step", "shortest start", _seconds),
     ):
         known = [row for row in ran if finite(row.get(key))]
         if others and len(known) == len(ran):
@@ -125,17 +125,17 @@ def advice(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> str:
             text += f"; {what}: {least['backend']}, {write(least[key])}"
     loads = [row["load_average"] for row in ran if finite(row.get("load_average")) is not None]
     if cores and loads and max(loads) > cores / 2:
-        text += f"; the machine was busy (load {max(loads):.1f} on {cores} cores), so measure again when it is not"
+        text += f"; the machine was busy (load {max(loads):.1f} on {cores} cores), so measure again when it is idle"
     return f"{text}."
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple]:
-    """The columns that some backend filled: an empty one would only push the others off the screen."""
+    """The columns with a value for at least one backend."""
     return [column for column in COLUMNS if any(row.get(column[2]) is not None for row in rows)]
 
 
 def _values(row: Mapping[str, Any], columns: Sequence[tuple]) -> list[str]:
-    """The row's figures as text; none where the backend did not run."""
+    """The row's figures as text; empty if the backend did not run."""
     return [write(row.get(key)) for _, _, key, write in columns] if row.get("status") == "ok" else []
 
 
@@ -147,8 +147,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         if row.get("status") == "ok":
             lines.append([name, *(escape(value) for value in _values(row, columns))])
         else:
-            said = _uncoloured(row.get("reason")).strip() or "no reason given"
-            reason = f'<span class="reason">{escape(said)}</span>'
+            message = _without_color(row.get("reason")).strip() or "no reason given"
+            reason = f'<span class="reason">{escape(message)}</span>'
             lines.append(
                 f'<tr><td>{name}</td><td colspan="{max(1, len(columns))}">'
                 f'<span class="bad">{escape(row.get("status") or "failed")}</span> {reason}</td></tr>'
@@ -173,7 +173,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The curves; a backend that did not run keeps its place, so that colours agree everywhere."""
+    """The curves; a backend that did not run keeps its color, so that colors agree in all charts."""
     history = {row["backend"]: row.get("history") or [] for row in rows}
     steps = {row["backend"]: list(row.get("step_losses") or []) for row in rows}
     charts = [
@@ -184,10 +184,10 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
             "mean over the epoch",
         ),
         line_chart(
-            {name: shares_as_percent(column(h, "test_accuracy")) for name, h in history.items()},
+            {name: fractions_to_percent(column(h, "test_accuracy")) for name, h in history.items()},
             "Test accuracy",
             "epoch",
-            "right answers, %",
+            "accuracy, %",
         ),
     ]
     if any(steps.values()):
@@ -200,17 +200,19 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
             )
         )
     reference = next((name for name, losses in steps.items() if losses), None)
-    apart = {}
+    differences = {}
     for name, losses in steps.items():
         pairs = zip(losses, steps[reference] if reference is not None else [], strict=False)
-        gaps = [
+        values = [
             None if name == reference or finite(a) is None or finite(b) is None else abs(float(a) - float(b))
             for a, b in pairs
         ]
-        apart[name] = (range(1, len(gaps) + 1), gaps)
-    if any(gap for _, gaps in apart.values() for gap in gaps):
+        differences[name] = (range(1, len(values) + 1), values)
+    if any(value for _, values in differences.values() for value in values):
         title = f"Step losses: difference from {reference}"
-        charts.append(line_chart(apart, title, "step", "absolute difference; equal losses have no point", log=True))
+        charts.append(
+            line_chart(differences, title, "step", "absolute difference; no point for equal losses", log=True)
+        )
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -222,17 +224,17 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
         return bar_chart({name: value and value * scale for name, value in values.items()}, unit, title)
 
     charts = [
-        bars("images_per_second", "images/s", "Training speed (more is better)"),
-        bars("peak_memory_bytes", "MiB", "Peak memory of the process (less is better)", 2.0**-20),
-        bars("seconds_to_first_step", "s", "Process start to first step (less is better)"),
-        bars("compile_seconds", "s", "Compilation (less is better)"),
-        bars("train_seconds", "s", "Training in all (less is better)"),
+        bars("images_per_second", "images/s", "Training speed (higher is better)"),
+        bars("peak_memory_bytes", "MiB", "Peak memory of the process (lower is better)", 2.0**-20),
+        bars("seconds_to_first_step", "s", "Process start to first step (lower is better)"),
+        bars("compile_seconds", "s", "Compilation (lower is better)"),
+        bars("train_seconds", "s", "Total training time (lower is better)"),
     ]
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else '<p class="quiet">Not measured.</p>'
 
 
 def _versions(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Packages down, backends across: curves may part where a shared package does."""
+    """A table of package versions, packages by backends."""
     tables = {row["backend"]: row.get("versions") or {} for row in rows}
     packages = list(dict.fromkeys(package for versions in tables.values() for package in versions))
     if not packages:
@@ -245,13 +247,13 @@ def _versions(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> Path:
-    """Writes `compare.html` into `folder`: one file that needs no other, no network and no script.
+    """Write `compare.html` into `folder`: a self-contained file without scripts.
 
     Args:
-        folder: created where missing. The page is written whole or not at all.
-        comparison: what `compare.json` holds: command, app, arguments (a list), hardware (a dictionary),
+        folder: created if missing. The page is written atomically.
+        comparison: the content of `compare.json`: command, app, arguments (a list), hardware (a dictionary),
             checks (each with name, value, limit, passed), advice (a sentence) and rows, one a backend. A row has
-            backend, status ("ok", "not installed" or "failed"), reason, and where it ran the figures named in
+            backend, status ("ok", "not installed" or "failed") and reason. With status "ok" it has the figures named in
             `COLUMNS`, weights_sha256, versions, history (see `write_report`) and step_losses, the losses of the first
             steps. Any figure may be missing or None.
 
@@ -270,10 +272,10 @@ def write_compare_report(folder: str | Path, comparison: Mapping[str, Any]) -> P
     elif checks:
         verdict += f"<strong>All {len(checks)} checks passed.</strong>" if len(checks) > 1 else "The check passed."
     else:
-        verdict += "No checks were made."
+        verdict += "No checks ran."
     header = (
         f"<h1>{escape(title)}</h1>"
-        '<p class="score">One source, one seed, the same initial weights and batches.</p>'
+        '<p class="score">The same model, seed, initial weights and batches.</p>'
         f"<p>{verdict}</p>"
     )
     if comparison.get("advice"):

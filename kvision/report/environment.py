@@ -1,6 +1,6 @@
-"""What a run ran on: versions, hardware, memory, time.
+"""The environment of a run: package versions, hardware, memory, time.
 
-The system and the metadata of installed packages are asked; nothing is imported for it.
+It reads the system and the metadata of installed packages, and imports none of them.
 """
 
 import os
@@ -16,7 +16,7 @@ from kvision import __version__
 
 _IMPORTED = time.perf_counter()
 
-# Distributions of each Keras backend, by the names under which package registries know them.
+# Distributions of each Keras backend, by their names in package registries.
 PACKAGES = {
     "jax": ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin"),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tf-nightly"),
@@ -35,16 +35,16 @@ def versions(backend: str | None = None) -> dict[str, str]:
     """Versions by distribution name: python, kvision, keras, numpy, pillow and the active backend's packages.
 
     Args:
-        backend: "jax", "tensorflow" or "torch"; None asks Keras where it is imported already, and where it is
-            not, lists the packages of every backend installed.
+        backend: "jax", "tensorflow" or "torch"; None is the backend of an imported Keras, or all installed backends if
+            Keras is not imported.
 
     Packages that are not installed are left out.
     """
     if backend is None and "keras" in sys.modules:
         backend = sys.modules["keras"].backend.backend()
     found = {"python": platform.python_version(), "kvision": __version__}
-    wanted = PACKAGES.get(backend) if backend else [name for names in PACKAGES.values() for name in names]
-    for name in ("keras", "numpy", "pillow", *(wanted or ())):
+    packages = PACKAGES.get(backend) if backend else [name for names in PACKAGES.values() for name in names]
+    for name in ("keras", "numpy", "pillow", *(packages or ())):
         version = _installed(name)
         if version:
             found[name] = version
@@ -63,13 +63,13 @@ def hardware() -> dict[str, str | int | list[str] | None]:
 
 
 def gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi tells them; none where it does not answer."""
-    wanted = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    """Name, memory and driver of each NVIDIA GPU, from nvidia-smi; empty if it fails."""
+    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(["nvidia-smi", *wanted], capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in told.splitlines() if line.strip()]
+    return [line.strip() for line in output.splitlines() if line.strip()]
 
 
 def _read(path: str) -> str:
@@ -80,22 +80,22 @@ def _read(path: str) -> str:
 
 
 def _cpu() -> str:
-    # Processors other than x86 name no model there.
+    # /proc/cpuinfo has no model name on processors other than x86.
     model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return model.group(1).strip() if model else platform.processor() or platform.machine() or "unknown"
 
 
 def _cores() -> int:
-    # Linux alone has affinity; a machine of 64 cores often lends a process two.
+    # Only Linux has CPU affinity.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
     if quota.isdigit() and period.isdigit() and int(period):
-        cores = min(cores, max(1, round(int(quota) / int(period))))  # a container's share of the time
+        cores = min(cores, max(1, round(int(quota) / int(period))))  # a container's CPU quota
     return cores
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited for a core in the last minute, all of the machine's; None where it does not say."""
+    """The load average of the last minute, of the whole machine; None where the system has none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):  # Windows
@@ -110,9 +110,8 @@ def _memory() -> int | None:
 
 
 def peak_memory_bytes() -> int | None:
-    """The most resident memory this process has had, in bytes, shared libraries included; None on Windows."""
-    # Linux carries ru_maxrss over from the process that started this one, so that a large parent makes every
-    # child look large (getrusage(2)); VmHWM belongs to this process's memory alone.
+    """The peak resident memory of this process in bytes, shared libraries included; None on Windows."""
+    # On Linux ru_maxrss is inherited from the parent process (getrusage(2)); VmHWM is that of this process.
     peak = re.search(r"^VmHWM:\s*(\d+) kB$", _read("/proc/self/status"), re.MULTILINE)
     if peak:
         return int(peak.group(1)) * 1024
@@ -125,10 +124,10 @@ def peak_memory_bytes() -> int | None:
 
 
 def seconds_since_process_start() -> float:
-    """Seconds since the system started this process, the interpreter's own start included.
+    """Seconds since the system started this process, the interpreter's start included.
 
-    Linux tells it to 10 ms. Elsewhere, and where the system's answer makes no sense, the count begins with
-    the import of this module.
+    The resolution is 10 ms on Linux. On other systems, and for implausible values, the count begins with the import of
+    this module.
     """
     known = time.perf_counter() - _IMPORTED
     try:

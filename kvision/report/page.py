@@ -1,6 +1,6 @@
-"""The sheet of paper under every report: its style, and how numbers are written on it.
+"""HTML pages of reports: style sheet, layout and number formats.
 
-A page is one file without scripts, fonts or addresses, so that it can be mailed, archived and opened offline.
+A page is one file without scripts, fonts or links, so that it can be mailed, archived and opened offline.
 """
 
 import html
@@ -11,7 +11,7 @@ from typing import Any
 
 MISSING = "\u2013"  # an en dash
 
-# Control characters are not allowed in HTML, and a class may be named after a folder of any bytes.
+# HTML does not allow control characters, and class names may come from folder names.
 _CONTROL = dict.fromkeys((*range(9), 11, *range(14, 32), 127), "\ufffd")
 
 
@@ -21,7 +21,7 @@ def escape(value: Any) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float if it is a finite number; None for all else (None, nan, inf, text, truth values)."""
+    """`value` as a float if it is a finite number, else None (also for text and bool)."""
     if value is None or isinstance(value, str | bytes | bool):
         return None
     try:
@@ -34,8 +34,7 @@ def finite(value: Any) -> float | None:
 def number(value: Any, digits: int = 4) -> str:
     """A number with `digits` significant digits, whole numbers in full with thousands separators.
 
-    None gives a dash; "nan" and "inf" are shown as such, because a diverged run must not look like a missing
-    value.
+    None gives a dash. "nan" and "inf" are printed as such, so that a diverged run differs from a missing value.
     """
     if value is None:
         return MISSING
@@ -63,7 +62,7 @@ def percent(value: Any) -> str:
 
 
 def duration(value: Any) -> str:
-    """Seconds as a person says them: "0.42 s", "83.4 s", "4 min 12 s", "2 h 05 min"."""
+    """Seconds in readable units: "0.42 s", "83.4 s", "4 min 12 s", "2 h 05 min"."""
     known = finite(value)
     if known is None:
         return number(value)
@@ -88,26 +87,26 @@ def size(value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A configuration value as text: strings bare, everything else as JSON would write it."""
+    """A configuration value as text: a string as it is, everything else as JSON."""
     if value is None:
         return MISSING
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def definition_table(pairs: Iterable[tuple[str, str]]) -> str:
-    """A two-column table of names and values (both plain text); a value in backquotes is set as code."""
+    """A two-column table of names and values (both plain text); a value in backquotes becomes code."""
     rows = []
     for name, value in pairs:
         quoted = len(value) > 1 and value[0] == value[-1] == "`"
         cell = f"<code>{escape(value[1:-1])}</code>" if quoted else escape(value)
         rows.append(f'<tr><th scope="row">{escape(name)}</th><td>{cell}</td></tr>')
-    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>' if rows else '<p class="quiet">none</p>'
+    return f'<table class="definitions"><tbody>{"".join(rows)}</tbody></table>' if rows else '<p class="quiet">none</p>'
 
 
 def table(columns: Sequence[str], rows: Iterable[str | Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already (see `escape`); the columns in `numeric` are set flush right.
+    """A table of HTML cells (see `escape`); the columns in `numeric` are right-aligned.
 
-    A row given as one string is a whole `<tr>`.
+    A row that is a string is a complete `<tr>`.
     """
 
     def cells(tag: str, row: Sequence[str]) -> str:
@@ -122,16 +121,16 @@ def table(columns: Sequence[str], rows: Iterable[str | Sequence[str]], numeric: 
 
 
 def stat_cards(values: Iterable[tuple[str, str, str]]) -> str:
-    """The few numbers to read first: (name, value, small print) each, all plain text."""
+    """Cards with the main numbers: (name, value, small print) each, plain text."""
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(small)}</dd></div>"
         for name, value, small in values
     )
-    return f'<dl class="tiles">{items}</dl>'
+    return f'<dl class="cards">{items}</dl>'
 
 
 def section(title: str, *content: str, intro: str = "") -> str:
-    """A part of the page under its heading; `title` and `intro` are plain text, `content` is HTML."""
+    """A section with a heading; `title` and `intro` are plain text, `content` is HTML."""
     lead = f'<p class="quiet">{escape(intro)}</p>' if intro else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{''.join(content)}</section>"
 
@@ -139,7 +138,7 @@ def section(title: str, *content: str, intro: str = "") -> str:
 def environment_section(
     versions: Mapping[str, Any], hardware: Mapping[str, Any], more: Iterable[tuple[str, str]]
 ) -> str:
-    """Versions and hardware side by side, and below them what else is needed to do the run again."""
+    """Versions and hardware side by side, followed by what else is needed to repeat the run."""
     left = definition_table((name, plain(value)) for name, value in versions.items())
     right = definition_table(
         (
@@ -153,7 +152,7 @@ def environment_section(
 
 
 def document(title: str, header: str, *sections: str) -> str:
-    """The whole page: `title` is plain text, `header` and `sections` are HTML."""
+    """The complete page: `title` is plain text, `header` and `sections` are HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -163,16 +162,16 @@ def document(title: str, header: str, *sections: str) -> str:
     )
 
 
-# Series colours in the order of Okabe and Ito's colour-blind-safe set (2008): blue, vermilion, bluish green,
-# reddish purple, then two that differ in lightness. Each is moved until its contrast with the paper is 3 to 1
-# and all stay apart under protanopia and deuteranopia; tests/test_tracking.py measures both.
+# Series colors in the order of the colorblind-safe palette of Okabe and Ito (2008): blue, vermilion, bluish green,
+# reddish purple, then two that differ in lightness. Each is adjusted for a contrast of 3 to 1 with the background, and
+# all are distinct under protanopia and deuteranopia; tests/test_report.py measures both.
 SERIES_LIGHT = ("#0067a8", "#d1560a", "#00916b", "#8a1f7a", "#27313a", "#87939b")
 SERIES_DARK = ("#4fa8e8", "#e8743b", "#3fd1a5", "#d23c93", "#f7e08a", "#c3cbe8")
 PAPER_LIGHT, PAPER_DARK = "#ffffff", "#14171b"
 
 
-def _palette(colours: Sequence[str]) -> str:
-    return " ".join(f"--s{index}: {colour};" for index, colour in enumerate(colours))
+def _palette(colors: Sequence[str]) -> str:
+    return " ".join(f"--s{index}: {color};" for index, color in enumerate(colors))
 
 
 STYLE = f"""\
@@ -209,13 +208,13 @@ code {{
 .good {{ color: var(--good); }}
 .bad {{ color: var(--bad); font-weight: 600; }}
 .note {{ border-left: 3px solid var(--s1); background: var(--soft); padding: 10px 16px; margin: 18px 0 0; }}
-.tiles {{
+.cards {{
   display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 26px 24px;
   margin: 34px 0 0; padding: 22px 0; border: solid var(--rule); border-width: 1px 0;
 }}
-.tiles dt {{ font-size: 13px; color: var(--quiet); }}
-.tiles dd {{ margin: 0; font-size: 12.5px; color: var(--quiet); line-height: 1.4; }}
-.tiles dt + dd {{
+.cards dt {{ font-size: 13px; color: var(--quiet); }}
+.cards dd {{ margin: 0; font-size: 12.5px; color: var(--quiet); line-height: 1.4; }}
+.cards dt + dd {{
   font-size: 22px; font-weight: 600; color: var(--ink); line-height: 1.35; white-space: nowrap;
 }}
 .charts {{
@@ -235,16 +234,16 @@ th {{ font-weight: 500; color: var(--quiet); }}
 thead th {{ font-size: 13px; vertical-align: bottom; }}
 th.n, td.n {{ text-align: right; }}
 td.n {{ white-space: nowrap; }}
-.facts th {{ width: 11.5em; white-space: nowrap; }}
-.facts td {{ overflow-wrap: anywhere; }}
+.definitions th {{ width: 11.5em; white-space: nowrap; }}
+.definitions td {{ overflow-wrap: anywhere; }}
 .bar {{ display: inline-block; width: 120px; height: 8px; background: var(--soft); vertical-align: 1px; }}
 .bar i {{ display: block; height: 100%; background: var(--s0); }}
-.pictures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 24px 18px; }}
-.pictures figure {{ margin: 0; break-inside: avoid; }}
-.pictures img {{ display: block; width: 112px; height: 112px; object-fit: contain; background: var(--soft); }}
-.pictures img.small {{ image-rendering: pixelated; }}
-.pictures figcaption {{ font-size: 13px; line-height: 1.4; margin-top: 7px; overflow-wrap: anywhere; }}
-.pictures b {{ font-weight: 600; }}
+.images {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 24px 18px; }}
+.images figure {{ margin: 0; break-inside: avoid; }}
+.images img {{ display: block; width: 112px; height: 112px; object-fit: contain; background: var(--soft); }}
+.images img.small {{ image-rendering: pixelated; }}
+.images figcaption {{ font-size: 13px; line-height: 1.4; margin-top: 7px; overflow-wrap: anywhere; }}
+.images b {{ font-weight: 600; }}
 .reason {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 details {{ margin-top: 14px; }}
 summary {{ cursor: pointer; color: var(--quiet); }}

@@ -1,4 +1,4 @@
-"""How far an epoch is: a bar that redraws itself on a terminal, a plain line now and then in a log."""
+"""The progress of an epoch: a progress bar on a terminal, plain lines in a log."""
 
 import codecs
 import os
@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any, TextIO
 
-_BAR = 24  # cells of the bar where the terminal has the room
-_DRAWINGS = 0.1  # seconds between two drawings at least
+_BAR = 24  # maximum width of the bar in characters
+_REDRAW = 0.1  # minimum seconds between two drawings
 
 
 def _clock(seconds: float) -> str:
@@ -20,10 +20,9 @@ def _clock(seconds: float) -> str:
 class Progress:
     """Progress of one epoch, as a context manager.
 
-    On a terminal one line is redrawn at most ten times a second. Anywhere else (a pipe, a file, TERM=dumb)
-    plain lines come at most every `every_seconds`, none in a shorter epoch. NO_COLOR turns the colour off.
-    Writing never ends a
-    run: once the stream is closed or broken, the bar is silent.
+    On a terminal one line is redrawn at most ten times a second. Elsewhere (a pipe, a file, TERM=dumb) a plain line is
+    printed at most every `every_seconds`, and none in a shorter epoch. NO_COLOR disables color. Errors of a closed or
+    broken stream are ignored.
 
         with Progress(391, "epoch 3/20") as bar:
             for step in range(1, 392):
@@ -34,7 +33,7 @@ class Progress:
     Args:
         total_steps: steps in the epoch.
         label: the beginning of the line.
-        stream: where to write; None stands for sys.stderr as it is at that moment.
+        stream: where to write; None is the current sys.stderr.
         every_seconds: between plain lines.
     """
 
@@ -47,18 +46,18 @@ class Progress:
         except (AttributeError, ValueError):
             terminal = False
         self._live = bool(terminal) and os.environ.get("TERM") != "dumb"
-        # A Windows console shows escape sequences as text unless it is one of the newer kind, which says so.
-        colours = os.name != "nt" or "WT_SESSION" in os.environ
-        self._colour = self._live and colours and not os.environ.get("NO_COLOR")
+        # Older Windows consoles print escape sequences as text; newer ones set WT_SESSION.
+        color = os.name != "nt" or "WT_SESSION" in os.environ
+        self._color = self._live and color and not os.environ.get("NO_COLOR")
         try:
             self._encoding = codecs.lookup(getattr(self._stream, "encoding", None) or "ascii").name
         except LookupError:
             self._encoding = "ascii"
-        self._full, self._empty = ("━", "─") if self._writes("━─") else ("#", "-")
-        self._pause = _DRAWINGS if self._live else every_seconds
+        self._full, self._empty = ("━", "─") if self._can_encode("━─") else ("#", "-")
+        self._pause = _REDRAW if self._live else every_seconds
         self._next = time.perf_counter() + (0.0 if self._live else every_seconds)
         self._first: tuple[float, int, int] | None = None
-        self._drawn = 0  # columns of the terminal that the last drawing covered
+        self._drawn = 0  # columns of the last drawing
         self._closed = False
 
     def __enter__(self) -> "Progress":
@@ -67,7 +66,7 @@ class Progress:
     def __exit__(self, kind, error, trace) -> None:
         self.close()
 
-    def _writes(self, text: str) -> bool:
+    def _can_encode(self, text: str) -> bool:
         """Whether the stream's encoding has these characters."""
         try:
             text.encode(self._encoding)
@@ -76,17 +75,17 @@ class Progress:
         return True
 
     def update(self, step: int, images: int, loss: Any = None) -> None:
-        """Tells how far the epoch is; costs well under a microsecond where nothing is drawn.
+        """Update the progress; takes well under a microsecond if nothing is drawn.
 
         Args:
             step: steps finished so far in this epoch.
             images: images seen so far in this epoch.
-            loss: a number, or anything float() takes. It is converted only when a line is drawn, so that an
-                array still being computed on a device is not waited for at every step.
+            loss: a number, or anything float() takes. It is converted only when a line is drawn, so that steps
+                do not wait for an array that a device is still computing.
         """
         now = time.perf_counter()
         if self._first is None:
-            # The first step compiles, so rates are counted from its end.
+            # The first step compiles, so the rate counts from its end.
             self._first = (now, step, images)
         if now < self._next or self._closed:
             return
@@ -94,7 +93,7 @@ class Progress:
         self._next = time.perf_counter() + self._pause
 
     def close(self, line: str | None = None) -> None:
-        """Ends the epoch: removes the bar and prints `line` in its place. Later calls do nothing."""
+        """Remove the bar and print `line` in its place. Later calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -126,17 +125,17 @@ class Progress:
             full = round(cells * share)
             bar, rest = self._full * full, self._empty * (cells - full)
             plain = f"{self.label}  {bar}{rest}  {words}"
-            shown = f"{self.label}  \x1b[36m{bar}\x1b[2m{rest}\x1b[0m  {words}" if self._colour else plain
+            shown = f"{self.label}  \x1b[36m{bar}\x1b[2m{rest}\x1b[0m  {words}" if self._color else plain
         else:
             plain = shown = f"{self.label}  {words}"[:width]
-        # Blanks over the end of a longer line before; no escape sequence, which not every console knows.
+        # Blanks overwrite the end of a longer previous line; not every console supports an escape sequence for it.
         self._write("\r" + shown + " " * max(0, min(self._drawn, width) - len(plain)))
         self._drawn = len(plain)
 
     def _width(self) -> int:
-        """Columns to write in, one less than there are: the last one makes some terminals wrap."""
+        """Columns to write to, without the last one, at which some terminals wrap."""
         try:
-            # The stream's own terminal first: shutil asks stdout's, which may be a file.
+            # The stream's terminal; shutil reads that of stdout, which may be a file.
             columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError, AttributeError):
             columns = 0
@@ -149,5 +148,5 @@ class Progress:
             self._stream.write(text.encode(self._encoding, "replace").decode(self._encoding))
             self._stream.flush()
         except (OSError, ValueError):
-            # The reader of the pipe left, or the stream was closed: no reason to lose a training.
+            # The pipe was closed: training continues without a progress bar.
             self._stream = None

@@ -1,9 +1,7 @@
-"""Charts as inline SVG: strings that go into a page as they are, without a script and without a drawing
-library.
+"""Charts as inline SVG strings, without scripts and without a plotting library.
 
-Colours and fonts come from the style sheet of `kvision.report.page`, so one chart serves white and dark
-paper. Every text is escaped, every chart carries a `<title>` and a `<desc>` for those who do not see it, and
-nan or inf is a gap.
+Colors and fonts come from the style sheet of `kvision.report.page`, so a chart suits light and dark pages. Text is
+escaped, every chart has a `<title>` and a `<desc>` for screen readers, and nan or inf is a gap.
 """
 
 import itertools
@@ -15,13 +13,12 @@ import numpy as np
 from kvision.report.page import escape, finite, number
 
 WIDTH = 520
-# Beside the colours: runs that agree lie on top of one another, and only dashes let the lower line show
-# through.
+# Curves of runs that agree overlap; dashes show the lower one.
 DASHES = ("", "9 6", "3 5", "12 4 3 4", "5 3", "1.5 3")
-MOST_POINTS = 800  # more than this a series cannot be told apart on a screen this wide
-LARGEST = 1e100  # keeps differences and ticks far from the end of float64
-MOST_DRAWN = 1000  # classes up to which a confusion matrix is drawn: ImageNet's, whose cells are two points wide
-MOST_COUNTED = 30  # classes up to which a confusion matrix has room for a number in each cell
+MOST_POINTS = 800  # points of a series at most
+LARGEST = 1e100  # larger values are gaps, so that differences and ticks stay within float64
+MOST_DRAWN = 1000  # classes of a confusion matrix at most; its cells are then two points wide
+MOST_COUNTED = 30  # classes up to which the cells of a confusion matrix have numbers
 
 
 def _clip(text: str, longest: int) -> str:
@@ -42,9 +39,9 @@ def _svg(width: float, height: float, title: str, description: str, body: Sequen
 
 
 def nice_ticks(low: float, high: float, most: int = 6, whole: bool = False) -> tuple[list[float], int]:
-    """At most `most` + 1 round numbers that span [low, high], and how many decimals they need.
+    """At most `most` + 1 round numbers that span [low, high], and their number of decimals.
 
-    Steps are 1, 2, 2.5 or 5 times a power of ten; `whole` keeps them at whole numbers (epochs, steps).
+    Steps are 1, 2, 2.5 or 5 times a power of ten; with `whole` they are whole numbers (epochs, steps).
     """
     if not high > low:
         margin = 0.5 if whole else (abs(low) * 0.1 or 1.0)
@@ -70,7 +67,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MOST_POINTS` points: the lowest and the highest of each bucket, so that no spike is lost."""
+    """At most `MOST_POINTS` points: the lowest and the highest of each bucket, which keeps spikes."""
     if len(xs) <= MOST_POINTS:
         return xs, ys
     keep = {0, len(xs) - 1}
@@ -87,7 +84,7 @@ def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points(xs: Sequence, ys: Sequence, log: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The series as float64, nan where there is nothing to draw; a point without a place on x is dropped."""
+    """The series as float64, with nan for gaps; points without a finite x are dropped."""
     pairs = [(finite(x), finite(y)) for x, y in zip(xs, ys, strict=True)]
     kept = [(x, y) for x, y in pairs if x is not None and abs(x) < LARGEST]
     x = np.array([pair[0] for pair in kept], dtype=np.float64)
@@ -108,16 +105,16 @@ def line_chart(
     zero: bool = False,
     height: int = 300,
 ) -> str:
-    """Curves in one frame, as an SVG string.
+    """A line chart as an SVG string.
 
     Args:
         series: name -> (xs, ys) of equal length, drawn in this order. None, nan and inf in ys are gaps; a
-            point between gaps is a dot. A series without any point is left out but keeps its colour, so that
-            charts beside one another agree in theirs.
+            point between gaps is a dot. A series without points is left out but keeps its color, so that
+            neighboring charts use the same colors.
         title, x_label, y_label: plain text.
-        log: powers of ten on y; values that are not positive are gaps.
-        zero: the y axis starts at zero where no value is below.
-        height: in the unit of the drawing, which is 520 wide.
+        log: logarithmic y axis; values that are not positive are gaps.
+        zero: the y axis starts at zero if no value is negative.
+        height: in units of the drawing, which is 520 wide.
 
     Raises:
         ValueError: xs and ys of a series differ in length.
@@ -125,7 +122,7 @@ def line_chart(
     drawn = {}
     for index, (name, (xs, ys)) in enumerate(series.items()):
         if len(xs) != len(ys):
-            raise ValueError(f"series {name!r} wants as many xs as ys, got {len(xs)} and {len(ys)}")
+            raise ValueError(f"series {name!r} must have as many xs as ys, got {len(xs)} and {len(ys)}")
         x, y = _points(xs, ys, log)
         if np.isfinite(y).any():
             drawn[name] = (index, x, y)
@@ -134,7 +131,7 @@ def line_chart(
         body.append(_text(WIDTH / 2, height / 2, "no values", anchor="middle"))
         return _svg(WIDTH, height, title, "no values", body)
 
-    # The legend names the series in a row under the title, and wraps; one series needs none.
+    # The legend is a row below the title, which wraps; a single series has none.
     x_at, y_at = 0.0, 36.0 if len(series) > 1 else 18.0
     for name, (index, _, _) in drawn.items() if len(series) > 1 else ():
         shown = _clip(name, 40)
@@ -186,7 +183,7 @@ def line_chart(
     described = []
     for name, (index, x, y) in drawn.items():
         shown = np.flatnonzero(np.isfinite(y))
-        described.append(f"{name}: {number(y[shown[0]])} at first, {number(y[shown[-1]])} at last")
+        described.append(f"{name}: first {number(y[shown[0]])}, last {number(y[shown[-1]])}")
         body += _curve(name, index, x, y, place_x, place_y, x_label)
     return _svg(WIDTH, height, title, "; ".join(described), body)
 
@@ -197,7 +194,7 @@ def _dash(index: int) -> str:
 
 
 def _curve(name: str, index: int, x: np.ndarray, y: np.ndarray, place_x, place_y, x_label: str) -> list[str]:
-    """The line of one series, dots where a point stands alone, and spots to point at where they are few."""
+    """The line of one series, dots for points between gaps, and tooltips if there are few points."""
     few = len(x) <= 100
     x, y = _thin(x, y)
     across, down = place_x(x), place_y(y)
@@ -207,7 +204,7 @@ def _curve(name: str, index: int, x: np.ndarray, y: np.ndarray, place_x, place_y
         f"{'L' if at and good[at - 1] else 'M'}{across[at]:.1f} {down[at]:.1f}" for at in np.flatnonzero(good & ~alone)
     )
     parts = [f'<path class="line l{index % 6}" d="{path}"{_dash(index)}/>'] if path else []
-    radius = max(2.5, 5.0 - index)  # smaller on top of larger, so that equal points of several runs all show
+    radius = max(2.5, 5.0 - index)  # later series have smaller dots, so that equal points are visible
     for at in np.flatnonzero(good if few else alone):
         kind, r = ("spot", radius) if alone[at] else ("touch", 6)
         label = escape(f"{name}: {number(y[at], 6)} at {x_label} {number(x[at])}")
@@ -222,9 +219,8 @@ def bar_chart(values: Mapping[str, float | None], unit: str, title: str) -> str:
     """Horizontal bars from zero, one a name, as an SVG string.
 
     Args:
-        values: name -> value in `unit`, drawn from top to bottom; None, nan and inf are written but have no
-            bar.
-        unit: written behind every value; may be empty.
+        values: name -> value in `unit`, from top to bottom; None, nan and inf have a text but no bar.
+        unit: follows every value; may be empty.
         title: plain text.
     """
     known = {name: finite(value) for name, value in values.items()}
@@ -252,29 +248,29 @@ def bar_chart(values: Mapping[str, float | None], unit: str, title: str) -> str:
 
 
 def confusion_cells(confusion: np.ndarray | Mapping[tuple[int, int], int], classes: Sequence[str]) -> np.ndarray:
-    """What occurred of a confusion matrix, sorted: int64 (m, 3), rows of true class, predicted class and count.
+    """The nonzero cells of a confusion matrix, sorted: int64 (m, 3), rows of true class, predicted class and count.
 
     Args:
-        confusion: counts, of shape (k, k) for k classes, the row the true class, or {(true, predicted): count}.
+        confusion: counts of shape (k, k) for k classes, with the true class as row, or {(true, predicted): count}.
 
     Raises:
-        ValueError: another shape, a class that there is not, or anything but counts.
+        ValueError: another shape, an unknown class, or values other than counts.
     """
     count = len(classes)
     if isinstance(confusion, Mapping):
         cells = np.array([(*pair, value) for pair, value in sorted(confusion.items())]).reshape(-1, 3)
         if len(cells) and not (cells[:, :2].min() >= 0 and cells[:, :2].max() < count):
-            raise ValueError(f"the confusion matrix of {count} classes has entries 0 to {count - 1}")
+            raise ValueError(f"expected classes 0 to {count - 1} in the confusion matrix")
         values = cells[:, 2]
     else:
         cells = values = np.asarray(confusion)
         if cells.shape != (count, count) or not count:
-            raise ValueError(f"the confusion matrix of {count} classes has shape {(count, count)}, got {cells.shape}")
+            raise ValueError(f"expected a confusion matrix of shape {(count, count)}, got {cells.shape}")
     if not np.array_equal(values, values.astype(np.int64)) or values.min(initial=0) < 0:
-        raise ValueError("a confusion matrix holds counts: whole numbers, none negative")
+        raise ValueError("expected counts in the confusion matrix: whole numbers, none negative")
     if not isinstance(confusion, Mapping):
-        places = np.argwhere(cells)
-        cells = np.column_stack([places, cells[tuple(places.T)]])
+        indices = np.argwhere(cells)
+        cells = np.column_stack([indices, cells[tuple(indices.T)]])
     return cells.astype(np.int64)
 
 
@@ -283,18 +279,18 @@ def matrix_chart(
 ) -> str:
     """A confusion matrix as a heat map, an SVG string.
 
-    A cell is shaded by the square root of its share of the row, which keeps rare mistakes visible: right
-    answers in blue, wrong ones in orange. Up to 30 classes a cell shows its count and, under the pointer, its
-    names; beyond that cells are too small for either, and the axes are numbered by class index.
+    A cell is shaded by the square root of its fraction of the row, which keeps rare errors visible: correct predictions
+    are blue, errors orange. Up to 30 classes a cell has its count and a tooltip with its names; with more classes the
+    axes have class numbers.
 
     Args:
         confusion, raises: see `confusion_cells`.
-        classes: k names, `MOST_DRAWN` at most: a matrix of more would fill the memory, and could not be looked at.
+        classes: k names, `MOST_DRAWN` at most.
     """
     cells = confusion_cells(confusion, classes)
     k = len(classes)
     if k > MOST_DRAWN:
-        raise ValueError(f"a confusion matrix is drawn of {MOST_DRAWN:,} classes at most, got {k:,}")
+        raise ValueError(f"expected at most {MOST_DRAWN:,} classes, got {k:,}")
     counts = np.zeros((k, k), np.int64)
     counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
     totals = counts.sum(1)
@@ -307,7 +303,7 @@ def matrix_chart(
         cell, margin = max(2.0, 640 / k), 64.0
     side = cell * k
     top = margin * 0.75 + 34 if k <= MOST_COUNTED else 66.0
-    slant = margin * 0.6 if k <= MOST_COUNTED else 10.0  # the last slanted column name leaves the frame to the right
+    slant = margin * 0.6 if k <= MOST_COUNTED else 10.0  # room for the last slanted column name
     width, height = margin + side + slant, top + side + 4
     body = [
         _text(margin, 14, "predicted class"),
@@ -329,9 +325,9 @@ def matrix_chart(
             body.append(_text(margin - 10, top + (index + 0.5) * cell + 4, name, "ink", "end"))
         for row, column in np.argwhere(counts):
             count, x, y = int(counts[row, column]), margin + column * cell, top + row * cell
-            label = f"{count:,} of {totals[row]:,} {classes[row]} taken for {classes[column]}"
+            label = f"{count:,} of {totals[row]:,} {classes[row]} predicted as {classes[column]}"
             if row == column:
-                label = f"{count:,} of {totals[row]:,} {classes[row]} right"
+                label = f"{count:,} of {totals[row]:,} {classes[row]} correct"
             body.append(
                 f'<rect class="{"hit" if row == column else "miss"}" x="{x:.1f}" y="{y:.1f}" '
                 f'width="{cell:.1f}" height="{cell:.1f}" fill-opacity="{strength[row, column]:.3f}">'
@@ -344,7 +340,7 @@ def matrix_chart(
             body.append(_text(x + cell / 2, middle, f"{count}", kind, "middle", style))
         lines = np.arange(k + 1)
     else:
-        # One path for each of eight shades instead of thousands of cells keeps the page small.
+        # One path for each of eight shades, instead of thousands of cells, keeps the page small.
         level = np.ceil(strength * 8).astype(int)
         for kind, mask in (("hit", np.eye(k, dtype=bool)), ("miss", ~np.eye(k, dtype=bool))):
             for shade in range(1, 9):
@@ -367,5 +363,5 @@ def matrix_chart(
     right = int(np.trace(counts))
     described = f"{k} classes; {right:,} of {int(counts.sum()):,} images on the diagonal"
     svg = _svg(width, height, title, described, body, "chart matrix")
-    # At its own size: a matrix of two classes must not fill the page.
+    # A small matrix is not enlarged to the width of the page.
     return svg.replace("<svg ", f'<svg style="max-width:{width:.0f}px" ', 1)

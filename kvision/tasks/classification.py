@@ -1,4 +1,4 @@
-"""Classification: one label for each image, or several, with its loss, its metrics and the mistakes worth looking at."""
+"""Classification: one label for each image, or several; its loss, its metrics and the mistakes worth looking at."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -134,6 +134,11 @@ class Callbacks:
         """Whether a callback has this hook."""
         return any(_overrides(callback, hook) for callback in self.callbacks)
 
+    @property
+    def overrides_test_batches(self) -> bool:
+        """Whether a callback has a hook for the batches of an evaluation."""
+        return any(map(self.overrides, ("on_test_batch_begin", "on_test_batch_end")))
+
     def call(self, hook: str, *arguments, logs: dict | None = None) -> None:
         """Call a hook of every callback; they share `logs`, and may add to it."""
         logs = {} if logs is None else logs

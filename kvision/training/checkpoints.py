@@ -221,7 +221,8 @@ class Checkpoints:
         batches: tuple[int, int] | None = None,
         task_variables: Sequence[keras.Variable] = (),
     ) -> State:
-        """Set models, optimizers and the task's variables to the newest checkpoint that can be read and is of this run; the state beside them.
+        """Set models, optimizers and the task's variables to the newest checkpoint that can be read and is of this run;
+        returns the state beside them.
 
         One that is broken is passed over with a warning that names it and the one taken, and goes when the next is
         written. Without any checkpoint nothing is changed, and the state is that of a run's start.

@@ -58,7 +58,8 @@ def evaluation_totals(engine, batches, batch_size=None, call=None) -> dict:
         engine.sync_variables()
         task.begin()
     totals, waiting = {}, None
-    for step, params in enumerate(source.in_order(batch_size, getattr(task, "masks_padding", True))):
+    pad = getattr(task, "masks_padding", True) and getattr(engine, "MASKS_PADDING", True)
+    for step, params in enumerate(source.in_order(batch_size, pad)):
         if call:
             call("on_test_batch_begin", step)
         means = engine.evaluate_on_device(batches, params) if on_device else engine.evaluate(source.make_batch(params))

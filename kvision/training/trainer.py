@@ -232,6 +232,7 @@ class Trainer:
         self.first_program = None  # its seconds and steps
         self.monitored = "validation" if "validation" in sets or not sets else next(iter(sets))
         self.logs = {}  # of the last epoch, for callbacks
+        self.steps_read, self.latest_loss = 0, math.nan
         self._not_finite, self._saved = None, None
 
     def start(self) -> None:
@@ -241,7 +242,8 @@ class Trainer:
             shape, own = (self.loader.steps, self.loader.batch_size), self.engine.program.task_variables
             state = self.checkpoints.read(self.models, self.optimizers, self.callbacks.names, shape, own)
         self.history = History(**state.history)
-        self.global_step, self.stopped, self.best = state.step, state.stopped, state.best
+        self.global_step = self.steps_read = state.step
+        self.stopped, self.best = state.stopped, state.best
         self.running, self.durations = RunningMeans(state.totals), state.durations
         if state.step:
             self._saved = self.position
@@ -343,7 +345,7 @@ class Trainer:
         for means in self.running.read(keep):
             losses = {name: float(means[name][0] / means[name][1]) for name in self.engine.program.loss_names}
             self.latest_loss = next(iter(losses.values()))
-            self.steps_read = self.steps_read + 1
+            self.steps_read += 1
             if len(self.history.step_losses) < TRACED_STEPS:
                 self.history.step_losses.append(self.latest_loss)
             for name, loss in losses.items():
@@ -639,7 +641,7 @@ def monitored_set(monitor: str, evaluations: Mapping) -> str | None:
 
 def as_batches(data, loader) -> Batches:
     """A set to evaluate as batches; of images and labels, checked and preprocessed as the training set's are."""
-    if not isinstance(data, tuple):
+    if not isinstance(data, tuple | list):
         return data
     plain = getattr(loader, "batches", loader)
     return Batches(*data, loader.batch_size, 0, loader.preprocessing, classes=getattr(plain, "classes", None))

@@ -30,7 +30,7 @@ STATED = {
     "preprocessing": (dict, NoneType),
     "dataset": (str, NoneType),
     "accuracy": (dict,),
-    "licence": (str, NoneType),
+    "license": (str, NoneType),
     "provenance": (dict,),
 }
 
@@ -72,7 +72,7 @@ def check_fields(manifest: dict) -> None:
     for backend, value in accuracy.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"accuracy.{backend} in the manifest must be a number from 0 to 1, got {str(value)[:40]}")
-    for field in ("architecture", "dataset", "licence"):
+    for field in ("architecture", "dataset", "license"):
         if fault := name_fault(manifest[field] or ""):
             raise ValueError(f"{field} in the manifest {fault}")
     for name in classes or ():

@@ -120,7 +120,7 @@ def save(
             means a scale of 1/255.
         dataset: name of the data set it was trained on.
         accuracy: on the test set, each image alone, from 0 to 1, by backend: `{keras.backend.backend(): 0.9158}`.
-        licence: of the weights, an SPDX identifier.
+        license: of the weights, an SPDX identifier.
         provenance: anything that says where the weights come from; `{"command": ...}` goes into the folder's
             table.
 
@@ -225,7 +225,7 @@ def _completed(model, path, stated: dict) -> dict:
         "preprocessing": None,
         "dataset": None,
         "accuracy": {},
-        "licence": None,
+        "license": None,
         "provenance": {},
         **stated,
         "arguments": {**arguments, **dict(stated.get("arguments") or {})},

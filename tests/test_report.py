@@ -1,4 +1,4 @@
-"""The pages, the bar and the facts about the machine say what is true, on any input, and stand alone."""
+"""HTML pages, charts, the progress bar and the environment: right values for any input, self-contained files."""
 
 import base64
 import dataclasses
@@ -213,7 +213,7 @@ def test_report_draws_the_learning_rate_of_each_step(tmp_path):
     rates = [0.01 + 0.09 * min(step, 1) for step in steps]
     found = Page(write_report(tmp_path, **run, learning_rates=(steps, rates)).read_text(encoding="utf-8"))
     titles = [text for text in found.texts if text.startswith("learning rate: ")]
-    assert len(titles) == 1 + 20 and titles[0] == "learning rate: 0.01000 at first, 0.1000 at last"
+    assert len(titles) == 1 + 20 and titles[0] == "learning rate: first 0.01000, last 0.1000"
     assert "learning rate: 0.0550000 at epoch 0.5000" in titles
 
 
@@ -254,7 +254,7 @@ def test_report_numbers_equal_the_inputs(tmp_path):
         "epochs 4",
         "augment true",
         "learning_rate 0.05",
-        "98.76 % sure",
+        "confidence 98.76 %",
         # The table of epochs: epoch 4's row in full.
         "4 0.5000 60.00 % 0.5250 55.00 % 0.01250 14.00 1,704",
     ):
@@ -267,12 +267,12 @@ def test_report_numbers_equal_the_inputs(tmp_path):
         assert f"{name} {counts[index]} {counts.sum()} {share} {worst} ({others.max()})" in found.text
 
 
-def test_report_pictures_are_the_images(tmp_path):
+def test_report_examples_are_the_images(tmp_path):
     run = make_run()
     found = Page(write_report(tmp_path, **run).read_text(encoding="utf-8"))
     assert [image["alt"] for image in found.all("img")] == [
-        "kind 0 taken for kind 2",
-        "kind 2 taken for kind 0",
+        "kind 0 predicted as kind 2",
+        "kind 2 predicted as kind 0",
     ]
     for image, mistake in zip(found.all("img"), run["mistakes"], strict=True):
         data = base64.b64decode(image["src"].partition(",")[2])
@@ -317,12 +317,12 @@ def test_hostile_names_stay_text(tmp_path):
     assert not found.all("script")
 
 
-def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_report_is_written_atomically(tmp_path, monkeypatch):
     path = write_report(tmp_path, **make_run())
     before = path.read_bytes()
     bad = make_run()
     bad["confusion"] = np.zeros((2, 2))
-    with pytest.raises(ValueError, match=r"3 classes has shape \(3, 3\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"of shape \(3, 3\), got \(2, 2\)"):
         write_report(tmp_path, **bad)
 
     def fail(*_):
@@ -339,12 +339,12 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     "shape, dtype",
     [((4, 4), np.uint8), ((4, 4, 3), np.float32), ((4, 4, 2), np.uint8), ((0, 4, 3), np.uint8)],
 )
-def test_mistake_refuses_what_is_no_image(shape, dtype):
+def test_misclassified_example_requires_an_image(shape, dtype):
     with pytest.raises(ValueError, match="uint8"):
         MisclassifiedExample(np.zeros(shape, dtype), "a", "b", 0.5)
 
 
-def test_mistake_is_frozen():
+def test_misclassified_example_is_frozen():
     mistake = MisclassifiedExample(np.zeros((2, 2, 1), np.uint8), "a", "b", 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         mistake.true = "c"
@@ -383,7 +383,7 @@ def test_compare_report_says_why_a_backend_is_missing(tmp_path):
     found = check_alone(text)
     assert "2 of 3 backends ran. 1 of 2 checks failed." in found.text
     assert "jax not installed pip install jax" in found.text
-    # Colours stay with their backend although the first has no curve.
+    # Colors stay with their backend although the first has no curve.
     assert 'class="line l0"' not in text and 'class="line l1"' in text and 'class="line l2"' in text
 
 
@@ -527,7 +527,7 @@ def test_matrix_chart_shows_every_count_and_shades_by_row():
     kinds = [cell["class"] for cell in found.all("rect")]
     assert kinds == ["hit", "miss", "hit", "miss"]
     assert re.findall(r">(\d+)</text>", svg) == ["90", "10", "25", "75"]
-    assert "10 of 100 a taken for" in found.text
+    assert "10 of 100 a predicted as" in found.text
     assert "115 of 200 images on the diagonal" in found.text
 
 
@@ -546,9 +546,9 @@ def test_matrix_chart_refuses_what_is_no_confusion_matrix(counts):
         matrix_chart(counts, ["a", "b", "c"])
 
 
-def linear(colour: str) -> np.ndarray:
-    """Linear light of an sRGB colour, IEC 61966-2-1."""
-    value = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+def linear(color: str) -> np.ndarray:
+    """Linear light of an sRGB color, IEC 61966-2-1."""
+    value = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
@@ -576,21 +576,21 @@ def lab(light: np.ndarray) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("colours, paper", [
+@pytest.mark.parametrize("colors, paper", [
     (page.SERIES_LIGHT, page.PAPER_LIGHT), (page.SERIES_DARK, page.PAPER_DARK)
 ])  # fmt: skip
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_series_colours_can_be_told_apart(colours, paper, deficiency):
-    def luminance(colour):
-        return linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05
+def test_series_colors_can_be_told_apart(colors, paper, deficiency):
+    def luminance(color):
+        return linear(color) @ [0.2126, 0.7152, 0.0722] + 0.05
 
-    for colour in colours:
-        contrast = luminance(colour) / luminance(paper)
-        assert max(contrast, 1 / contrast) >= 3, colour
-    seen = [lab(np.array(DEFICIENCIES[deficiency]) @ linear(colour)) for colour in colours]
+    for color in colors:
+        contrast = luminance(color) / luminance(paper)
+        assert max(contrast, 1 / contrast) >= 3, color
+    seen = [lab(np.array(DEFICIENCIES[deficiency]) @ linear(color)) for color in colors]
     # The first three are the backends of a comparison; the others have their dashes besides.
     for (i, one), (j, other) in itertools.combinations(enumerate(seen), 2):
-        assert np.linalg.norm(one - other) > (30 if j < 3 else 15), (colours[i], colours[j])
+        assert np.linalg.norm(one - other) > (30 if j < 3 else 15), (colors[i], colors[j])
 
 
 # --- How numbers are written ---
@@ -710,13 +710,13 @@ def test_bar_falls_back_to_ascii(clock, encoding):
     assert "############------------" in stream.screen()
 
 
-@pytest.mark.parametrize("name, value, colour", [("NO_COLOR", "1", False), ("NO_COLOR", "", True)])
+@pytest.mark.parametrize("name, value, color", [("NO_COLOR", "1", False), ("NO_COLOR", "", True)])
 @pytest.mark.skipif(os.name == "nt", reason="a Windows console is asked differently")
-def test_bar_honours_no_color(clock, monkeypatch, name, value, colour):
+def test_bar_honours_no_color(clock, monkeypatch, name, value, color):
     monkeypatch.setenv(name, value)
     stream = Terminal()
     drive(Progress(4, "epoch", stream), clock, 2)
-    assert ("\x1b[" in stream.getvalue()) is colour
+    assert ("\x1b[" in stream.getvalue()) is color
 
 
 @pytest.mark.parametrize("dumb", [False, True])
@@ -813,7 +813,7 @@ def in_child(code: str, **environ: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_tracking_imports_no_backend():
+def test_report_imports_no_backend():
     found = in_child(
         "import json, sys; from kvision.report import versions, hardware; versions(); hardware();"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
