@@ -34,6 +34,19 @@ def full_precision():
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
+def generator_states():
+    return []
+
+
+def set_generator_states(states):
+    pass
+
+
+def why_keras(model):
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    return f"tf.distribute trains it on {replicas} replicas" if replicas > 1 else None
+
+
 class Engine:
     def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
         self.program = Program(models, task, optimizers)
@@ -156,9 +169,25 @@ class Engine:
     def sync_variables(self):
         pass
 
+    def keras_steps(self):
+        task = self.program.task
+
+        def train_step(data):
+            self._train(task.batch(data))
+            return task.logs()
+
+        def test_step(data):
+            self.program.metrics(self._call, task.batch(data))
+            return task.logs()
+
+        return train_step, test_step
+
 
 def _tensors(tree):
-    return tf.nest.map_structure(tf.convert_to_tensor, dict(tree) if isinstance(tree, Mapping) else tree)
+    def tensor(leaf):
+        return None if leaf is None else tf.convert_to_tensor(leaf)
+
+    return tf.nest.map_structure(tensor, dict(tree) if isinstance(tree, Mapping) else tree)
 
 
 def _arrays(tree):

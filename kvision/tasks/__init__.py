@@ -44,6 +44,7 @@ class Task(Protocol):
     - `summarize(totals) -> dict[str, float]`: figures of added Means, as `mean`.
     - `begin()`: start metrics among `variables` anew; called before each epoch and each evaluation.
     - `check(batch)` and `check_models(models)`: raise an error for what it cannot train on.
+    - `has_penalties`: True where its loss has the models' penalties (`model.losses`) in it; else the engine adds them.
     - `masks_padding`: False where its Means do not leave out examples of weight 0; then no batch is padded.
     - `keras_step()` and `keras_batch(batch)`: how Keras's own step trains it, see `kvision.engine.keras`.
     - `for_keras() -> dict`: the arguments "loss" and "metrics" of `model.compile`, so that a `.keras` file has them.
