@@ -142,7 +142,7 @@ def test_views_stand_beside_the_accuracy_of_each_image(trained, all_images, tmp_
     percent = f"{100 * result['tta_accuracy']:.2f}"
     assert f"{percent}% with test-time augmentation flip_shift" in capsys.readouterr().out
     report = (tmp_path / "views/report.html").read_text()
-    assert "Test accuracy with augmentation" in report and f"{percent} %" in report
+    assert "With test-time augmentation" in report and f"{percent} %" in report
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 50, "gradient_accumulation_steps": 3}, "a batch of 50 images cannot be cut into 3 equal parts"),
-        ({"engine": "keras", "gradient_accumulation_steps": 2}, "--gradient-accumulation-steps is the native engine's"),
-        ({"engine": "keras", "data_on": "device"}, "--engine keras want images from the host"),
-        ({"mixup": 0.2, "data_on": "device"}, "want images from the host: leave out --data-on device"),
+        ({"batch_size": 50, "gradient_accumulation_steps": 3}, "a batch of 50 images does not split into 3"),
+        ({"engine": "keras", "gradient_accumulation_steps": 2}, "--gradient-accumulation-steps requires the native"),
+        ({"engine": "keras", "data_on": "device"}, "--engine keras require images on the host"),
+        ({"mixup": 0.2, "data_on": "device"}, "require images on the host: leave out --data-on device"),
         ({"steps_per_execution": 0}, "--steps-per-execution"),
         ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps must be at least 1"),
     ],
