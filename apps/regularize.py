@@ -174,16 +174,15 @@ def train(name: str, config: RegularizeConfig, dataset: Dataset, log=print) -> d
     )
     batches = run_data.build_batches(run, part, preprocessing)
     train, test = (part.x_train, part.y_train), (dataset.x_test, dataset.y_test)
+    evaluations = {"test": test, "train": train} | ({} if validation is None else {"validation": validation})
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=run.label_smoothing),
         experiment.build_optimizer(run, batches.steps, {}),
-        classification.cross_entropy(run.label_smoothing),
         batches,
         epochs=run.epochs,
-        test=test,
-        also={"train": train},
-        eval_every=run.eval_every,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(eval_every=run.eval_every),
         early_stopping=trainer.EarlyStopping(run.early_stopping) if run.early_stopping else None,
         label=name,
     )

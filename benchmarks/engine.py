@@ -241,7 +241,7 @@ def train_engine(
     """
     from kvision import zoo
     from kvision.layers import skip_init
-    from kvision.tasks.classification import cross_entropy
+    from kvision.tasks.classification import Classification
     from kvision.training import optimizers
     from kvision.weights.initialization import initialize
 
@@ -253,26 +253,24 @@ def train_engine(
     optimizer = optimizers.make_optimizer(
         "sgd", peers.LEARNING_RATES[network], momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY
     )
-    optimizer.build(model.trainable_variables)
-    trainer = engine.create(model, optimizer, cross_entropy())
+    trainer = engine.create(model, Classification(), optimizer)
     batches = Batches(images, labels, batch_size, 0, PREPROCESSING, Augmentation(flip=True, crop_padding=4))
     if input == "device":
         from kvision.data.device import DeviceDataset
 
         if compiled:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(trainer)
-        pictures = DeviceDataset(batches)
+        dataset = DeviceDataset(batches)
         params = itertools.chain.from_iterable(map(batches.params, itertools.count()))
         clock.start()
         for _ in range(0, steps, chunk):
-            losses, _ = trainer.train_steps(pictures, np.stack(list(itertools.islice(params, chunk))))
-            clock.steps(losses)
+            means = trainer.train_steps(dataset, np.stack(list(itertools.islice(params, chunk))))
+            clock.steps(means["loss"][0] / batch_size)
     else:
-        pairs = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+        shown = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
         clock.start()
-        for shown, answers in itertools.islice(pairs, steps):
-            loss, _ = trainer.train_step(shown, answers)
-            clock.step(loss)
+        for batch in itertools.islice(shown, steps):
+            clock.step(trainer.train_step(batch)["loss"][0] / batch_size)
     return sum(math.prod(variable.shape) for variable in model.trainable_variables)
 
 

@@ -36,7 +36,7 @@ from kvision.experiment import build, build_optimizer
 from kvision.layers import skip_init, whitening_kernel_on_device
 from kvision.report import environment
 from kvision.run_data import build_batches, build_preprocessing, read_data
-from kvision.tasks.classification import cross_entropy, log_probabilities, score
+from kvision.tasks.classification import Classification, log_probabilities, score
 from kvision.training import evaluation, trainer
 from kvision.training.muon import Muon
 from kvision.training.schedules import schedule
@@ -110,7 +110,7 @@ class Config:
 
     def __post_init__(self):
         flags.check(self, "n first whiten_epochs", lambda value: value >= 0, "at least 0")
-        flags.check(self, "epochs limit max_test_samples", lambda value: value >= 1, "at least 1")
+        flags.check(self, "epochs max_train_samples max_test_samples", lambda value: value >= 1, "at least 1")
         flags.check(self, "unsure", lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
@@ -164,11 +164,12 @@ class Course:
         self.optimizer = muon(recipe, steps, whiten_epochs) if with_muon else build_optimizer(recipe, steps, {})
         self.optimizer.build(self.model.trainable_variables)
         self.fresh = trainer.values(self.optimizer.variables)
-        self.engine = engine.create(self.model, self.optimizer, cross_entropy(recipe.label_smoothing))
-        self.pictures = DeviceDataset(self.batches)
+        self.task = Classification(label_smoothing=recipe.label_smoothing)
+        self.engine = engine.create(self.model, self.task, self.optimizer)
+        self.data = DeviceDataset(self.batches)
         self.whitened = keras.ops.convert_to_tensor(dataset.x_train[:WHITENED])
-        padding_mode = Augmentation(crop_padding=1, padding_mode="reflect")
-        self.test = DeviceDataset(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, padding_mode))
+        padded = Augmentation(crop_padding=1, padding_mode="reflect")
+        self.test = DeviceDataset(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, padded))
         self.total = recipe.epochs * steps
         self.at_once = trainer.steps_per_execution(steps)
 
@@ -185,16 +186,17 @@ class Course:
             layer = self.model.get_layer("whiten_conv")
             constants = self.preprocessing.constants("float64")
             layer.kernel.assign(whitening_kernel_on_device(self.whitened, *constants, layer.kernel_size[0]))
-        left, losses = steps, None
+        left, means = steps, None
         for epoch in range(self.recipe.epochs):
             params = list(self.batches.params(epoch))
             for first in range(0, min(left, len(params)), self.at_once):
                 chunk = np.stack(params[first : first + self.at_once])
-                losses, _ = self.engine.train_steps(self.pictures, chunk)
+                means = self.engine.train_steps(self.data, chunk)
             left -= len(params)
             if left <= 0:
                 break
-        loss = float(keras.ops.convert_to_numpy(losses)[-1])
+        total, weight = (keras.ops.convert_to_numpy(leaf)[-1] for leaf in means["loss"])
+        loss = float(total / weight)
         if hasattr(self.optimizer, "finalize_variable_values"):
             self.engine.sync_variables()
             self.optimizer.finalize_variable_values(self.model.trainable_variables)
@@ -204,15 +206,15 @@ class Course:
         """Logits of the test images: of all alone, and of the least sure ones the mean over their views."""
         tta = TTA[self.recipe.tta]
         if self.unsure == 1:
-            return evaluation.predict_pictures(self.engine, self.test, TEST_BATCH, self.recipe.tta)
-        logits = evaluation.predict_pictures(self.engine, self.test, TEST_BATCH)
+            return evaluation.predict_on_device(self.engine, self.test, TEST_BATCH, self.recipe.tta)
+        logits = evaluation.predict_on_device(self.engine, self.test, TEST_BATCH)
         count = max(1, round(self.unsure * len(logits)))
         unsure = np.argpartition(log_probabilities(logits).max(axis=-1), count - 1)[:count].astype(np.int32)
         moved = [view for view in tta if view[1:] != (0, False)]  # the image alone is known
         params = np.zeros((len(moved), len(PARAMS), count), np.int32)
         params[:, 0] = unsure
-        for draw, (_, move, mirrored) in zip(params, moved, strict=True):
-            draw[1:3], draw[3] = self.test.padding_mode - move, mirrored
+        for param, (_, move, mirrored) in zip(params, moved, strict=True):
+            param[1:3], param[3] = self.test.padding - move, mirrored
         weights = np.array([weight for weight, *_ in moved], np.float32)
         logits[unsure] *= 1 - weights.sum()
         logits[unsure] += np.tensordot(weights, self.engine.predict_on_device(self.test, params), axes=1)
@@ -227,7 +229,7 @@ class Course:
         trained = time.perf_counter()
         logits = self.test_logits()
         ended = time.perf_counter()
-        alone = evaluation.predict_pictures(self.engine, self.test, TEST_BATCH)
+        alone = evaluation.predict_on_device(self.engine, self.test, TEST_BATCH)
         return {
             "seed": seed,
             "seconds": ended - started,
@@ -284,7 +286,9 @@ def main(argv=None) -> None:
         course.run(config.first, steps=course.at_once + 1)
         hardware = environment.hardware()
         report = {
-            "command": " ".join(["python -m benchmarks.speedrun", *flags.arguments(config, ("data", "out", "write"))]),
+            "command": " ".join(
+                ["python -m benchmarks.speedrun", *flags.arguments(config, ("data", "output_dir", "write"))]
+            ),
             "backend": backend,
             "device": hardware["gpus"][0].partition(",")[0] if engine.accelerated() else "cpu",
             "model": recipe.model,

@@ -1,8 +1,8 @@
 """Write the generated parts of the READMEs: `python docs/update.py`, from the top of the repository.
 
-The scores come from `docs/measured/*.json`, which are the metrics.json of runs; the models from the zoo; the weights
-from their manifests. A measured run has no "source" (a path of somebody's machine), and "shared_machine": true where
-other work ran beside it.
+The accuracies come from `docs/measured/*.json`, the metrics.json of runs; the models from the zoo; the weights from
+their manifests. A measured run has no "source" (a local path), and has "shared_machine": true if other work ran beside
+it.
 """
 
 import json
@@ -24,7 +24,7 @@ def scores() -> str:
     machines, shared = set(), []
     for path in sorted((ROOT / "docs" / "measured").glob("*.json")):
         run = json.loads(path.read_text())
-        if "test_accuracy" not in run:  # a table of its own, or no training of an app
+        if "test_accuracy" not in run:  # another table, or not the training of an app
             continue
         hardware, versions = run["hardware"], run["versions"]
         gpus = "".join(f"{gpu}, " for gpu in hardware.get("gpus", ()))
@@ -51,7 +51,7 @@ def scores() -> str:
 
 
 def regularizers() -> str:
-    """The table of `apps.regularize`, whose metrics.json is kept without the rows' histories."""
+    """The table of `apps.regularize`; its metrics.json is stored without the rows' histories."""
     run = json.loads((ROOT / "docs" / "measured" / "regularize.json").read_text())
     lines = ["| regularizer | setting | train | test | gap |", "| --- | --- | ---: | ---: | ---: |"]
     for row in run["rows"]:
@@ -68,7 +68,7 @@ def regularizers() -> str:
 
 
 def put(text: str, mark: str, content: str) -> str:
-    """`text` with what stands between the two comments of `mark` replaced."""
+    """Replace the text between the two comments of `mark`."""
     pattern = rf"(<!-- {mark}:start -->\n).*?(<!-- {mark}:end -->)"
     replaced, count = re.subn(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
     if count != 1:
@@ -77,7 +77,7 @@ def put(text: str, mark: str, content: str) -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its generated parts as they should be."""
+    """Update the generated parts of the README's text."""
     parts = {"scores": scores(), "regularizers": regularizers(), "models": markdown_table(ROOT / "weights")}
     for mark, content in parts.items():
         text = put(text, mark, content)

@@ -68,14 +68,14 @@ class Children:
         self._stop = self._stop or number
 
     def run(self, words: Sequence[str], environment: Mapping[str, str], log: Path, limit: float | None = None) -> int:
-        """Run a program to its end; its exit code, negative where a signal ended it.
+        """Run a program to its end; returns its exit code, which is negative after a signal.
 
         Args:
-            log: file that takes what it prints.
-            limit: seconds that it may take; None sets no limit. After them it is told to stop, then killed.
+            log: file for its stdout and stderr.
+            limit: time limit in seconds, after which it gets SIGTERM and then SIGKILL; None sets no limit.
 
         Raises:
-            TimeLimitError: it took longer. It has ended.
+            TimeLimitError: it exceeded the time limit and was ended.
             StoppedError: this process got a signal. The child has ended.
         """
         if self._stop is not None:

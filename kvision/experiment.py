@@ -16,8 +16,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from kvision import engine as engines
-from kvision import flags, memory, zoo
+from kvision import engine, flags, memory, zoo
 from kvision.config import HELD_OUT, Config, arguments_of, expect_parts, model_arguments, public
 from kvision.convert import find
 from kvision.data import DataError, Dataset
@@ -159,7 +158,7 @@ def train(
     cache = {"auto": keras_cache().parent / "kvision-programs", "off": None}.get(
         config.compile_cache, config.compile_cache
     )
-    engines.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
+    engine.configure(config.dtype, deterministic=config.deterministic, compile_cache=cache)
     full = dataset
     dataset = full.subset(train=config.max_train_samples, test=config.max_test_samples, seed=config.seed)
     model, preprocessing, model_kwargs = build(config, full, skip)
@@ -181,7 +180,7 @@ def train(
     )
     # The model still has its initial weights here, in a resumed run too: `fit` loads the checkpoint.
     compared = dataset.x_test[:COMPARED_IMAGES]
-    initial_logits = evaluation.predict(engines.create(model), compared, preprocessing).tolist()
+    initial_logits = evaluation.predict(engine.create(model), compared, preprocessing).tolist()
     checkpoints = Checkpoints(folder / "checkpoints", configuration=identity(config, dataset))
     if config.resume:
         clean_run_folder(folder)
@@ -199,32 +198,34 @@ def train(
             text = f"{error.strerror}; the checkpoints in {checkpoints.folder} are intact: --resume continues from them"
             raise OSError(error.errno, text, error.filename) from None
 
+    evaluations = {"test": (dataset.x_test, dataset.y_test)}
+    if validation is not None:
+        evaluations["validation"] = validation
     history = trainer.fit(
         model,
+        classification.Classification(label_smoothing=config.label_smoothing),
         optimizer,
-        classification.cross_entropy(config.label_smoothing),
         batches,
         epochs=config.epochs,
-        test=(dataset.x_test, dataset.y_test),
-        eval_every=config.eval_every,
-        steps=config.max_steps,
-        validation=validation,
+        evaluations=evaluations,
+        schedule=trainer.Schedule(config.max_steps, config.eval_every, config.save_every),
         early_stopping=trainer.EarlyStopping(config.early_stopping) if config.early_stopping else None,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        engine=config.engine,
-        data_on=data_on(config, dataset),
-        steps_per_execution=config.steps_per_execution,
         checkpoint=checkpoints,
-        save_every=config.save_every,
+        execution=trainer.Execution(
+            config.engine,
+            data_on(config, dataset),
+            config.steps_per_execution,
+            config.gradient_accumulation_steps,
+        ),
         on_epoch=on_epoch,
     )
     on_epoch(history, sync=True)
     # Epochs, checkpoints, manifest and confusion counts are without test-time augmentation.
-    engine = engines.create(model)
-    logits = evaluation.predict(engine, dataset.x_test, preprocessing)
+    runner = engine.create(model)
+    logits = evaluation.predict(runner, dataset.x_test, preprocessing)
     scored, augmented = classification.score(logits, dataset.y_test), {}
     if config.tta != "none":
-        mean = evaluation.predict(engine, dataset.x_test, preprocessing, tta=config.tta)
+        mean = evaluation.predict(runner, dataset.x_test, preprocessing, tta=config.tta)
         augmented = {f"tta_{name}": value for name, value in classification.score(mean, dataset.y_test).items()}
     save(
         model,

@@ -104,7 +104,15 @@ def build_batches(config: Config, dataset: Dataset, preprocessing: Preprocessing
     augmentation = (
         Augmentation(config.flip, config.crop_padding, config.padding_mode, config.cutout) if config.augment else None
     )
-    batches = Batches(dataset.x_train, dataset.y_train, config.batch_size, config.seed, preprocessing, augmentation)
+    batches = Batches(
+        dataset.x_train,
+        dataset.y_train,
+        config.batch_size,
+        config.seed,
+        preprocessing,
+        augmentation,
+        classes=len(dataset.classes),
+    )
     transforms = [kind(alpha) for kind, alpha in ((Mixup, config.mixup), (CutMix, config.cutmix)) if alpha is not None]
     erasing = RandomErasing(config.random_erasing) if config.random_erasing else None
     if not transforms and not erasing:

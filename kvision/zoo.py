@@ -30,6 +30,8 @@ PAPERS = (
     "mobilenet_v2",
     "mnasnet",
     "spatial_transformer",
+    "autoencoder",
+    "unet",
 )
 
 
@@ -108,7 +110,7 @@ def build_model(
         input_shape: (height, width, channels) of the images; the network reads float (n, height, width, channels). The
             default is the published size. Most networks without a head accept None for height and width: any size.
         classes: the number of logits; 0 omits the head, and the network ends in its pooled features. The default is
-            the published number.
+            the published number. An autoencoder has no classes: with None it returns an image, with 0 its code.
         model_kwargs: model-specific arguments, see `arguments(name)`.
 
     Returns:
@@ -125,8 +127,10 @@ def build_model(
     sizes = [size for size in input_shape[:2] if size is not None] + list(input_shape[2:])
     if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"input_shape must be three positive integers (height, width, channels), got {input_shape!r}")
-    if not isinstance(classes, int) or classes < 0:
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
+    if classes and paper(name).classes is None:
+        raise ValueError(f"{name} returns images, not logits: expected classes=None, or 0 for its code, got {classes}")
     # JSON has only lists, so arguments from a manifest contain lists for tuples.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in model_kwargs.items()}
     try:
@@ -163,6 +167,8 @@ def _flops(layer) -> int:
         return math.prod(layer.output.shape[1:3]) * math.prod(layer.kernel.shape)
     if kind == "DepthwiseConv2D":
         return math.prod(layer.output.shape[1:3]) * math.prod(layer.kernel.shape)
+    if kind == "Conv2DTranspose":  # each pixel of the input meets the whole kernel
+        return math.prod(layer.input.shape[1:3]) * math.prod(layer.kernel.shape)
     return 0
 
 

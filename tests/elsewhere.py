@@ -17,11 +17,12 @@ from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, global_pool, logits
 from kvision.layers.noise import Dropout
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.averaging import EMA
+from kvision.training.checkpoints import Checkpoints
 from kvision.training.optimizers import make_optimizer
 from kvision.training.schedules import schedule
-from kvision.training.trainer import fit
+from kvision.training.trainer import Schedule, fit
 from kvision.weights.initialization import initialize
 
 
@@ -37,8 +38,8 @@ def train(checkpoints: Path) -> dict[str, np.ndarray]:
     batches = Batches(images, labels, 8, 0, Preprocessing(mean=(0.5,), std=(0.25,)), Augmentation(True, 1))
     optimizer = EMA(make_optimizer("adam", schedule("cosine", 1e-3, 8), weight_decay=0.01), 0.9)
     told = [keras.callbacks.EarlyStopping("loss", patience=5)]
-    options = {"checkpoint": checkpoints, "save_every": 1, "keep": 99, "callbacks": told}
-    history = fit(model, optimizer, cross_entropy(), batches, epochs=2, **options)
+    options = {"checkpoint": Checkpoints(checkpoints, keep=99), "schedule": Schedule(save_every=1), "callbacks": told}
+    history = fit(model, Classification(), optimizer, batches, epochs=2, **options)
     variables = [*model.trainable_variables, *model.non_trainable_variables, *optimizer.variables]
     arrays = {str(i): keras.ops.convert_to_numpy(variable.value) for i, variable in enumerate(variables)}
     return arrays | {"losses": np.array(history.step_losses)}

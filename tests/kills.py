@@ -32,7 +32,7 @@ from tests.datasets import real_data
 ROOT = Path(__file__).parent.parent
 IMAGES, BATCH, EVERY = 240, 24, 2  # of the training, of a step; steps from checkpoint to checkpoint
 STEPS = IMAGES // BATCH
-LIFE = 6  # batches that a process params at most before it is killed
+LIFE = 6  # batches that a process draws at most before it is killed
 IN_A_WRITE = 0.5  # share of the kills that wait for a checkpoint's temporary file
 WRITE_SECONDS = 0.01  # how long after the file was seen the signal is sent at most: about what a write takes
 
@@ -44,7 +44,7 @@ def child(folder: Path, epochs: int) -> None:
     from kvision.data.batches import Augmentation, Batches
     from kvision.data.preprocessing import Preprocessing
     from kvision.layers import activation, batch_norm, conv, dropout, global_pool, logits
-    from kvision.tasks.classification import cross_entropy
+    from kvision.tasks.classification import Classification
     from kvision.training import averaging, optimizers, schedules, trainer
     from kvision.weights.initialization import initialize
 
@@ -74,15 +74,15 @@ def child(folder: Path, epochs: int) -> None:
     held = (x[IMAGES:], y[IMAGES:])
     history = trainer.fit(
         model,
+        Classification(label_smoothing=0.1),
         optimizer,
-        cross_entropy(0.1),
         batches,
         epochs=epochs,
-        validation=held,
         early_stopping=trainer.EarlyStopping(epochs),
         callbacks=[keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True)],
         checkpoint=folder / "checkpoints",
-        save_every=EVERY,
+        evaluations={"validation": held},
+        schedule=trainer.Schedule(save_every=EVERY),
     )
     times = {"seconds", "images_per_second"}
     rows = [{key: value for key, value in row.items() if key not in times} for row in history.epochs]

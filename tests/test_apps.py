@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,10 +81,10 @@ def trained(images, tmp_path_factory) -> dict:
     config = replace(
         cifar10.RECIPES["airbench_small"],
         data=images,
-        max_train_samples=2000,
-        max_test_samples=1000,
-        epochs=4,
-        batch_size=100,
+        max_train_samples=500,
+        max_test_samples=500,
+        epochs=3,
+        batch_size=25,
         output_dir=str(tmp_path_factory.mktemp("run") / "cifar10"),
     )
     return cifar10.main(config)
@@ -97,7 +98,7 @@ def test_a_run_learns_and_leaves_its_folder(trained):
     assert metrics == {key: value for key, value in trained.items() if key != "folder"}
     assert metrics["dataset"] == ("cifar10" if real_data() else "shapes")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["test_accuracy"] == metrics["test_accuracy"]
     report = (folder / "report.html").read_text()
     assert f"{100 * metrics['test_accuracy']:.2f}" in report
@@ -116,7 +117,7 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
         weights=weights,
         epochs=0,
         data=images,
-        max_test_samples=1000,
+        max_test_samples=500,
         output_dir=str(tmp_path / "again"),
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
@@ -125,11 +126,11 @@ def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_pa
 def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
     """Which is what the curve, the manifest and the confusions state."""
     weights = str(Path(trained["folder"]) / "weights.npz")
-    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=1000)
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=500)
     result = cifar10.main(replace(base, tta="flip_shift", output_dir=str(tmp_path / "views")))
     assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
     assert trained["tta"] == "none" and "tta_accuracy" not in trained
-    assert result["tta"] == "flip_shift" and result["tta_accuracy"] == result["tta_correct"] / 1000
+    assert result["tta"] == "flip_shift" and result["tta_accuracy"] == result["tta_correct"] / 500
     assert result["tta_loss"] != result["test_loss"]
     manifest = inspect(str(tmp_path / "views/weights.npz"))["manifest"]
     assert list(manifest["accuracy"].values()) == [result["test_accuracy"]]
@@ -211,6 +212,7 @@ def test_mnist_falls_back_honestly(tmp_path, monkeypatch, capsys):
         max_train_samples=500,
         max_test_samples=200,
         epochs=8,
+        compile_cache="off",  # a folder in the changed KERAS_HOME would stay JAX's for the tests that follow
         output_dir=str(tmp_path / "run"),
     )
     result = mnist.main(config)
@@ -275,7 +277,8 @@ def test_a_run_with_every_regularizer(images, tmp_path):
     result = cifar10.main(config)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["validation_loss"])
-    assert result["test_loss"] == pytest.approx(best["test_loss"], rel=1e-5)
+    assert result["test_accuracy"] == pytest.approx(best["test_accuracy"])
+    assert result["test_loss"] < best["test_loss"]  # without the penalties and the label smoothing
     with np.load(tmp_path / "run/weights.npz") as saved, np.load(newest(tmp_path / "run")) as stored:
         assert sum(name.startswith("best/") for name in stored.files) == sum(
             name.startswith("model/") for name in stored.files
@@ -320,7 +323,7 @@ def test_mixed_batches_are_of_the_classes():
     dataset = load("shapes10", log=lambda line: None).subset(train=40, seed=0)
     plain = build_batches(Config(batch_size=20, cutout=4), dataset, build_preprocessing(dataset))
     mixed = build_batches(Config(batch_size=20, cutout=4, random_erasing=0.5), dataset, build_preprocessing(dataset))
-    (images, labels), (erased, targets) = next(plain.epoch(0)), next(mixed.epoch(0))
+    (images, labels), (erased, targets) = (next(one.epoch(0)).values() for one in (plain, mixed))
     assert targets.shape == (20, 10) and erased.shape == images.shape and labels.shape == (20,)
 
 
@@ -482,6 +485,16 @@ def test_help_of_every_app_fits_on_a_screen(app, capsys, monkeypatch):
     lines = help_of(show, ["--help"], capsys, monkeypatch).splitlines()
     assert lines[0].startswith(f"usage: python -m apps.{app} ")
     assert len(lines) <= 54 and max(map(len, lines)) <= 120
+
+
+def test_help_names_the_module_of_a_clone_and_of_an_installed_package(monkeypatch, tmp_path):
+    assert flags.app_module("mnist") == "apps.mnist"
+    (tmp_path / "apps").mkdir()
+    monkeypatch.setattr(flags, "__file__", str(tmp_path / "flags.py"))
+    assert flags.app_module("mnist") == "kvision.apps.mnist"
+    running = SimpleNamespace(__spec__=SimpleNamespace(name="apps.mnist"))  # as `python -m apps.mnist` in a clone
+    monkeypatch.setitem(sys.modules, "__main__", running)
+    assert flags.app_module("mnist") == "apps.mnist"
 
 
 def test_a_killed_run_resumes_to_the_same_weights(images, tmp_path):

@@ -20,7 +20,7 @@ def build_batches(pictures, augmentation=None, n=11, batch_size=4, seed=5, heigh
 def raw(batches, epoch):
     """Return the uint8 images of an epoch and their indices."""
     shown, numbers = [], []
-    for images, labels in batches.epoch(epoch):
+    for images, labels in map(dict.values, batches.epoch(epoch)):
         stored = (images * PREPROCESSING.std + np.array(PREPROCESSING.mean)) * 255
         shown.append(np.rint(stored).astype(np.uint8))
         numbers.append(labels)
@@ -34,7 +34,7 @@ def mirrored(index, size):
     return index
 
 
-def reference(image, flipped, move, padding_mode, centre, cutout):
+def reference(image, flipped, move, padding_mode, center, cutout):
     """Augment one image pixel by pixel: cropped, then flipped, then cut out."""
     height, width = image.shape[:2]
     moved = np.zeros_like(image)
@@ -45,7 +45,7 @@ def reference(image, flipped, move, padding_mode, centre, cutout):
         if 0 <= row < height and 0 <= column < width:
             moved[i, width - 1 - j if flipped else j] = image[row, column]
     for i, j in itertools.product(range(height), range(width)):
-        if cutout and all(0 <= at - c + cutout // 2 < cutout for at, c in zip((i, j), centre, strict=True)):
+        if cutout and all(0 <= at - c + cutout // 2 < cutout for at, c in zip((i, j), center, strict=True)):
             moved[i, j] = 0
     return moved
 
@@ -60,7 +60,7 @@ def test_an_epoch_equals_the_reference(pictures, flip, crop_padding, padding_mod
         order = rng(5, "order", epoch).permutation(11)
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps == 2
-        for step, (shown, labels) in enumerate(steps):
+        for step, (shown, labels) in enumerate(map(dict.values, steps)):
             indices = order[4 * step : 4 * step + 4]
             np.testing.assert_array_equal(labels, indices)
             assert (labels.dtype, shown.dtype) == (np.int32, np.float32)
@@ -71,9 +71,9 @@ def test_an_epoch_equals_the_reference(pictures, flip, crop_padding, padding_mod
                 else np.zeros((4, 2), int)
             )
             centers = draws.integers(0, (6, 7), (4, 2)) if cutout else np.zeros((4, 2), int)
-            for image, index, move, centre in zip(shown, indices, moves, centers, strict=True):
+            for image, index, move, center in zip(shown, indices, moves, centers, strict=True):
                 flipped = flip and mirror_first[index] != (epoch % 2 == 1)
-                expected = reference(images[index], flipped, move, padding_mode, centre, cutout)
+                expected = reference(images[index], flipped, move, padding_mode, center, cutout)
                 np.testing.assert_array_equal(image, PREPROCESSING(expected[None])[0])
 
 
@@ -113,7 +113,7 @@ def test_half_of_the_images_are_flipped(pictures):
 def test_cutout_blanks_a_square(cutout):
     white = np.full((200, 12, 9, 1), 255, np.uint8)
     batches = Batches(white, np.zeros(200, int), 200, 0, Preprocessing(), Augmentation(cutout=cutout))
-    (images, _) = next(batches.epoch(0))
+    images = next(batches.epoch(0))["image"]
     sizes = set()
     for image in images[..., 0]:
         rows, columns = np.nonzero(image == 0)
@@ -131,7 +131,7 @@ def test_crops_are_uniform(pictures):
     batches = Batches(
         np.repeat(image, 5000, 0), np.zeros(5000, int), 5000, 0, Preprocessing(), Augmentation(crop_padding=2)
     )
-    (images, _) = next(batches.epoch(0))
+    images = next(batches.epoch(0))["image"]
     counts = images.sum(axis=0).ravel()
     assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
 
@@ -159,7 +159,7 @@ def test_stored_images_are_not_modified(pictures):
 def test_the_batch_size_is_at_most_the_number_of_images(pictures):
     batches, _ = build_batches(pictures, n=3, batch_size=100)
     assert (batches.batch_size, batches.steps) == (3, 1)
-    assert len(next(batches.epoch(0))[1]) == 3
+    assert len(next(batches.epoch(0))["label"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,10 @@ def test_an_epoch_can_start_at_a_step(pictures, monkeypatch, start):
     whole, _ = build_batches(pictures, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
-    made, make_batch = [], Batches.make_batch
-    monkeypatch.setattr(Batches, "make_batch", lambda *arguments: made.append(1) or make_batch(*arguments))
+    made, images = [], Batches.images
+    monkeypatch.setattr(Batches, "images", lambda *arguments: made.append(1) or images(*arguments))
     found = list(whole.epoch(1, start))
     assert len(made) == len(found) == 3 - start
     for pair, wanted in zip(found, expected[start:], strict=True):
-        for array, other in zip(pair, wanted, strict=True):
+        for array, other in zip(pair.values(), wanted.values(), strict=True):
             np.testing.assert_array_equal(array, other)

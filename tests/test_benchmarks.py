@@ -45,6 +45,7 @@ def as_they_are(monkeypatch):
 def batches(network):
     """All images and labels as peers take them, in the order of kvision's first epoch."""
     pairs = benchmark.Batches(*data(network), BATCH, 0, benchmark.PREPROCESSING).epoch(0)
+    pairs = map(dict.values, pairs)
     return [np.concatenate(arrays) for arrays in zip(*pairs, strict=True)]
 
 
@@ -119,7 +120,7 @@ def test_peers_take_the_first_batch_again():
 def test_contenders_compute_in_bfloat16(name, kvision_losses):
     losses, _ = kvision_losses("resnet50")
     clock = benchmark.Clock(1)
-    given = {"max_steps": STEPS, "dtype": "bfloat16"}
+    given = {"steps": STEPS, "dtype": "bfloat16"}
     try:
         if name == "engine":
             benchmark.train_engine("resnet50", *data("resnet50"), BATCH, clock, **given)
@@ -144,7 +145,7 @@ def test_kvision_makes_batches_on_the_device(kvision_losses):
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's contender")
 def test_steps_of_one_program_are_the_same_steps(kvision_losses):
     clock = benchmark.Clock(STEPS)
-    given = {"max_steps": STEPS, "chunk": STEPS, "weights": initial("resnet50")}
+    given = {"steps": STEPS, "chunk": STEPS, "weights": initial("resnet50")}
     peer("flax_peer")("resnet50", *batches("resnet50"), BATCH, clock, **given)
     clock.finish()
     assert clock.losses == pytest.approx(kvision_losses("resnet50")[0], rel=1e-2)

@@ -14,6 +14,8 @@ from kvision.children import Children, TimeLimitError
 from kvision.flags import SAVED, UsageError
 from kvision.parity import launcher
 
+pytestmark = pytest.mark.backend_free
+
 ROOT = Path(__file__).parent.parent
 # Starts one more process in its group, writes both numbers, and does not mind SIGTERM.
 DEAF = """

@@ -36,6 +36,7 @@ def same(one, two):
         np.testing.assert_array_equal(value, other, err_msg=key)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "net.backbone.", "_orig_mod."])
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
 def test_prefixes_are_removed(tmp_path, prefix, source):
@@ -77,7 +78,9 @@ def test_a_file_of_a_related_network_raises_with_its_name(tmp_path, name, asked,
         convert(tmp_path / "file.pth", tmp_path / "ours.npz", asked, compare=False)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2_keras", "densenet121_keras", "vgg16"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2_keras", pytest.param("densenet121_keras", marks=pytest.mark.backend_free), "vgg16"]
+)
 def test_a_keras_file_without_top(tmp_path, name, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
@@ -98,6 +101,7 @@ def test_a_skipped_head_is_still_built(tmp_path):
     assert report.skipped == ["logits/kernel", "logits/bias"]
 
 
+@pytest.mark.backend_free
 def test_inception_is_exported_in_the_order_of_keras(monkeypatch):
     """Without `by_name`, Keras reads a file in the order of its layers."""
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
@@ -124,6 +128,7 @@ def test_our_networks_saved_by_keras_3(tmp_path, name, suffix):
     same(create_model(name, weights=tmp_path / "ours.npz"), model)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("top", [True, False])
 def test_keras_networks_saved_by_keras_3(tmp_path, top, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731

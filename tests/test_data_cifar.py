@@ -12,6 +12,8 @@ import pytest
 from kvision.data import CIFAR10_CLASSES, CIFAR100_CLASSES, DataError, cifar, load, tar
 from kvision.data.unpickle import unpickle
 
+pytestmark = pytest.mark.backend_free
+
 TRAIN, TEST = 50, 10
 
 

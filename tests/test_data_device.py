@@ -11,12 +11,13 @@ from kvision.data.device import MAX_PIXELS, DeviceDataset
 from kvision.data.mixing import MixedBatches, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training import evaluation, trainer
 from kvision.training.optimizers import make_optimizer
 from kvision.training.schedules import WarmupSchedule
-from kvision.training.trainer import fit, values
+from kvision.training.trainer import Execution, Schedule, fit, values
 from kvision.weights.initialization import initialize
+from tests.arrays import figures
 
 layers, array = keras.layers, ops.convert_to_numpy
 RGB = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -43,7 +44,7 @@ def optimizer():
 
 def build_engine(model, optimizer):
     optimizer.build(model.trainable_variables)
-    return engine.create(model, optimizer, cross_entropy(0.1))
+    return engine.create(model, Classification(label_smoothing=0.1), optimizer)
 
 
 @pytest.mark.parametrize("preprocessing", [RGB, BGR], ids=["rgb", "bgr"])
@@ -56,10 +57,10 @@ def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocess
     batches = build_batches(pictures, augmentation, preprocessing)
     shown = DeviceDataset(batches)
     for epoch in (0, 1):
-        for params, (images, labels) in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
-            found, answers = shown.make_batch(shown.tensors, ops.convert_to_tensor(params))
-            np.testing.assert_allclose(array(found), images, rtol=1e-6, atol=1e-6 * np.abs(images).max())
-            np.testing.assert_array_equal(array(answers), labels)
+        for params, batch in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
+            found, images = shown.make_batch(shown.tensors, ops.convert_to_tensor(params)), batch["image"]
+            np.testing.assert_allclose(array(found["image"]), images, rtol=1e-6, atol=1e-6 * np.abs(images).max())
+            np.testing.assert_array_equal(array(found["label"]), batch["label"])
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -69,11 +70,11 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
         monkeypatch.setattr(engine.backend_module(), "accelerated", lambda: accelerated)
     batches = build_batches(pictures, Augmentation(True, 1))
     one, many = (build_engine(network(), optimizer()) for _ in range(2))
-    expected = [[float(x) for x in one.train_step(*batch)] for batch in batches.epoch(0)]
+    expected = [[float(x) for x in figures(one.train_step(batch))] for batch in batches.epoch(0)]
     shown, params = DeviceDataset(batches), list(batches.params(0))
     assert len(params) == 7
     results = [many.train_steps(shown, np.stack(part)) for part in (params[:1], params[1:6], params[6:])]
-    losses, correct = (np.concatenate([array(result[i]) for result in results]) for i in range(2))
+    losses, correct = map(np.concatenate, zip(*map(figures, results), strict=True))
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
     np.testing.assert_array_equal(correct, [count for _, count in expected])
     one.sync_variables()
@@ -84,9 +85,9 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
 
 def test_pictures_are_predicted_where_they_lie(pictures):
     batches = build_batches(pictures, Augmentation(True, 1))
-    predictor, shown = engine.create(network()), DeviceDataset(batches)
+    predictor, shown = engine.create(network(), Classification()), DeviceDataset(batches)
     found = predictor.predict_on_device(shown, np.stack(list(batches.params(2))))
-    expected = [predictor.predict(images) for images, _ in batches.epoch(2)]
+    expected = [predictor.predict(images) for images, _ in map(dict.values, batches.epoch(2))]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -104,7 +105,16 @@ def test_a_run_is_the_same_with_images_on_the_device(pictures):
     for options in ({"data_on": "host"}, {"data_on": "device"}, {"data_on": "device", "steps_per_execution": 3}):
         batches, model = build_batches(pictures, Augmentation(True, 1)), network()
         test = pictures(9, 8, 7, channels=3, seed=2)
-        history = fit(model, optimizer(), cross_entropy(), batches, epochs=2, test=test, **options)
+        history = fit(
+            model,
+            Classification(),
+            optimizer(),
+            batches,
+            epochs=2,
+            evaluations={"test": test},
+            schedule=Schedule(eval_every=1),
+            execution=Execution(**options),
+        )
         assert len(history.step_losses) == 14
         scores = [[row[key] for key in ("loss", "accuracy", "test_loss", "test_accuracy")] for row in history.epochs]
         runs.append([history.step_losses, scores, *values(model.variables)])
@@ -121,14 +131,14 @@ class Programs:
     """An engine that notes how many steps each of its programs has, and ends by force before step `end`."""
 
     def __init__(self, inner, end):
-        self.inner, self.model, self.optimizer = inner, inner.model, inner.optimizer
-        self.sync_variables, self.predict, self.counts, self.end = inner.sync_variables, inner.predict, [], end
+        self.inner, self.model, self.program = inner, inner.model, inner.program
+        self.sync_variables, self.counts, self.end = inner.sync_variables, [], end
 
-    def train_steps(self, pictures, params):
+    def train_steps(self, dataset, params):
         if sum(self.counts) == self.end:
             raise PowerCutError
         self.counts.append(len(params))
-        return self.inner.train_steps(pictures, params)
+        return self.inner.train_steps(dataset, params)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +162,10 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
             return noted[0]
 
         monkeypatch.setattr(trainer.engines, "create", note)
-        options = {"checkpoint": tmp_path, "epochs": 1, "data_on": "device", **options}
-        fit(network(), optimizer(), cross_entropy(), build_batches(pictures), **options)
+        steps, every = options.pop("steps_per_execution", None), options.pop("save_every")
+        options = {"schedule": Schedule(save_every=every), "execution": Execution("native", "device", steps)}
+        loader = build_batches(pictures)
+        fit(network(), Classification(), optimizer(), loader, epochs=1, checkpoint=tmp_path, **options)
         return noted[0].counts
 
     if start:
@@ -170,9 +182,10 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
         ({"steps_per_execution": 0}, "steps_per_execution must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(network(), optimizer(), cross_entropy(), build_batches(pictures), epochs=1, **options)
-    with pytest.raises(ValueError, match="images of MixedBatches batches cannot be made on the device"):
-        fit(network(), optimizer(), cross_entropy(), mixed, epochs=1, data_on="device")
+            execution = Execution(**options)
+            fit(network(), Classification(), optimizer(), build_batches(pictures), epochs=1, execution=execution)
+    with pytest.raises(ValueError, match="images of MixedBatches cannot be made on the device"):
+        fit(network(), Classification(), optimizer(), mixed, epochs=1, execution=Execution(data_on="device"))
 
 
 @pytest.mark.parametrize(
@@ -180,25 +193,24 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
 )
 def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, expected):
     monkeypatch.setattr(trainer.engines, "accelerated", lambda: True)
-    callbacks = trainer.Callbacks([], [], network(), optimizer())
-    assert trainer._at_once(steps, None, callbacks) == expected
+    assert trainer.program_steps(steps, None, trainer.Callbacks([], network())) == expected
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
 def test_tta_on_the_device_equals_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
-    predictor = engine.create(network())
+    predictor = engine.create(network(), Classification())
     shown = DeviceDataset(
         Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect"))
     )
-    found = evaluation.predict_pictures(predictor, shown, batch_size=4, tta=tta)
+    found = evaluation.predict_on_device(predictor, shown, batch_size=4, tta=tta)
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
 def test_shifted_views_require_padding(pictures):
     shown = DeviceDataset(build_batches(pictures))
     with pytest.raises(ValueError, match="tta 'flip_shift' moves images by 1 pixels, their border has 0"):
-        evaluation.predict_pictures(engine.create(network()), shown, tta="flip_shift")
+        evaluation.predict_on_device(engine.create(network(), Classification()), shown, tta="flip_shift")
 
 
 @pytest.mark.parametrize(
@@ -218,13 +230,13 @@ def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, 
         monkeypatch.setattr(trainer, "DEVICE_BYTES", change["bytes"])
     if "own" in change:
         batches.epoch = lambda epoch, start=0: iter(())
-    found = trainer._pictures(batches, change.get("data_on", "auto"), change.get("engine", "native"))
+    found = trainer.device_dataset(batches, change.get("data_on", "auto"), change.get("engine") != "keras")
     assert isinstance(found, DeviceDataset) is expected
 
 
 def test_images_of_a_float64_run_are_numpys(pictures):
     engine.configure("float64")
     try:
-        assert trainer._pictures(build_batches(pictures), "auto", "native") is None
+        assert trainer.device_dataset(build_batches(pictures), "auto", True) is None
     finally:
         engine.configure()

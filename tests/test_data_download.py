@@ -17,6 +17,8 @@ import pytest
 from kvision.data import DataError, DataUnavailable, cifar, download, load, mnist, registry
 from kvision.data.download import Remote
 
+pytestmark = pytest.mark.backend_free
+
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 from kvision.data import DataError
 from kvision.data.images import open_image, read_image
 
+pytestmark = pytest.mark.backend_free
+
 
 def png(path, width, height):
     """Write a gray PNG of zeros, compressed a thousandfold, without holding its pixels in memory."""

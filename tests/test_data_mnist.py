@@ -12,6 +12,8 @@ import pytest
 
 from kvision.data import FASHION_CLASSES, DataError, load, mnist, npz, read_npz
 
+pytestmark = pytest.mark.backend_free
+
 TRAIN, TEST = 30, 20
 
 

@@ -6,6 +6,8 @@ from PIL import Image
 
 from kvision.data import DataUnavailable, load
 
+pytestmark = pytest.mark.backend_free
+
 SYNTHETIC = {"shapes10": (32, 32, 3), "synthetic_digits": (28, 28, 1)}
 
 

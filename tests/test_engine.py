@@ -1,4 +1,6 @@
-"""The floors: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
+"""The engines: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
+
+import os
 
 import keras
 import numpy as np
@@ -9,10 +11,10 @@ from kvision import engine
 from kvision.data.preprocessing import Preprocessing
 from kvision.engine.fuse import Graph
 from kvision.layers import VarianceScaling, activation, batch_norm, conv, logits, max_pool, regularizers
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification, cross_entropy
 from kvision.training.evaluation import predict
 from kvision.training.optimizers import make_optimizer
-from tests.arrays import noise, value, values
+from tests.arrays import batch, judge, noise, take_step, value, values
 
 layers = keras.layers
 
@@ -26,9 +28,9 @@ def fill(model, seed=1):
     return model
 
 
-def floor_of(model, optimizer, loss=None):
+def build_engine(model, optimizer, loss=None):
     optimizer.build(model.trainable_variables)
-    return engine.create(model, optimizer, loss or cross_entropy())
+    return engine.create(model, Classification(loss or cross_entropy()), optimizer)
 
 
 def softmax_regression(features=5, classes=3):
@@ -61,21 +63,21 @@ class PlainSoftmax:
 def test_steps_are_those_of_the_closed_form():
     """Loss, count of right answers and weights over four steps, with a `sync_variables` between them."""
     model = softmax_regression()
-    floor = floor_of(model, make_optimizer("sgd", 0.5, momentum=0.9, weight_decay=0.1))
+    runner = build_engine(model, make_optimizer("sgd", 0.5, momentum=0.9, weight_decay=0.1))
     plain = PlainSoftmax(model, 0.5, 0.9, 0.1)
     for step in range(4):
         x, labels = noise(8, 5, seed=step), (np.arange(8, dtype=np.int32) + step) % 3
-        loss, correct = floor.train_step(x, labels)
+        loss, correct = take_step(runner, x, labels)
         expected = plain.step(x, labels)
         assert float(loss) == pytest.approx(expected[0], rel=1e-5)
         assert int(correct) == expected[1]
         if step == 1:
-            floor.sync_variables()
+            runner.sync_variables()
             np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
-    floor.sync_variables()
+    runner.sync_variables()
     np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel, atol=1e-6)
     np.testing.assert_allclose(value(model.trainable_variables[1]), plain.bias, atol=1e-6)
-    assert int(ops.convert_to_numpy(floor.optimizer.iterations)) == 4
+    assert int(ops.convert_to_numpy(runner.program.optimizers[0].iterations)) == 4
 
 
 def test_targets_may_be_soft():
@@ -89,8 +91,8 @@ def test_targets_may_be_soft():
         one_hot[::-1][labels],
         0.25 * one_hot[labels] + 0.75 * one_hot[::-1][labels],
     ):
-        floor = floor_of(softmax_regression(), make_optimizer("sgd", 0.5))
-        loss, correct = floor.train_step(x, given)
+        runner = build_engine(softmax_regression(), make_optimizer("sgd", 0.5))
+        loss, correct = take_step(runner, x, given)
         losses.append((float(loss), int(correct)))
     assert losses[0] == pytest.approx(losses[1])
     assert losses[3][0] == pytest.approx(0.25 * losses[1][0] + 0.75 * losses[2][0], rel=1e-5)
@@ -104,19 +106,19 @@ def test_auxiliary_heads_add_three_tenths_of_their_loss():
     x, labels = noise(6, 5), np.arange(6, dtype=np.int32) % 3
     outputs = [x @ value(layer.kernel) + value(layer.bias) for layer in model.layers[1:]]
     losses = [np.log(np.exp(y).sum(1)).mean() - y[range(6), labels].mean() for y in outputs]
-    floor = floor_of(model, make_optimizer("sgd", 0.5))
-    np.testing.assert_allclose(floor.predict(x), outputs[0], rtol=1e-5)
-    loss, correct = floor.train_step(x, labels)
+    runner = build_engine(model, make_optimizer("sgd", 0.5))
+    np.testing.assert_allclose(runner.predict(x), outputs[0], rtol=1e-5)
+    loss, correct = take_step(runner, x, labels)
     assert float(loss) == pytest.approx(losses[0] + 0.3 * losses[1] + 0.3 * losses[2], rel=1e-5)
     assert int(correct) == (outputs[0].argmax(1) == labels).sum()
 
 
 def test_predict_sees_the_last_step():
     model = softmax_regression()
-    floor, x = floor_of(model, make_optimizer("sgd", 0.5)), noise(8, 5)
-    before = floor.predict(x)
-    floor.train_step(x, np.zeros(8, np.int32))
-    after = floor.predict(x)
+    runner, x = build_engine(model, make_optimizer("sgd", 0.5)), noise(8, 5)
+    before = runner.predict(x)
+    take_step(runner, x, np.zeros(8, np.int32))
+    after = runner.predict(x)
     kernel, bias = (value(variable) for variable in model.trainable_variables)
     np.testing.assert_allclose(after, x @ kernel + bias, atol=1e-6)
     assert abs(after - before).max() > 0.01
@@ -127,7 +129,7 @@ def test_value_and_grad_is_that_of_the_closed_form_and_updates_nothing():
     kernel, bias = (value(variable).astype(np.float64) for variable in model.trainable_variables)
     plain = PlainSoftmax(model, 1.0, 0.0, 0.0)
     expected = plain.step(x, labels)
-    loss, gradients = engine.create(model, loss=cross_entropy()).value_and_grad(x, labels)
+    loss, gradients = engine.create(model, Classification()).value_and_grad(batch(x, labels))
     assert float(loss) == pytest.approx(expected[0], rel=1e-5)
     for gradient, before, after in zip(gradients, (kernel, bias), (plain.kernel, plain.bias), strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(gradient), before - after, atol=1e-6)
@@ -136,10 +138,14 @@ def test_value_and_grad_is_that_of_the_closed_form_and_updates_nothing():
 
 def test_evaluate_is_inference_and_sees_the_last_step():
     model = normalised()
-    floor, x, labels = floor_of(model, keras.optimizers.SGD(0.1)), noise(7, 6, 5, 4), np.arange(7, dtype=np.int32) % 3
-    floor.train_step(x, labels)
-    loss, correct = floor.evaluate(x, labels)
-    scores = floor.predict(x).astype(np.float64)
+    runner, x, labels = (
+        build_engine(model, keras.optimizers.SGD(0.1)),
+        noise(7, 6, 5, 4),
+        np.arange(7, dtype=np.int32) % 3,
+    )
+    take_step(runner, x, labels)
+    loss, correct = judge(runner, x, labels)
+    scores = runner.predict(x).astype(np.float64)
     losses = np.log(np.exp(scores).sum(axis=1)) - scores[range(7), labels]
     assert float(loss) == pytest.approx(losses.mean(), rel=1e-5)
     assert int(correct) == (scores.argmax(axis=1) == labels).sum()
@@ -154,9 +160,9 @@ def test_accumulated_parts_make_the_step_of_the_whole():
         regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
         optimizer = make_optimizer("sgd", 0.5)
         optimizer.build(model.trainable_variables)
-        floor = engine.create(model, optimizer, cross_entropy(), gradient_accumulation_steps=count)
-        results = [floor.train_step(x, labels) for _ in range(2)]
-        floor.sync_variables()
+        runner = engine.create(model, Classification(), optimizer, gradient_accumulation_steps=count)
+        results = [take_step(runner, x, labels) for _ in range(2)]
+        runner.sync_variables()
         steps.append(
             [np.array([float(part) for result in results for part in result]), *map(value, model.trainable_variables)]
         )
@@ -170,14 +176,14 @@ def test_each_accumulated_part_has_its_own_statistics():
     mean = value(bn.moving_mean).astype(np.float64)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(model, optimizer, cross_entropy(), gradient_accumulation_steps=2)
-    floor.train_step(x, labels)
-    floor.sync_variables()
+    runner = engine.create(model, Classification(), optimizer, gradient_accumulation_steps=2)
+    take_step(runner, x, labels)
+    runner.sync_variables()
     for part in (x[:4], x[4:]):
         mean = 0.9 * mean + 0.1 * part.mean(axis=(0, 1, 2), dtype=np.float64)
     np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
     with pytest.raises(ValueError, match="a batch of 7 cannot be cut into 2 equal parts"):
-        floor.train_step(x[:7], labels[:7])
+        take_step(runner, x[:7], labels[:7])
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 1e38])
@@ -187,9 +193,9 @@ def test_a_scaled_loss_makes_the_same_step_or_none(scale):
     weights = []
     for optimizer in (keras.optimizers.SGD(0.5), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), scale)):
         model = softmax_regression()
-        floor = floor_of(model, optimizer)
-        loss, _ = floor.train_step(x, labels)
-        floor.sync_variables()
+        runner = build_engine(model, optimizer)
+        loss, _ = take_step(runner, x, labels)
+        runner.sync_variables()
         weights.append(value(model.trainable_variables[0]))
     assert np.isfinite(float(loss))
     if scale > 1e30:
@@ -206,9 +212,9 @@ def test_penalties_are_part_of_the_loss():
     plain = PlainSoftmax(model, 1.0, 0.0, 0.0)
     loss, _ = plain.step(x, labels)
     regularizers.add_regularizer(model, keras.regularizers.L1L2(0.02, 0.03))
-    floor = floor_of(model, keras.optimizers.SGD(1.0))
-    penalised, _ = floor.train_step(x, labels)
-    floor.sync_variables()
+    runner = build_engine(model, keras.optimizers.SGD(1.0))
+    penalised, _ = take_step(runner, x, labels)
+    runner.sync_variables()
     assert float(penalised) == pytest.approx(loss + 0.02 * abs(kernel).sum() + 0.03 * (kernel**2).sum(), rel=1e-5)
     step = 0.02 * np.sign(kernel) + 0.06 * kernel
     np.testing.assert_allclose(value(model.trainable_variables[0]), plain.kernel - step, atol=1e-6)
@@ -236,9 +242,9 @@ def test_running_statistics_of_one_step(options, shape):
     model = normalised(shape, **options)
     bn, x = model.get_layer("bn"), 2 * noise(7, *shape) + 3
     mean, variance = value(bn.moving_mean).astype(np.float64), value(bn.moving_variance).astype(np.float64)
-    floor = floor_of(model, keras.optimizers.SGD(0.1))
-    floor.train_step(x, np.zeros(7, np.int32))
-    floor.sync_variables()
+    runner = build_engine(model, keras.optimizers.SGD(0.1))
+    take_step(runner, x, np.zeros(7, np.int32))
+    runner.sync_variables()
     pixels, keep = x.astype(np.float64).reshape(-1, 4), options.get("momentum", 0.9)
     np.testing.assert_allclose(value(bn.moving_mean), keep * mean + (1 - keep) * pixels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(value(bn.moving_variance), keep * variance + (1 - keep) * pixels.var(axis=0), rtol=1e-5)
@@ -255,9 +261,9 @@ def test_a_batch_norm_called_twice_moves_twice():
     for _ in range(2):
         mean, variance = 0.9 * mean + 0.1 * pixels.mean(axis=0), 0.9 * variance + 0.1 * pixels.var(axis=0)
         pixels = (pixels - pixels.mean(axis=0)) / np.sqrt(pixels.var(axis=0) + 1e-5) * gamma + beta
-    floor = floor_of(model, keras.optimizers.SGD(0.1))
-    floor.train_step(x, np.zeros(7, np.int32))
-    floor.sync_variables()
+    runner = build_engine(model, keras.optimizers.SGD(0.1))
+    take_step(runner, x, np.zeros(7, np.int32))
+    runner.sync_variables()
     np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-5)
     np.testing.assert_allclose(value(bn.moving_variance), variance, rtol=1e-5)
 
@@ -267,18 +273,22 @@ def test_a_frozen_batch_norm_stays_as_it_is():
     model = normalised()
     model.get_layer("bn").trainable = False
     before = values(model)
-    floor, x, labels = floor_of(model, keras.optimizers.SGD(0.1)), noise(7, 6, 5, 4), np.arange(7, dtype=np.int32) % 3
-    scores = floor.predict(x).astype(np.float64)
+    runner, x, labels = (
+        build_engine(model, keras.optimizers.SGD(0.1)),
+        noise(7, 6, 5, 4),
+        np.arange(7, dtype=np.int32) % 3,
+    )
+    scores = runner.predict(x).astype(np.float64)
     expected = -(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))[range(7), labels].mean()
-    loss, _ = floor.train_step(x, labels)
-    floor.sync_variables()
+    loss, _ = take_step(runner, x, labels)
+    runner.sync_variables()
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     for path, now in values(model).items():
         assert (now == before[path]).all() == path.startswith("bn/"), path
 
 
 def mixture():
-    """Every layer that a floor replaces, in the forms it must tell apart."""
+    """Every layer that a runner replaces, in the forms it must tell apart."""
     inputs = keras.Input((13, 12, 3))
     x = conv(6, 3, name="same_conv", use_bias=True)(inputs)
     x = max_pool(3, 2, name="overlapping_pool")(x)
@@ -359,9 +369,9 @@ def test_a_training_step_is_kerass():
     """Loss, every weight and every statistic after a step, against `train_on_batch` from the same start."""
     x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
     ours, theirs = mixture(), mixture()
-    floor = floor_of(ours, keras.optimizers.SGD(1.0))
-    loss, _ = floor.train_step(x, labels)
-    floor.sync_variables()
+    runner = build_engine(ours, keras.optimizers.SGD(1.0))
+    loss, _ = take_step(runner, x, labels)
+    runner.sync_variables()
     theirs.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     assert float(loss) == pytest.approx(float(theirs.train_on_batch(x, labels)), rel=1e-5)
     before, found = values(mixture()), values(ours)
@@ -376,10 +386,10 @@ def test_predict_pads_the_last_batch(pictures, count, batch_size):
     inputs = keras.Input((8, 8, 3))
     model = fill(keras.Model(inputs, logits(3)(layers.Flatten()(batch_norm(name="bn")(inputs)))))
     images, preprocessing = pictures(count)[0], Preprocessing(mean=(0.5,), std=(0.2,))
-    floor, sizes = engine.create(model), []
-    once = floor.predict
-    floor.predict = lambda batch: sizes.append(len(batch)) or once(batch)
-    found = predict(floor, images, preprocessing, batch_size)
+    runner, sizes = engine.create(model), []
+    once = runner.predict
+    runner.predict = lambda batch: sizes.append(len(batch)) or once(batch)
+    found = predict(runner, images, preprocessing, batch_size)
     assert (found.shape, found.dtype) == ((count, 3), np.float32)
     expected = ops.convert_to_numpy(model(preprocessing(images), training=False))
     np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max())
@@ -390,13 +400,13 @@ def test_a_step_is_compiled_once():
     """The loss is called while a step is traced, and a trace is what gets compiled; PyTorch calls it in every step."""
     traces, loss = [], cross_entropy()
     model = softmax_regression()
-    floor = floor_of(
+    runner = build_engine(
         model, make_optimizer("adamw", 0.1, weight_decay=0.1), lambda *both: traces.append(1) or loss(*both)
     )
     for _ in range(3):
         for step in range(2):
-            floor.train_step(noise(8, 5, seed=step), np.zeros(8, np.int32))
-        floor.sync_variables()
+            take_step(runner, noise(8, 5, seed=step), np.zeros(8, np.int32))
+        runner.sync_variables()
     assert len(traces) == (6 if keras.backend.backend() == "torch" else 1)
 
 
@@ -414,8 +424,8 @@ def test_a_model_that_is_no_graph():
     wrapped, x = Wrapped(), noise(6, 5)
     expected = ops.convert_to_numpy(wrapped(x))
     np.testing.assert_allclose(engine.create(wrapped).predict(x), expected, atol=1e-6)
-    floor = floor_of(wrapped, keras.optimizers.SGD(0.1))
-    losses = [float(floor.train_step(x, np.arange(6, dtype=np.int32) % 3)[0]) for _ in range(3)]
+    runner = build_engine(wrapped, keras.optimizers.SGD(0.1))
+    losses = [float(take_step(runner, x, np.arange(6, dtype=np.int32) % 3)[0]) for _ in range(3)]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -453,18 +463,18 @@ def test_float64_is_double_all_the_way(computed_in):
     scores = features @ before + bias
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
-    floor = floor_of(model, make_optimizer("sgd", 0.5))
+    runner = build_engine(model, make_optimizer("sgd", 0.5))
     mean = 0.9 * value(bn.moving_mean) + 0.1 * x.mean(axis=(0, 1, 2))
     variance = 0.9 * value(bn.moving_variance) + 0.1 * x.var(axis=(0, 1, 2))
-    loss, _ = floor.train_step(x, labels)
-    floor.sync_variables()
+    loss, _ = take_step(runner, x, labels)
+    runner.sync_variables()
     assert float(loss) == pytest.approx(-np.log(shares)[range(8), labels].mean(), rel=1e-13)
     gradient = features.T @ (shares - np.eye(3)[labels]) / 8
     speed = -0.5 * gradient
     np.testing.assert_allclose(value(kernel), before + 0.9 * speed - 0.5 * gradient, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(value(bn.moving_mean), mean, rtol=1e-13)
     np.testing.assert_allclose(value(bn.moving_variance), variance, rtol=1e-13)
-    inferred = floor.predict(x)
+    inferred = runner.predict(x)
     normal = (x - mean) / np.sqrt(variance + 1e-5) * value(bn.gamma) + value(bn.beta)
     expected = normal.reshape(8, -1) @ value(kernel) + value(model.get_layer("logits").bias)
     np.testing.assert_allclose(inferred, expected, rtol=1e-11, atol=1e-12)
@@ -495,9 +505,9 @@ def test_half_precision_trains(computed_in, dtype, tolerance):
         model = net()
         assert {variable.dtype for variable in model.weights} == {"float32"}
         assert model.get_layer("conv").compute_dtype == kind
-        floor = floor_of(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), 2.0**10))
-        assert floor.predict(x).dtype == np.float32
-        losses.append([float(floor.train_step(x, labels)[0]) for _ in range(20)])
+        runner = build_engine(model, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), 2.0**10))
+        assert runner.predict(x).dtype == np.float32
+        losses.append([float(take_step(runner, x, labels)[0]) for _ in range(20)])
     assert losses[1][0] == pytest.approx(losses[0][0], abs=tolerance)
     assert losses[1][0] != losses[0][0]
     assert losses[1][-1] < 0.7 * losses[1][0]
@@ -508,38 +518,61 @@ def test_an_unknown_dtype_is_named():
         engine.configure("int8")
 
 
-def test_compiled_programs_are_kept(computed_in, tmp_path):
+@pytest.fixture
+def programs(tmp_path):
+    """A folder for compiled programs; after the test JAX uses the folder that it used before."""
+    before = None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        before = jax.config.jax_compilation_cache_dir
+    yield tmp_path / "programs"
+    engine.configure("float32", compile_cache=before)
+
+
+def test_compiled_programs_are_kept(programs):
     """JAX finds them again: the second engine of the same program writes no other."""
-    computed_in("float32", compile_cache=tmp_path / "programs")
+    engine.configure("float32", compile_cache=programs)
     counts = []
     for _ in range(2):
-        floor = floor_of(normalised(), keras.optimizers.SGD(0.1))
-        floor.train_step(noise(7, 6, 5, 4), np.zeros(7, np.int32))
-        counts.append(len(list((tmp_path / "programs").glob("*-cache"))))
+        runner = build_engine(normalised(), keras.optimizers.SGD(0.1))
+        take_step(runner, noise(7, 6, 5, 4), np.zeros(7, np.int32))
+        counts.append(len(list(programs.glob("*-cache"))))
     assert counts[0] == counts[1]
     assert bool(counts[0]) == (keras.backend.backend() == "jax")
 
 
-def test_kerass_own_step_is_the_floors():
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX alone keeps its compiled programs")
+def test_the_programs_unused_for_longest_are_removed(programs, monkeypatch):
+    programs.mkdir()
+    for i, name in enumerate(("c-cache", "a-cache", "notes.txt", "b-cache", "d-cache")):
+        (programs / name).write_bytes(bytes(100))
+        os.utime(programs / name, (1000 - i, 500 if i else 2000))
+    monkeypatch.setattr("kvision.engine.jax.CACHE_BYTES", 250)
+    engine.configure("float32", compile_cache=programs)
+    assert {path.name for path in programs.iterdir()} == {"a-cache", "c-cache", "notes.txt"}
+
+
+def test_kerass_own_step_is_the_engines():
     x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
     found = []
     for kind in engine.ENGINES:
         model = mixture()
         optimizer = make_optimizer("sgd", 0.1)
         optimizer.build(model.trainable_variables)
-        floor = engine.create(model, optimizer, cross_entropy(0.1), kind=kind)
-        step = [float(part) for part in floor.train_step(x, labels)]
-        floor.sync_variables()
-        score = [float(part) for part in floor.evaluate(x, labels)]
+        runner = engine.create(model, Classification(label_smoothing=0.1), optimizer, engine=kind)
+        step = [float(part) for part in take_step(runner, x, labels)]
+        runner.sync_variables()
+        score = [float(part) for part in judge(runner, x, labels)]
         found.append(
-            [np.array(step), np.array(score), floor.predict(x), value(model.get_layer("first_bn").moving_mean)]
+            [np.array(step), np.array(score), runner.predict(x), value(model.get_layer("first_bn").moving_mean)]
         )
     for ours, kerass in zip(*found, strict=True):
         np.testing.assert_allclose(ours, kerass, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="engine must be one of native, keras, got 'fast'"):
-        engine.create(model, kind="fast")
+        engine.create(model, engine="fast")
     with pytest.raises(ValueError, match="give its optimizer gradient_accumulation_steps"):
-        engine.create(model, kind="keras", gradient_accumulation_steps=2)
+        engine.create(model, gradient_accumulation_steps=2, engine="keras")
 
 
 def test_floors():
@@ -547,7 +580,7 @@ def test_floors():
     assert engine.backend_module().__name__ == f"kvision.engine.{keras.backend.backend()}"
 
 
-def test_another_backend_of_keras_has_no_floor(monkeypatch):
+def test_another_backend_of_keras_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
         engine.backend_module()

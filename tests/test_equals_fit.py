@@ -17,8 +17,9 @@ import pytest
 from keras import layers, ops
 
 from kvision import engine
+from kvision.tasks.classification import Classification
 from kvision.training import trainer
-from tests.arrays import value
+from tests.arrays import judge, take_step, value
 
 BACKEND = keras.backend.backend()
 STEPS = 5
@@ -376,8 +377,10 @@ PROGRAMS = {
     "model within, called for inference": Program(nested(keras.Model, training=False)),
     "own call": Program(head(layers.BatchNormalization), model=DoublesItsLogits),
     "own call within": Program(nested(DoublesItsLogits)),
-    "own compute_loss": Program(head(relu), model=OwnLoss, warns="by Keras's own step: its class has compute_loss"),
-    "own train_step": Program(head(relu), model=OwnStep, warns="by Keras's own step: its class has train_step"),
+    "own compute_loss": Program(
+        head(relu), model=OwnLoss, warns="by Keras's own step: its class overrides compute_loss"
+    ),
+    "own train_step": Program(head(relu), model=OwnStep, warns="by Keras's own step: its class overrides train_step"),
     "subclass": Program(model=WithTraining),
     "subclass without training": Program(model=WithoutTraining),
     "two heads": Program(two_heads, loss=main_and_auxiliary),
@@ -483,10 +486,10 @@ def by_engine(program):
     model = program.build()
     optimizer = program.optimizer()
     optimizer.build(model.trainable_variables)
-    own = engine.create(model, optimizer, program.loss(), program.gradient_accumulation_steps)
-    losses = [float(own.train_step(x, y)[0]) for x, y in program.batches()]
+    own = engine.create(model, Classification(program.loss()), optimizer, program.gradient_accumulation_steps)
+    losses = [float(take_step(own, x, y)[0]) for x, y in program.batches()]
     *_, (x, y) = program.batches()
-    score = float(own.evaluate(x, y)[0])
+    score = float(judge(own, x, y)[0])
     predicted = own.predict(x)
     own.sync_variables()
     return model, optimizer, losses, predicted, score
@@ -546,7 +549,7 @@ def test_each_call_of_a_shared_layer_adds_its_penalty(layers_of, shape):
     assert len(model.losses) == 2
     optimizer = program.optimizer()
     optimizer.build(model.trainable_variables)
-    found, _ = engine.create(model, optimizer, program.loss()).train_step(x, y)
+    found, _ = take_step(engine.create(model, Classification(program.loss()), optimizer), x, y)
     assert float(found) == pytest.approx(loss, rel=1e-5)
 
 
@@ -560,8 +563,8 @@ def test_an_optimizer_stays_as_it_is_given(kind):
     model = Program(head(relu)).build()
     made.build(model.trainable_variables)
     kinds = [type(one) for one in (made, inner)]
-    own = engine.create(model, made, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    own.train_step(np.ones((4, FEATURES), np.float32), np.arange(4, dtype=np.int32) % CLASSES)
+    own = engine.create(model, Classification(keras.losses.SparseCategoricalCrossentropy(from_logits=True)), made)
+    take_step(own, np.ones((4, FEATURES), np.float32), np.arange(4, dtype=np.int32) % CLASSES)
     own.sync_variables()
     assert kinds == [type(one) for one in (made, inner)]
     patched = {name for one in (made, inner) for name in vars(one) if callable(getattr(type(one), name, None))}
@@ -595,7 +598,7 @@ REFUSED_MODELS = {
         outputs_by_name,
         "with a tensor, or a list of tensors, as output, and .* has a dict of 1 outputs",
     ),
-    "outputs by name, in a call": (DictionaryOutputs, "return a tensor, or a list of tensors .* returned a dict"),
+    "outputs by name, in a call": (DictionaryOutputs, "returns a tensor, or a list of tensors .* returned a dict"),
     "not built": (lambda: keras.Sequential([layers.Dense(CLASSES)]), "is not built: build it first, by model.build"),
     "no model": (lambda: layers.Dense(CLASSES), "expected a keras.Model, got a Dense"),
 }
@@ -613,8 +616,8 @@ def test_a_model_that_is_not_taken_is_refused_in_a_line(name):
     with pytest.raises((TypeError, ValueError), match=message):
         if getattr(model, "built", False):
             optimizer.build(model.trainable_variables)
-        own = engine.create(model, optimizer, first_of_outputs)
-        own.train_step(np.ones((4, FEATURES), np.float32), np.zeros(4, np.int32))
+        own = engine.create(model, Classification(first_of_outputs), optimizer)
+        take_step(own, np.ones((4, FEATURES), np.float32), np.zeros(4, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -634,9 +637,14 @@ def test_a_model_that_is_not_taken_is_refused_in_a_line(name):
 def test_targets_that_are_not_taken_are_refused_in_a_line(labels, message):
     model, optimizer = Program(head(relu)).build(), keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    own = engine.create(model, optimizer, keras.losses.MeanSquaredError())
+    own = engine.create(model, Classification(keras.losses.MeanSquaredError()), optimizer)
     with pytest.raises(ValueError, match=message):
-        own.train_step(np.ones((8, FEATURES), np.float32), labels)
+        take_step(own, np.ones((8, FEATURES), np.float32), labels)
+
+
+def test_a_loss_by_name_is_refused_in_a_line():
+    with pytest.raises(TypeError, match=r"expected a loss\(labels, logits\) .*, got 'mse'"):
+        Classification("mse")
 
 
 class Pairs(keras.utils.PyDataset):
@@ -648,13 +656,13 @@ class Pairs(keras.utils.PyDataset):
     ("changed", "message"),
     [
         ({"optimizer": "sgd"}, r"expected an optimizer such as keras.optimizers.SGD\(0.1\), got 'sgd'"),
-        ({"loss": "mse"}, r"expected a loss\(labels, logits\) .*, got 'mse'"),
+        ({"task": "mse"}, r"expected a task such as .*, got 'mse'"),
         ({"batches": Pairs()}, "got Pairs: .* use keras.Model.fit"),
         ({"batches": [(np.zeros((2, FEATURES)), np.zeros(2))]}, "got list: .* use keras.Model.fit"),
     ],
     ids=["optimizer", "loss", "PyDataset", "list"],
 )
 def test_arguments_of_fit_that_are_not_taken_are_refused_in_a_line(changed, message):
-    given = {"optimizer": keras.optimizers.SGD(0.1), "loss": keras.losses.MeanSquaredError(), "batches": None} | changed
+    given = {"task": Classification(), "optimizer": keras.optimizers.SGD(0.1), "batches": None} | changed
     with pytest.raises(TypeError, match=message):
         trainer.fit(Program(head(relu)).build(), *given.values(), epochs=1)

@@ -21,6 +21,8 @@ from kvision.report.page import document
 from kvision.training.checkpoints import Checkpoints, State
 from kvision.weights import WeightsError, archive
 
+pytestmark = pytest.mark.backend_free
+
 ROOT = Path(__file__).parent.parent
 ARRAYS = {"a/kernel": np.arange(60_000, dtype=np.float32).reshape(300, 200), "a/bias": np.zeros(4, np.float32)}
 

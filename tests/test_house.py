@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.backend_free
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("kvision/**/*.py"), *ROOT.glob("apps/**/*.py")])
 BACKENDS = {"jax", "tensorflow", "torch"}

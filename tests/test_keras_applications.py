@@ -13,12 +13,15 @@ from kvision.random import rng
 
 # The least sizes that Keras takes with its top.
 SIZES = {"vgg16": 32, "resnet50_keras": 32, "densenet121_keras": 32, "mobilenet_v2_keras": 32, "inception_v3_keras": 75}
+# Logits of one network are compared on every backend: `test_zoo` compares the backends' logits of all.
+EVERYWHERE = "mobilenet_v2_keras"
+OTHERS = [name for name in SIZES if name != EVERYWHERE]
 
 
 @pytest.fixture
 def peer(monkeypatch):
     """Return `peer(name)`: Keras's network with seven classes, and its random arrays by "layer/variable"."""
-    # Its own initialisers take JAX 10 to 20 s, and all values are set here.
+    # Its own initializers take JAX 10 to 20 s, and all values are set here.
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
 
@@ -46,7 +49,7 @@ def peer(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [EVERYWHERE, *(pytest.param(name, marks=pytest.mark.backend_free) for name in OTHERS)])
 def test_logits_equal_those_of_keras(name, peer, tmp_path):
     network, arrays = peer(name)
     hdf5.write(tmp_path / "keras.h5", arrays)

@@ -76,7 +76,6 @@ def test_a_folder_without_code_is_not_a_backend(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "output", "line"),
     [
-        (["kvision", "models", "softmax"], "28x28x1", "kvision: KERAS_BACKEND is not set; running on "),
         (["kvision", "info", "softmax"], "7,850", "kvision: KERAS_BACKEND is not set; running on "),
         (["kvision", "weights", "verify", ROOT / "weights" / "softmax.mnist.npz"], ": ok", "running on "),
         (["apps.cifar10", "--help"], "usage:", "python -m apps.cifar10: KERAS_BACKEND is not set; running on "),

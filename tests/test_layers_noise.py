@@ -9,7 +9,7 @@ from kvision import engine, layers
 from kvision.layers.noise import DropBlock, Dropout, GaussianNoise, ShakeShake, SpatialDropout, StochasticDepth
 from kvision.random import key
 from kvision.weights.initialization import initialize
-from tests.arrays import noise, value
+from tests.arrays import Objective, noise, take_step, value
 from tests.test_random import bound, normal_quantile, reference_uniform
 
 SHAPE = (6, 5, 4, 3)
@@ -163,15 +163,15 @@ def trained(outputs, inputs, target, steps=2):
     model = keras.Model(inputs, outputs)
     optimizer = keras.optimizers.SGD(1.0)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(
-        model, optimizer, lambda labels, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2
+    runner = engine.create(
+        model, Objective(lambda _, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2), optimizer
     )
     losses, gradients = [], []
     for _ in range(steps):
         for variable in model.trainable_variables:
             variable.assign(np.zeros(SHAPE, np.float32))
-        loss, _ = floor.train_step(noise(*SHAPE), np.zeros((*SHAPE[:-1],), np.int32))
-        floor.sync_variables()
+        loss, _ = take_step(runner, noise(*SHAPE), np.zeros((*SHAPE[:-1],), np.int32))
+        runner.sync_variables()
         losses.append(float(loss))
         gradients.append([-value(variable) for variable in model.trainable_variables])
     return losses, gradients

@@ -19,7 +19,7 @@ from kvision.layers.regularizers import (
     set_weight_decay_mask,
 )
 from kvision.training.optimizers import make_optimizer
-from tests.arrays import noise, values
+from tests.arrays import Objective, noise, take_step, values
 
 L1L2 = keras.regularizers.L1L2
 CONV, DENSE = "stage1_conv/kernel", "logits/kernel"
@@ -38,9 +38,9 @@ def network():
 def step(model, optimizer, loss=lambda labels, outputs: 0.0 * ops.sum(outputs)):
     """One step of the engine: the loss, and the weights before and after."""
     optimizer.build(model.trainable_variables)
-    floor, before = engine.create(model, optimizer, loss), values(model)
-    found, _ = floor.train_step(noise(5, 4, 4, 2, seed=9), np.zeros(5, np.int32))
-    floor.sync_variables()
+    runner, before = engine.create(model, Objective(loss), optimizer), values(model)
+    found, _ = take_step(runner, noise(5, 4, 4, 2, seed=9), np.zeros(5, np.int32))
+    runner.sync_variables()
     return float(found), before, values(model)
 
 

@@ -13,7 +13,7 @@ from kvision.data.mixing import CutMix, MixedBatches, Mixup, RandomErasing
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import logits
 from kvision.random import rng
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.optimizers import make_optimizer
 from kvision.training.trainer import fit
 from kvision.weights.initialization import initialize
@@ -165,9 +165,11 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
     plain = batches(pictures)
     mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
-    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair] for pair in pairs]  # noqa: E731
+    to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair.values()] for pair in pairs]  # noqa: E731
     second = to_numpy(mixed.epoch(1))
-    for (found, targets), (images, labels), step in zip(second, plain.epoch(1), range(3), strict=True):
+    for (found, targets), (images, labels), step in zip(
+        second, map(dict.values, plain.epoch(1)), range(3), strict=True
+    ):
         generator = rng(1, "samples", 1, step)
         one_hot = np.eye(3, dtype=np.float32)[labels]
         kind = (Mixup(1.0), CutMix(1.0))[generator.integers(2)]
@@ -187,10 +189,10 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
 
 def test_each_batch_gets_one_of_two_transforms(pictures):
     mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
-    plain = [np.sort(images.ravel()) for images, _ in batches(pictures, 400).epoch(0)]
+    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(pictures, 400).epoch(0))]
     pairs = zip(mixed.epoch(0), plain, strict=True)
     # CutMix keeps existing values; mixup makes new ones.
-    cut = [np.isin(ops.convert_to_numpy(images).ravel(), values).all() for (images, _), values in pairs]
+    cut = [np.isin(ops.convert_to_numpy(batch["image"]).ravel(), values).all() for batch, values in pairs]
     assert 30 < sum(cut) < 70
 
 
@@ -202,7 +204,7 @@ def test_a_run_trains_on_mixed_batches(pictures):
     mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
-    for images, targets in mixed.epoch(0):
+    for images, targets in map(dict.values, mixed.epoch(0)):
         x, t = (ops.convert_to_numpy(tensor).astype(np.float64) for tensor in (images, targets))
         x = x.reshape(4, -1)
         scores = x @ weights + bias
@@ -211,7 +213,7 @@ def test_a_run_trains_on_mixed_batches(pictures):
         hits += (scores.argmax(axis=1) == t.argmax(axis=1)).sum()
         weights, bias = weights - 0.01 * x.T @ (p - t) / 4, bias - 0.01 * (p - t).mean(axis=0)
     optimizer = make_optimizer("sgd", 0.01, momentum=0.0)
-    history = fit(model, optimizer, cross_entropy(), mixed, epochs=1)
+    history = fit(model, Classification(), optimizer, mixed, epochs=1)
     np.testing.assert_allclose(history.step_losses, losses, rtol=1e-4)
     assert history.epochs[0]["accuracy"] == hits / 12
     found = ops.convert_to_numpy(model.trainable_variables[0].value)

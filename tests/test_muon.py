@@ -10,7 +10,7 @@ from kvision.data.batches import Batches
 from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import conv, logits
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.muon import COEFFICIENTS, Muon, orthogonalize
 from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
@@ -161,14 +161,14 @@ def test_the_engine_steps_as_the_optimizer_alone(dtype):
         model = network()
         optimizer = Muon(schedule("linear", 0.1, 4), dtype=dtype, sgd={".*bias": 0.1, "logits/.*": (0.1, 0.01)})
         optimizer.build(model.trainable_variables)
-        return model, optimizer, engine.create(model, optimizer, cross_entropy())
+        return model, optimizer, engine.create(model, Classification(), optimizer)
 
     model, _, whole = made()
     whole.train_steps(DeviceDataset(batches), np.stack(list(batches.params(0))))
     whole.sync_variables()
     expected, optimizer, alone = made()
-    for shown, answers in batches.epoch(0):
-        _, gradients = alone.value_and_grad(shown, answers)
+    for shown in batches.epoch(0):
+        _, gradients = alone.value_and_grad(shown)
         optimizer.apply(gradients, expected.trainable_variables)
     for one, other in zip(model.variables, expected.variables, strict=True):
         np.testing.assert_allclose(numpy_of(one), numpy_of(other), atol=1e-5 if dtype is None else 1e-2)

@@ -22,13 +22,13 @@ from kvision.engine import HandedToKeras
 from kvision.experiment import command
 from kvision.flags import run_cli
 from kvision.layers import logits, regularizers
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification, cross_entropy, score
 from kvision.training import evaluation, trainer
 from kvision.training.averaging import EMA
 from kvision.training.checkpoints import Checkpoints, State
 from kvision.training.optimizers import make_optimizer
 from kvision.training.shutdown import GracefulShutdown, Interrupted
-from kvision.training.trainer import DivergedError, EarlyStopping, fit
+from kvision.training.trainer import DivergedError, EarlyStopping, Execution, Schedule, fit
 from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
@@ -80,7 +80,7 @@ def mixed(pictures, seed):
     model, optimizer, batches = run(pictures, seed=seed)
     images, labels = pictures(13, 6, 6)
     held = images, (labels + 1) % 3  # the loss there soon rises, so that the best epoch is not the last
-    options = {"validation": held, "early_stopping": EarlyStopping(9), "test": held}
+    options = {"evaluations": {"validation": held, "test": held}, "early_stopping": EarlyStopping(9)}
     return model, EMA(optimizer, 0.9), MixedBatches(batches, 3, [Mixup()], RandomErasing()), options
 
 
@@ -116,7 +116,7 @@ def heard(pictures, seed):
         callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
         callbacks.History(),
     ]
-    options = {"validation": (images, (labels + 1) % 3), "callbacks": told}
+    options = {"evaluations": {"validation": (images, (labels + 1) % 3)}, "callbacks": told}
     return model, keras.optimizers.Adam(0.01), batches, options
 
 
@@ -132,8 +132,8 @@ def test_a_run_goes_on_from_any_step(pictures, tmp_path, make):
     def train(seed=0, stop=None, folder=None, every=None):
         model, optimizer, batches, options = make(pictures, seed)
         batches = at_step(batches, stop, killed) if stop else batches
-        options |= {"checkpoint": folder, "save_every": every}
-        history = fit(model, optimizer, cross_entropy(), batches, epochs=4, **options)
+        options |= {"checkpoint": folder, "schedule": Schedule(eval_every=1, save_every=every)}
+        history = fit(model, Classification(), optimizer, batches, epochs=4, **options)
         kept = [
             [getattr(callback, name, None) for name in ("history", "min_delta", "wait", "best")]
             for callback in options.get("callbacks", ())
@@ -158,13 +158,15 @@ def test_where_checkpoints_are_written(pictures, tmp_path):
     steps = lambda folder: sorted(int(path.stem[5:]) for path in folder.iterdir())  # noqa: E731
     for name, options, expected in (
         ("epochs", {}, [9, 12, 15]),
-        ("two", {"save_every": 2, "keep": 4}, [10, 12, 14, 15]),
-        ("all", {"save_every": 1, "keep": 99}, list(range(1, 16))),
+        ("two", {"save_every": 2}, [10, 12, 14, 15]),
+        ("all", {"save_every": 1}, list(range(1, 16))),
         ("end", {"save_every": 100}, [15]),
     ):
         model, (batches, _) = softmax(), noise(pictures)
         folder = tmp_path / name
-        fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=5, checkpoint=folder, **options)
+        checkpoints = Checkpoints(folder, keep={"two": 4, "all": 99}.get(name, 3))
+        optimizer, plan = make_optimizer("sgd", 0.1), Schedule(**options)
+        fit(model, Classification(), optimizer, batches, epochs=5, checkpoint=checkpoints, schedule=plan)
         assert steps(folder) == expected, name
 
 
@@ -174,7 +176,15 @@ def test_kerass_optimizers_and_losses_go_on(pictures, tmp_path, kind):
         model, (batches, _), optimizer = softmax(), noise(pictures), getattr(keras.optimizers, kind)(0.01)
         batches = at_step(batches, stop, killed) if stop else batches
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        history = fit(model, optimizer, loss, batches, epochs=2, checkpoint=folder, save_every=1)
+        history = fit(
+            model,
+            Classification(loss),
+            optimizer,
+            batches,
+            epochs=2,
+            checkpoint=folder,
+            schedule=Schedule(save_every=1),
+        )
         return everything(model, optimizer), history.step_losses
 
     whole, losses = train()
@@ -197,8 +207,7 @@ def checkpoint(pictures, tmp_path):
     state = State(
         step=4,
         history={"epochs": [{"epoch": 1, "loss": 0.1}], "step_losses": [0.3, 0.2, 0.1], "compile_seconds": 0.25},
-        losses=[1 / 3],
-        correct=[2],
+        totals={"loss": (np.float64(4 / 3), np.float64(4)), "accuracy": (np.float64(2), np.float64(4))},
         durations=[0.1],
         best=[np.full(tuple(v.shape), 7, np.float32) for v in model.variables],
         callbacks=[("Shy", {"a": (1, [2.5, None], {"b": np.arange(3), 4: "x"}), "c": float("-inf")})],
@@ -218,7 +227,7 @@ def test_a_checkpoint_comes_back(pictures, checkpoint):
     ((_, found),), ((_, wanted),) = read.callbacks, state.callbacks
     np.testing.assert_array_equal(found["a"][2].pop("b"), wanted["a"][2].pop("b"))
     assert found == wanted
-    for name in ("step", "history", "losses", "correct", "durations", "stopped", "batches"):
+    for name in ("step", "history", "totals", "durations", "stopped", "batches"):
         assert getattr(read, name) == getattr(state, name)
     first = path.read_bytes()
     wanted["a"][2]["b"] = np.arange(3)
@@ -337,7 +346,7 @@ def refused(pictures, newest, options, message, network):
     if size := options.pop("size", None):
         batches = Batches(*pictures(13, 6, 6), size, 1, Preprocessing())
     with pytest.raises(WeightsError, match=f"^{newest}: .*{message}") as error:
-        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=newest.parent, **options)
+        fit(model, Classification(), optimizer, batches, epochs=2, checkpoint=newest.parent, **options)
     assert "no run can go on from it" in str(error.value) and "start a new one in another folder" in str(error.value)
     assert same(everything(model, optimizer), before) and newest.read_bytes() == kept
 
@@ -345,7 +354,7 @@ def refused(pictures, newest, options, message, network):
 def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(pictures, tmp_path):
     def train(folder=None):
         model, optimizer, batches = run(pictures, width=0)
-        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, save_every=2)
+        fit(model, Classification(), optimizer, batches, epochs=2, checkpoint=folder, schedule=Schedule(save_every=2))
         return everything(model, optimizer)
 
     whole = train(tmp_path)
@@ -359,16 +368,16 @@ def test_what_a_killed_write_left_is_removed(pictures, tmp_path):
     (tmp_path / ".step-00000003.npz.0a1b2c3d.tmp").write_bytes(b"PK")
     (tmp_path / "notes.txt").write_text("mine")
     model, optimizer, batches = run(pictures, width=0)
-    fit(model, optimizer, cross_entropy(), batches, epochs=1, checkpoint=tmp_path)
+    fit(model, Classification(), optimizer, batches, epochs=1, checkpoint=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000003.npz", "notes.txt"}
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"keep": 0}, ValueError, "keep must be at least 1 checkpoint, got 0"),
-        ({"save_every": 0}, ValueError, "save_every must be at least 1 step, got 0"),
-        ({"checkpoint": "file"}, WeightsError, "file: is a file; checkpoints want a folder"),
+        (lambda: {"checkpoint": Checkpoints("run", keep=0)}, ValueError, "keep must be at least 1 checkpoint, got 0"),
+        (lambda: {"schedule": Schedule(save_every=0)}, ValueError, "save_every must be at least 1 step, got 0"),
+        (lambda: {"checkpoint": "file"}, WeightsError, "file: is a file; checkpoints want a folder"),
     ],
 )
 def test_bad_requests_are_named(pictures, tmp_path, monkeypatch, options, error, message):
@@ -376,7 +385,7 @@ def test_bad_requests_are_named(pictures, tmp_path, monkeypatch, options, error,
     (tmp_path / "file").touch()
     model, optimizer, batches = run(pictures, width=0)
     with pytest.raises(error, match=message):
-        fit(model, optimizer, cross_entropy(), batches, epochs=1, **{"checkpoint": tmp_path / "run", **options})
+        fit(model, Classification(), optimizer, batches, epochs=1, **{"checkpoint": tmp_path / "run", **options()})
 
 
 # Signals
@@ -391,7 +400,16 @@ def test_a_signal_saves_first(pictures, tmp_path, number, name, step):
     def train(stop=None, folder=None):
         model, optimizer, batches = run(pictures, width=0)
         batches = at_step(batches, stop, send) if stop else batches
-        fit(model, optimizer, cross_entropy(), batches, epochs=2, checkpoint=folder, test=pictures(9, 6, 6))
+        fit(
+            model,
+            Classification(),
+            optimizer,
+            batches,
+            epochs=2,
+            checkpoint=folder,
+            evaluations={"test": pictures(9, 6, 6)},
+            schedule=Schedule(eval_every=1),
+        )
         return everything(model, optimizer)
 
     whole, folder = train(), tmp_path / "run"
@@ -410,7 +428,7 @@ def test_a_second_ctrl_c_ends_at_once(pictures, tmp_path):
 
     model, optimizer, batches = run(pictures, width=0)
     with pytest.raises(KeyboardInterrupt) as stop:
-        fit(model, optimizer, cross_entropy(), at_step(batches, 5, twice), epochs=2, checkpoint=tmp_path)
+        fit(model, Classification(), optimizer, at_step(batches, 5, twice), epochs=2, checkpoint=tmp_path)
     assert type(stop.value) is KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.npz"]
     assert np.isfinite(everything(model, optimizer)[0]).all()  # the model can be looked at, on every backend
@@ -420,7 +438,7 @@ def test_a_run_without_checkpoints_leaves_signals_alone(pictures):
     seen = []
     model, optimizer, batches = run(pictures, width=0)
     batches = at_step(batches, 2, lambda: seen.append(signal.getsignal(signal.SIGINT)))
-    fit(model, optimizer, cross_entropy(), batches, epochs=1)
+    fit(model, Classification(), optimizer, batches, epochs=1)
     assert seen == [signal.getsignal(signal.SIGINT)]
 
 
@@ -469,8 +487,8 @@ def burst(pictures, step, **options):
     draw = batches.epoch
 
     def epoch(epoch, start=0):
-        for i, (x, y) in enumerate(draw(epoch, start), start):
-            yield x, y + np.int32(epoch * 3 + i + 1 == step)
+        for i, batch in enumerate(draw(epoch, start), start):
+            yield batch | {"label": batch["label"] + np.int32(epoch * 3 + i + 1 == step)}
 
     def loss(labels, scores):
         marked = ops.cast(ops.max(labels), "float32")
@@ -479,7 +497,7 @@ def burst(pictures, step, **options):
 
     batches.epoch = epoch
     model, optimizer, _ = run(pictures, width=0)
-    fit(model, optimizer, loss, batches, epochs=2, **options)
+    fit(model, Classification(loss), optimizer, batches, epochs=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +517,7 @@ def test_nothing_that_is_not_finite_is_kept(pictures, tmp_path, step, every, wha
     with pytest.raises(
         DivergedError, match=f"{what}; {name}.*; try a smaller --learning-rate, --clip-norm 1 or --dtype"
     ):
-        burst(pictures, step, checkpoint=tmp_path, save_every=every)
+        burst(pictures, step, checkpoint=tmp_path, schedule=Schedule(save_every=every))
     for path in tmp_path.iterdir():
         with np.load(path) as stored:
             assert all(np.isfinite(stored[key]).all() for key in stored.files), path
@@ -617,12 +635,12 @@ def test_an_app_ends_with_75_where_it_saved(images, tmp_path, monkeypatch, capsy
     assert app(images, folder) == 75  # EX_TEMPFAIL: neither done nor failed
     line = last_line(capsys)
     saved = folder / "checkpoints" / "step-00000002.npz"
-    assert f"stopped by SIGTERM after step 2 and saved as {saved}; --resume goes on from there" in line
+    assert f"stopped by SIGTERM after step 2 and saved as {saved}; --resume continues from there" in line
     assert not (folder / "weights.npz").exists()
     saved.unlink()
     (folder / ".metrics.jsonl.x1y2.tmp").touch()  # what SIGKILL may leave
     assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", str(folder)]) == 0
-    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning" in capsys.readouterr().out
+    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts at step 0" in capsys.readouterr().out
     assert same(weights(folder), weights(tmp_path / "whole")) and not list(folder.rglob(".*"))
 
 
@@ -679,7 +697,7 @@ class Shown(keras.utils.PyDataset):
         return self.batches.steps
 
     def __getitem__(self, step):
-        return next(self.batches.epoch(max(0, self.number), step))
+        return tuple(next(self.batches.epoch(max(0, self.number), step)).values())
 
     def on_epoch_end(self):
         self.number += 1
@@ -729,8 +747,8 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
             loss = lambda labels, logits, plain=loss: 2 * plain(labels, logits)  # noqa: E731
         metrics = [keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")]
         if ours:
-            options = {"validation": (held, wrong), "metrics": metrics, "callbacks": [*told, recorder]}
-            fit(model, optimizer, loss, batches, epochs=6, **options)
+            options = {"evaluations": {"validation": (held, wrong)}, "callbacks": [*told, recorder]}
+            fit(model, Classification(loss, metrics=metrics), optimizer, batches, epochs=6, **options)
         else:
             model.compile(optimizer, loss, metrics=["accuracy", *metrics])
             options = {"validation_data": (prepare(held), wrong), "callbacks": [*told, recorder], "verbose": 0}
@@ -764,8 +782,9 @@ def test_callbacks_write_files(pictures, tmp_path):
             callbacks.CSVLogger(str(tmp_path / "log.csv"), append=True),
         ]
         logger.append(told[-1])
-        options = {"test": held, "callbacks": told, "checkpoint": tmp_path / "run", "save_every": 1}
-        history = fit(model, keras.optimizers.SGD(0.1), cross_entropy(), batches, epochs=3, **options)
+        options = {"evaluations": {"test": held}, "callbacks": told, "checkpoint": tmp_path / "run"}
+        options["schedule"] = Schedule(eval_every=1, save_every=1)
+        history = fit(model, Classification(), keras.optimizers.SGD(0.1), batches, epochs=3, **options)
         return model, history
 
     with pytest.raises(KilledError):
@@ -780,7 +799,7 @@ def test_callbacks_write_files(pictures, tmp_path):
     last.load_weights(tmp_path / "3.weights.h5")
     assert same([np.array(w) for w in last.get_weights()], [np.array(w) for w in model.get_weights()])
     scores = evaluation.predict(trainer.engines.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
-    assert trainer.score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
     assert {path.name for path in tmp_path.glob("step*")} == {
         "step1-2.weights.h5",
         "step2-1.weights.h5",
@@ -799,22 +818,23 @@ def test_metrics_are_scored_with_every_image_set(pictures):
     top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
     history = fit(
         model,
+        Classification(metrics=[top]),
         make_optimizer("sgd", 0.1),
-        cross_entropy(),
         batches,
         epochs=2,
-        test=held,
-        also={"o": other},
-        metrics=[top],
+        evaluations={"test": held, "o": other},
+        schedule=Schedule(eval_every=1),
     )
-    floor = trainer.engines.create(model)
+    runner = trainer.engines.create(model)
     for name, (images, labels) in (("test", held), ("o", other)):
-        scores = evaluation.predict(floor, images, batches.preprocessing)
+        scores = evaluation.predict(runner, images, batches.preprocessing)
         rank = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)
         assert history.epochs[-1][f"{name}_top"] == pytest.approx((rank < 2).mean())
-    with pytest.raises(ValueError, match="metrics want names of their own, other than loss and accuracy; got accuracy"):
+    with pytest.raises(
+        ValueError, match="metrics must have names of their own, other than loss and accuracy; got accuracy"
+    ):
         taken = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-        fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=1, metrics=[taken])
+        fit(model, Classification(metrics=[taken]), make_optimizer("sgd", 0.1), batches, epochs=1)
 
 
 def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
@@ -824,8 +844,8 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
         model, (batches, held) = softmax(), noise(pictures)
         batches = at_step(batches, stop, killed) if stop else batches
         top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
-        options = {"test": held, "metrics": [top], "save_every": 1, **options}
-        return fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
+        options |= {"evaluations": {"test": held}, "schedule": Schedule(eval_every=1, save_every=1)}
+        return fit(model, Classification(metrics=[top]), make_optimizer("sgd", 0.1), batches, epochs=2, **options)
 
     with pytest.raises(KilledError):
         train(6, checkpoint=tmp_path)
@@ -835,7 +855,7 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
     model, (batches, _) = softmax(), noise(pictures)
     mean = keras.metrics.SparseCategoricalAccuracy(name="mean")
     mixed = MixedBatches(batches, 3, [Mixup()])
-    history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), mixed, epochs=1, metrics=[mean])
+    history = fit(model, Classification(metrics=[mean]), make_optimizer("sgd", 0.1), mixed, epochs=1)
     assert history.epochs[0]["mean"] == pytest.approx(history.epochs[0]["accuracy"])
 
 
@@ -843,8 +863,8 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
 def test_metrics_are_those_of_the_steps(pictures, kind):
     model, (batches, _) = softmax(), noise(pictures)
     accuracy = keras.metrics.SparseCategoricalAccuracy(name="measured")
-    options = {"metrics": [accuracy], "engine": kind}
-    history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, **options)
+    task, execution = Classification(metrics=[accuracy]), Execution(engine=kind)
+    history = fit(model, task, make_optimizer("sgd", 0.1), batches, epochs=2, execution=execution)
     for row in history.epochs:
         assert row["measured"] == pytest.approx(row["accuracy"])
 
@@ -864,12 +884,14 @@ def test_a_step_of_its_own_is_kerass_to_take(pictures):
         model = softmax()
         model = Halved(model.inputs[0], model.outputs[0])
         batches, _ = noise(pictures)
-        with pytest.warns(HandedToKeras, match="its class has train_step") if kind == "native" else nullcontext():
-            history = fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2, engine=kind)
+        with pytest.warns(HandedToKeras, match="its class overrides train_step") if kind == "native" else nullcontext():
+            history = fit(
+                model, Classification(), make_optimizer("sgd", 0.1), batches, epochs=2, execution=Execution(engine=kind)
+            )
         found.append(([row["loss"] for row in history.epochs], model.get_weights()[0]))
     assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
     plain, (batches, _) = softmax(), noise(pictures)
-    fit(plain, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=2)
+    fit(plain, Classification(), make_optimizer("sgd", 0.1), batches, epochs=2)
     assert abs(plain.get_weights()[0] - found[0][1]).max() > 1e-3
 
 
@@ -877,7 +899,7 @@ def test_keras_s_backup_is_refused(pictures, tmp_path):
     model, (batches, _) = softmax(), noise(pictures)
     with pytest.raises(ValueError, match=r"give fit\(checkpoint=FOLDER\) instead"):
         told = [callbacks.BackupAndRestore(str(tmp_path))]
-        fit(model, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=1, callbacks=told)
+        fit(model, Classification(), make_optimizer("sgd", 0.1), batches, epochs=1, callbacks=told)
 
 
 def test_an_average_is_no_matter_of_the_callbacks(pictures):
@@ -886,9 +908,18 @@ def test_an_average_is_no_matter_of_the_callbacks(pictures):
     optimizer, seen = EMA(make_optimizer("sgd", 0.1), 0.9), []
     look = lambda: seen.append(np.array(model.get_weights()[0]))  # noqa: E731
     told = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: look(), on_train_end=lambda logs: look())
-    fit(model, optimizer, cross_entropy(), batches, epochs=1, test=held, callbacks=[told])
+    fit(
+        model,
+        Classification(),
+        optimizer,
+        batches,
+        epochs=1,
+        callbacks=[told],
+        evaluations={"test": held},
+        schedule=Schedule(eval_every=1),
+    )
     twin = softmax()
-    fit(twin, make_optimizer("sgd", 0.1), cross_entropy(), batches, epochs=1)
+    fit(twin, Classification(), make_optimizer("sgd", 0.1), batches, epochs=1)
     assert np.array_equal(seen[0], twin.get_weights()[0]) and not np.array_equal(seen[0], seen[1])
     assert np.array_equal(seen[1], model.get_weights()[0])
 

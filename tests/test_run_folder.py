@@ -146,7 +146,12 @@ def test_a_run_that_is_not_resumed_refuses_checkpoints(start, images, capsys):
     [
         ("learning_rate", 0.5, "--learning-rate 0.01", "--learning-rate 0.5"),
         ("seed", 7, "--seed 0", "--seed 7"),
-        ("limit", 40, "--max-train-samples 60, training images 60", "--max-train-samples 40, training images 40"),
+        (
+            "max_train_samples",
+            40,
+            "--max-train-samples 60, training images 60",
+            "--max-train-samples 40, training images 40",
+        ),
         ("flip", False, "--flip True", "--flip False"),
     ],
 )
@@ -265,19 +270,20 @@ def test_the_terminal_may_go(start, monkeypatch, capsys):
 GONE = """
 import sys, time
 from kvision.flags import run_cli
-from kvision.training.shutdown import Interrupted, Interruption
+from kvision.training.shutdown import Interrupted, GracefulShutdown
 
 def run():
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
         print("ready", flush=True)  # in one piece, which has gone when its end has come
-        while not interruption.heard:
+        while not interruption.signal:
             time.sleep(0.01)
-        raise Interrupted(f"stopped by {interruption.heard} and saved")
+        raise Interrupted(f"stopped by {interruption.signal} and saved")
 
 sys.exit(run_cli("app", run, (), Interrupted))
 """
 
 
+@pytest.mark.backend_free
 def test_the_exit_code_does_not_need_the_terminal():
     """What a run says last has nowhere to go; the kernel sends SIGHUP as the terminal's window closes."""
     pty = pytest.importorskip("pty")

@@ -14,10 +14,11 @@ from kvision import engine, zoo
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool, regularizers
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
 from kvision.training.schedules import schedule
 from kvision.weights.initialization import initialize
+from tests.arrays import figures
 
 layers, initializers = keras.layers, keras.initializers
 
@@ -55,7 +56,7 @@ def sha256(*parts):
 
 
 def kerass_own():
-    """A layer for each of Keras's initialisers that `initialize` draws in NumPy."""
+    """A layer for each of Keras's initializers that `initialize` draws in NumPy."""
     own = {
         "glorot": initializers.GlorotUniform(),
         "he": initializers.HeNormal(),
@@ -118,7 +119,7 @@ def test_initial_weights_hang_on_seed_and_name_alone():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_kerass_initialisers_keep_their_moments(initializer, moments):
+def test_kerass_initializers_keep_their_moments(initializer, moments):
     inputs = keras.Input((200,))
     model = keras.Model(inputs, layers.Dense(300, kernel_initializer=initializer, name="dense")(inputs))
     initialize(model, 0)
@@ -155,7 +156,10 @@ def tiny_batches(pictures):
 
 def test_augmented_batches(pictures):
     batches = tiny_batches(pictures)
-    assert sha256(*(part for epoch in (0, 1) for batch in batches.epoch(epoch) for part in batch)) == FIRST_BATCHES
+    assert (
+        sha256(*(part for epoch in (0, 1) for batch in batches.epoch(epoch) for part in batch.values()))
+        == FIRST_BATCHES
+    )
 
 
 def test_first_losses_and_what_they_leave(pictures):
@@ -165,11 +169,11 @@ def test_first_losses_and_what_they_leave(pictures):
     inner = make_optimizer("sgd", schedule("cosine", 0.1, 8, warmup=0.25), weight_decay=0.05)
     optimizer = LearningRateMultipliers(inner, {r".*_bn/beta": 8.0, "logits/.*": 0.5})
     optimizer.build(model.trainable_variables)
-    floor = engine.create(model, optimizer, cross_entropy(smoothing=0.2))
+    runner = engine.create(model, Classification(label_smoothing=0.2), optimizer)
     batches = tiny_batches(pictures)
-    before = floor.predict(next(batches.epoch(0))[0])
-    steps = [floor.train_step(*batch) for epoch in (0, 1) for batch in batches.epoch(epoch)][:5]
-    floor.sync_variables()
+    before = runner.predict(next(batches.epoch(0))["image"])
+    steps = [figures(runner.train_step(batch)) for epoch in (0, 1) for batch in batches.epoch(epoch)][:5]
+    runner.sync_variables()
     np.testing.assert_allclose(before[0], FIRST_LOGITS, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([float(loss) for loss, _ in steps], LOSSES, rtol=1e-5)
     assert [int(correct) for _, correct in steps] == CORRECT

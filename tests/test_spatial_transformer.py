@@ -14,7 +14,7 @@ from kvision.models.spatial_transformer import (
     thin_plate_basis,
 )
 from kvision.weights.initialization import initialize
-from tests.arrays import noise, value
+from tests.arrays import Objective, noise, take_step, value
 
 IDENTITY = np.array([1, 0, 0, 0, 1, 0], np.float32)
 IMAGE = (3, 6, 5, 2)
@@ -161,11 +161,11 @@ def test_gradients(kind, border):
     model = keras.Model(inputs, SpatialTransformer(kind, points=3, border=border)(given))
     optimizer = keras.optimizers.SGD(1.0)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(
-        model, optimizer, lambda labels, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2
+    runner = engine.create(
+        model, Objective(lambda _, outputs: ops.sum(ops.square(ops.subtract(outputs, target))) / 2), optimizer
     )
-    floor.train_step(np.zeros((3, 1), np.float32), np.zeros(IMAGE[:-1], np.int32))
-    floor.sync_variables()
+    take_step(runner, np.zeros((3, 1), np.float32), np.zeros(IMAGE[:-1], np.int32))
+    runner.sync_variables()
     to_image, to_theta = (start - value(v) for start, v in zip((image, theta), model.trainable_variables, strict=True))
 
     x, y = places(kind, theta, IMAGE[1:3])
@@ -274,9 +274,9 @@ def test_errors(make, message):
 def test_a_network_starts_from_the_identity(name):
     model = VARIANTS[name]((28, 29, 2), 3, filters=(4, 5))
     initialize(model, 0)
-    taps = [model.get_layer(tap).output for tap in ("locate_theta", "transformer")]
+    features = [model.get_layer(layer).output for layer in ("locate_theta", "transformer")]
     images = noise(2, 28, 29, 2)
-    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, taps)(ops.convert_to_tensor(images)))
+    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, features)(ops.convert_to_tensor(images)))
     identity = IDENTITY if name == "stn_affine" else 0
     assert 0 < abs(theta - identity).max() < 0.06
     assert straight.shape == images.shape

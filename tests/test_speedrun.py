@@ -84,8 +84,8 @@ def test_muons_run_learns_and_depends_on_its_seed_alone(muon_course):
 
 def test_views_of_the_least_sure(muon_course):
     muon_course.run(0)
-    alone, some = evaluation.predict_pictures(muon_course.engine, muon_course.test), muon_course.test_logits()
-    whole = evaluation.predict_pictures(muon_course.engine, muon_course.test, tta="flip_shift")
+    alone, some = evaluation.predict_on_device(muon_course.engine, muon_course.test), muon_course.test_logits()
+    whole = evaluation.predict_on_device(muon_course.engine, muon_course.test, tta="flip_shift")
     sure = np.argsort(log_probabilities(alone).max(axis=-1))[25:]
     np.testing.assert_array_equal(some[sure], alone[sure])
     unsure = np.setdiff1d(np.arange(len(alone)), sure)

@@ -14,6 +14,7 @@ from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, dropout, logits
 from kvision.layers.regularizers import MaxNorm, add_constraint
 from kvision.tasks.classification import (
+    Classification,
     confusion_matrix,
     cross_entropy,
     log_probabilities,
@@ -24,8 +25,9 @@ from kvision.training import evaluation, optimizers, schedules, trainer
 from kvision.training.averaging import EMA, SWA, Lookahead
 from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
 from kvision.training.schedules import schedule
-from kvision.training.trainer import DivergedError, EarlyStopping, fit
+from kvision.training.trainer import DivergedError, EarlyStopping, Schedule, fit
 from kvision.weights.initialization import initialize
+from tests.arrays import figures, take_step
 
 layers = keras.layers
 
@@ -143,9 +145,9 @@ def test_gradients_are_clipped(kind, limit):
     expected = CLIPS[kind]([x.T.astype(np.float64) @ apart, apart.sum(axis=0)], limit)
     optimizer = make_optimizer("sgd", 1.0, momentum=0.0, **{kind: limit})
     optimizer.build(model.trainable_variables)
-    floor = trainer.engines.create(model, optimizer, cross_entropy())
-    floor.train_step(x, labels)
-    floor.sync_variables()
+    runner = trainer.engines.create(model, Classification(), optimizer)
+    take_step(runner, x, labels)
+    runner.sync_variables()
     for old, new, gradient in zip(before, trainer.values(model.variables), expected, strict=True):
         np.testing.assert_allclose(old - new, gradient, rtol=1e-3, atol=1e-6)
 
@@ -171,16 +173,16 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
     make, shares = AVERAGES[kind]
     (model, inner, batches), (twin, plain, _) = run(pictures, width=0), run(pictures, width=0)
     optimizer = make(inner)
-    floors = []
+    runners = []
     for one, of in ((model, optimizer), (twin, plain)):
         of.build(one.trainable_variables)
-        floors.append(trainer.engines.create(one, of, cross_entropy()))
+        runners.append(trainer.engines.create(one, Classification(), of))
     expected = [np.zeros(tuple(v.shape)) for v in model.trainable_variables]
     steps = (batch for epoch in range(3) for batch in batches.epoch(epoch))
     for share, batch in zip(shares, steps, strict=False):
-        for floor in floors:
-            floor.train_step(*batch)
-            floor.sync_variables()
+        for runner in runners:
+            runner.train_step(batch)
+            runner.sync_variables()
         weights = trainer.values(model.trainable_variables)
         assert same(weights, trainer.values(twin.trainable_variables))
         expected = [(1 - share) * old + share * new for old, new in zip(expected, weights, strict=True)]
@@ -194,7 +196,7 @@ def test_an_average_is_taken_after_constraints(pictures):
     model, inner, batches = run(pictures, width=0)
     add_constraint(model, MaxNorm(0.1))
     optimizer = SWA(inner, 1)
-    fit(model, optimizer, cross_entropy(), batches, epochs=1)
+    fit(model, Classification(), optimizer, batches, epochs=1)
     (kernel, _) = trainer.values(optimizer.averages)
     assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
 
@@ -204,15 +206,25 @@ def test_fit_scores_and_leaves_the_average(pictures):
     test = pictures(10, 6, 6, seed=2)
     (model, inner, batches), (twin, plain, _) = run(pictures), run(pictures)
     optimizer = EMA(inner, 0.9)
-    history = fit(model, optimizer, cross_entropy(), batches, epochs=2, test=test)
-    other = fit(twin, plain, cross_entropy(), batches, epochs=2, test=test)
+    history = fit(
+        model,
+        Classification(),
+        optimizer,
+        batches,
+        epochs=2,
+        evaluations={"test": test},
+        schedule=Schedule(eval_every=1),
+    )
+    other = fit(
+        twin, Classification(), plain, batches, epochs=2, evaluations={"test": test}, schedule=Schedule(eval_every=1)
+    )
     assert history.step_losses == other.step_losses
     assert history.epochs[-1]["test_loss"] != other.epochs[-1]["test_loss"]
     assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.averages))
     scores = evaluation.predict(trainer.engines.create(model), test[0], batches.preprocessing)
-    assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
+    assert score(scores, test[1])["loss"] == pytest.approx(history.epochs[-1]["test_loss"], rel=1e-6)
     maps = keras.Model(model.input, model.get_layer("conv").output)
-    seen = np.concatenate([trainer.engines.create(maps).predict(images) for images, _ in batches.epoch(1)])
+    seen = np.concatenate([trainer.engines.create(maps).predict(batch["image"]) for batch in batches.epoch(1)])
     for name, wanted in (("mean", seen.mean(axis=(0, 1, 2))), ("variance", seen.var(axis=(0, 1, 2)))):
         (found,) = trainer.values([getattr(model.get_layer("bn"), f"moving_{name}")])
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
@@ -221,7 +233,7 @@ def test_fit_scores_and_leaves_the_average(pictures):
 def test_an_average_is_no_part_of_a_run_without_steps(pictures):
     model, inner, batches = run(pictures, width=0)
     before = trainer.values(model.trainable_variables)
-    fit(model, EMA(inner), cross_entropy(), batches, epochs=0)
+    fit(model, Classification(), EMA(inner), batches, epochs=0)
     assert same(trainer.values(model.trainable_variables), before)
 
 
@@ -265,10 +277,10 @@ def test_lookahead_follows_its_reference(every, decay):
     slow = fast
     optimizer = Lookahead(make_optimizer("sgd", 1.0, momentum=0.0), total=10, every=every, decay=decay)
     optimizer.build(model.trainable_variables)
-    floor = trainer.engines.create(model, optimizer, cross_entropy())
+    runner = trainer.engines.create(model, Classification(), optimizer)
     for step in range(1, 13):
-        floor.train_step(x.astype(np.float32), labels)
-        floor.sync_variables()
+        take_step(runner, x.astype(np.float32), labels)
+        runner.sync_variables()
         fast = [w - g for w, g in zip(fast, softmax_slope(fast, x, labels), strict=True)]
         if step % every == 0:
             kept = decay**every * min(step / 10, 1) ** 3
@@ -287,14 +299,22 @@ def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
     test = pictures(10, 6, 6, seed=2)
     model, inner, batches = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
-    history = fit(model, optimizer, cross_entropy(), batches, epochs=2, steps=steps, test=test)
+    history = fit(
+        model,
+        Classification(),
+        optimizer,
+        batches,
+        epochs=2,
+        evaluations={"test": test},
+        schedule=Schedule(max_steps=steps, eval_every=1),
+    )
     assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
     scores = evaluation.predict(trainer.engines.create(model), test[0], batches.preprocessing)
-    assert score(scores, test[1])["loss"] == history.epochs[-1]["test_loss"]
+    assert score(scores, test[1])["loss"] == pytest.approx(history.epochs[-1]["test_loss"], rel=1e-6)
     twin, inner, _ = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: setattr(twin, "stop_training", True))
-    fit(twin, optimizer, cross_entropy(), batches, epochs=2, callbacks=[stop])
+    fit(twin, Classification(), optimizer, batches, epochs=2, callbacks=[stop])
     assert same(trainer.values(twin.trainable_variables), trainer.values(optimizer.slow))
 
 
@@ -303,14 +323,14 @@ def test_lookahead_goes_on_after_its_last_step(pictures):
     model, inner, batches = run(pictures, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     for _ in range(2):
-        fit(model, optimizer, cross_entropy(), batches, epochs=1)
+        fit(model, Classification(), optimizer, batches, epochs=1)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 6
 
 
 def test_kerass_own_fit_leaves_the_slow_weights(pictures):
     model, inner, batches = run(pictures, width=0)
     optimizer = Lookahead(inner, total=4, every=3)
-    images, labels = next(batches.epoch(0))
+    images, labels = next(batches.epoch(0)).values()
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(images, labels, batch_size=2, epochs=2, verbose=0)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 4
@@ -355,7 +375,7 @@ def test_bad_lookaheads_are_named(options, message):
 )
 def test_early_stopping_waits_for_the_best(losses, patience, min_delta, best, over):
     rows, stopping = [{"validation_loss": loss} for loss in losses], EarlyStopping(patience, min_delta)
-    assert (stopping.best(rows), stopping.over(rows)) == (best, over)
+    assert (stopping.best(rows), stopping.is_over(rows)) == (best, over)
 
 
 def test_early_stopping_brings_the_best_epoch_back(pictures):
@@ -365,27 +385,27 @@ def test_early_stopping_brings_the_best_epoch_back(pictures):
     states = []
     history = fit(
         model,
+        Classification(),
         optimizer,
-        cross_entropy(),
         batches,
         epochs=20,
-        validation=(images, (labels + 1) % 3),
         early_stopping=EarlyStopping(2),
         on_epoch=lambda history: states.append(trainer.values(model.variables)),
+        evaluations={"validation": (images, (labels + 1) % 3)},
     )
     losses = [row["validation_loss"] for row in history.epochs]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 20 and "test_loss" not in history.epochs[0]
     assert same(trainer.values(model.variables), states[best]) and not same(states[best], states[-1])
     scores = evaluation.predict(trainer.engines.create(model), images, batches.preprocessing)
-    assert score(scores, (labels + 1) % 3)["loss"] == losses[best]
+    assert score(scores, (labels + 1) % 3)["loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
 def test_early_stopping_wants_images_of_its_own(pictures):
     model, optimizer, batches = run(pictures, width=0)
-    with pytest.raises(ValueError, match="goes by validation images: give validation="):
-        fit(model, optimizer, cross_entropy(), batches, epochs=1, early_stopping=EarlyStopping(1))
-    with pytest.raises(ValueError, match="patience of at least 1 and no negative min_delta, got 0 and 0"):
+    with pytest.raises(ValueError, match="goes by validation_loss: give evaluations="):
+        fit(model, Classification(), optimizer, batches, epochs=1, early_stopping=EarlyStopping(1))
+    with pytest.raises(ValueError, match="requires a patience of at least 1 and no negative min_delta, got 0 and 0"):
         EarlyStopping(0)
 
 
@@ -490,31 +510,59 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
     """To the bit: weights, statistics, optimizer, dropout's generators, history."""
     test = pictures(10, 6, 6, seed=2)
     model, optimizer, batches = run(pictures)
-    whole = fit(model, optimizer, cross_entropy(0.1), batches, epochs=4, test=test)
+    whole = fit(
+        model,
+        Classification(label_smoothing=0.1),
+        optimizer,
+        batches,
+        epochs=4,
+        evaluations={"test": test},
+        schedule=Schedule(eval_every=1),
+    )
     expected = everything(model, optimizer)
 
     path = tmp_path / "checkpoints"
     first, optimizer, batches = run(pictures)
     with pytest.raises(KilledError):
-        fit(first, optimizer, cross_entropy(0.1), batches, epochs=4, test=test, checkpoint=path, on_epoch=kill_after(2))
+        fit(
+            first,
+            Classification(label_smoothing=0.1),
+            optimizer,
+            batches,
+            epochs=4,
+            checkpoint=path,
+            on_epoch=kill_after(2),
+            evaluations={"test": test},
+            schedule=Schedule(eval_every=1),
+        )
     model, optimizer, batches = run(pictures, seed=99)  # whose own initial weights must not matter
     seen = []
     resumed = fit(
         model,
+        Classification(label_smoothing=0.1),
         optimizer,
-        cross_entropy(0.1),
         batches,
         epochs=4,
-        test=test,
         checkpoint=path,
         on_epoch=lambda history: seen.append(len(history.epochs)),
+        evaluations={"test": test},
+        schedule=Schedule(eval_every=1),
     )
     assert same(everything(model, optimizer), expected)
     assert without_times(resumed) == without_times(whole)
     assert resumed.step_losses == whole.step_losses and len(whole.step_losses) == 12
     assert seen == [2, 3, 4]  # what was already there is shown at once
     # A finished run does nothing more.
-    again = fit(model, optimizer, cross_entropy(0.1), batches, epochs=4, test=test, checkpoint=path)
+    again = fit(
+        model,
+        Classification(label_smoothing=0.1),
+        optimizer,
+        batches,
+        epochs=4,
+        checkpoint=path,
+        evaluations={"test": test},
+        schedule=Schedule(eval_every=1),
+    )
     assert vars(again) == vars(resumed) and same(everything(model, optimizer), expected)
 
 
@@ -534,18 +582,20 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
         add_constraint(model, MaxNorm(0.5))
         optimizer = make_optimizer("adam", 0.01, clip_global_norm=0.5)
         optimizer = wrap.get(kind, wrap["ema"])(optimizer)
-        stopping = {"validation": (images, labels), "early_stopping": EarlyStopping(1)} if kind not in wrap else {}
+        stopping = {"early_stopping": EarlyStopping(1)} if kind not in wrap else {}
+        sets = {"test": (images, labels)} | ({} if kind in wrap else {"validation": (images, labels)})
         batches = MixedBatches(batches, 3, [Mixup(), CutMix()], RandomErasing())
         history = fit(
             model,
+            Classification(label_smoothing=0.1),
             optimizer,
-            cross_entropy(0.1),
             batches,
             epochs=4,
-            test=(images, labels),
-            **stopping,
             checkpoint=checkpoint,
             on_epoch=on_epoch,
+            evaluations=sets,
+            schedule=Schedule(eval_every=1),
+            **stopping,
         )
         return everything(model, optimizer), without_times(history)
 
@@ -566,7 +616,7 @@ def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
         if touch:
             (state,) = [v for v in model.variables if "seed" in v.path]
             state.assign(np.array([5, 7], np.uint32))
-        losses.append(fit(model, optimizer, cross_entropy(), batches, epochs=1).step_losses)
+        losses.append(fit(model, Classification(), optimizer, batches, epochs=1).step_losses)
     assert losses[0] != losses[1]
 
 
@@ -574,14 +624,22 @@ def test_history_of_an_epoch(pictures):
     """Against the same epoch taken by hand."""
     test = pictures(10, 6, 6, seed=2)
     model, optimizer, batches = run(pictures, width=0)
-    history = fit(model, optimizer, cross_entropy(), batches, epochs=1, test=test)
+    history = fit(
+        model,
+        Classification(),
+        optimizer,
+        batches,
+        epochs=1,
+        evaluations={"test": test},
+        schedule=Schedule(eval_every=1),
+    )
     (row,) = history.epochs
     twin, twin_optimizer, _ = run(pictures, width=0)
     twin_optimizer.build(twin.trainable_variables)
-    floor = trainer.engines.create(twin, twin_optimizer, cross_entropy())
-    steps = [floor.train_step(*batch) for batch in batches.epoch(0)]
+    runner = trainer.engines.create(twin, Classification(), twin_optimizer)
+    steps = [figures(runner.train_step(batch)) for batch in batches.epoch(0)]
     losses, correct = [float(loss) for loss, _ in steps], sum(int(count) for _, count in steps)
-    tested = score(evaluation.predict(floor, test[0], batches.preprocessing), test[1])
+    tested = score(evaluation.predict(runner, test[0], batches.preprocessing), test[1])
     assert len(losses) == 3 and history.step_losses == pytest.approx(losses, rel=1e-6)  # two programs, on older XLA
     assert (row["epoch"], row["loss"], row["accuracy"]) == (1, pytest.approx(np.mean(losses)), correct / 12)
     assert (row["test_accuracy"], row["test_loss"]) == (tested["accuracy"], pytest.approx(tested["loss"]))
@@ -594,7 +652,7 @@ def test_history_of_an_epoch(pictures):
 @pytest.mark.parametrize(("epochs", "steps", "expected"), [(4, 5, 5), (1, 5, 3), (2, None, 6), (3, 3, 3), (0, None, 0)])
 def test_steps_bound_a_run(pictures, epochs, steps, expected):
     model, optimizer, batches = run(pictures, width=0)
-    history = fit(model, optimizer, cross_entropy(), batches, epochs=epochs, steps=steps)
+    history = fit(model, Classification(), optimizer, batches, epochs=epochs, schedule=Schedule(max_steps=steps))
     assert int(ops.convert_to_numpy(optimizer.iterations)) == len(history.step_losses) == expected
     assert [row["epoch"] for row in history.epochs] == list(range(1, math.ceil(expected / 3) + 1))
     if expected == 5:  # the accuracy of a part of an epoch is over the images of that part
@@ -604,7 +662,7 @@ def test_steps_bound_a_run(pictures, epochs, steps, expected):
 def test_a_run_keeps_its_first_losses_alone(pictures, monkeypatch):
     monkeypatch.setattr(trainer, "TRACED_STEPS", 4)
     model, optimizer, batches = run(pictures, width=0)
-    assert len(fit(model, optimizer, cross_entropy(), batches, epochs=3).step_losses) == 4
+    assert len(fit(model, Classification(), optimizer, batches, epochs=3).step_losses) == 4
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 5])
@@ -615,7 +673,7 @@ def test_a_diverged_run_says_where(pictures, tmp_path, at):
     labels[0] = 1
     model, optimizer, _ = run(pictures, width=0)
     make = lambda seed: Batches(images, labels, 4, seed, Preprocessing())  # noqa: E731
-    where = lambda seed: [labels.any() for epoch in (0, 1) for _, labels in make(seed).epoch(epoch)]  # noqa: E731
+    where = lambda seed: [batch["label"].any() for epoch in (0, 1) for batch in make(seed).epoch(epoch)]  # noqa: E731
     # The second epoch is poisoned by the loss below; in the first, another seed has the image in each place.
     epoch = at // 3
     seed = next(seed for seed in range(100) if where(seed)[at])
@@ -623,7 +681,8 @@ def test_a_diverged_run_says_where(pictures, tmp_path, at):
     shown = batches.epoch
 
     def tame(number, start=0):
-        return ((x, labels if number == epoch else labels * 0) for x, labels in shown(number, start))
+        keep = int(number == epoch)
+        return (batch | {"label": keep * batch["label"]} for batch in shown(number, start))
 
     batches.epoch = tame
     plain = cross_entropy()
@@ -634,6 +693,6 @@ def test_a_diverged_run_says_where(pictures, tmp_path, at):
     path = tmp_path / "checkpoints"
     last = f"the last good checkpoint is {path}/step-00000003.npz" if epoch else "no checkpoint was written before"
     with pytest.raises(DivergedError, match=f"the loss is nan at step {at + 1}; {last}; try a smaller --learning-rate"):
-        fit(model, optimizer, loss, batches, epochs=2, checkpoint=path)
+        fit(model, Classification(loss), optimizer, batches, epochs=2, checkpoint=path)
     assert path.exists() == bool(epoch)
     assert np.isfinite(everything(model, optimizer)[0]).all()  # the model can be looked at, on every backend

@@ -10,10 +10,10 @@ from keras import ops
 
 from kvision import engine, zoo
 from kvision.layers import regularizers
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.training.finetune import freeze, swap_head, unfreeze
 from kvision.training.optimizers import LearningRateMultipliers, make_optimizer
-from tests.arrays import noise, values
+from tests.arrays import noise, take_step, values
 
 layers = keras.layers
 
@@ -128,9 +128,9 @@ def test_frozen_layers_stay_as_they_are():
     freeze(model, "stage1")
     before, optimizer = values(model), make_optimizer("sgd", 0.5, weight_decay=0.1)
     optimizer.build(model.trainable_variables)
-    floor = engine.create(model, optimizer, cross_entropy())
-    floor.train_step(noise(6, 6, 6, 2), np.arange(6, dtype=np.int32) % 3)
-    floor.sync_variables()
+    runner = engine.create(model, Classification(), optimizer)
+    take_step(runner, noise(6, 6, 6, 2), np.arange(6, dtype=np.int32) % 3)
+    runner.sync_variables()
     for path, now in values(model).items():
         assert (now == before[path]).all() == path.startswith("stage1"), path
 
@@ -156,12 +156,12 @@ def trained(optimizer, steps=4, how="engine"):
         step = model.train_on_batch
     else:
         optimizer.build(model.trainable_variables)
-        floor = engine.create(model, optimizer, cross_entropy())
-        step = floor.train_step
+        runner = engine.create(model, Classification(), optimizer)
+        step = lambda *arrays: take_step(runner, *arrays)  # noqa: E731
     for i in range(steps):
         step(noise(8, 4, seed=i), np.arange(8, dtype=np.int32) % 3)
     if how == "engine":
-        floor.sync_variables()
+        runner.sync_variables()
     return values(model)
 
 

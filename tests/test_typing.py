@@ -9,6 +9,8 @@ import pytest
 
 import kvision
 
+pytestmark = pytest.mark.backend_free
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = Path(__file__).parent / "typing"
 

@@ -26,6 +26,8 @@ from tests import fuzz_readers
 from tests.fuzz_readers import _field as field
 from tests.fuzz_readers import _varint as varint
 
+pytestmark = pytest.mark.backend_free
+
 STORAGE = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0aX\x03\0\0\0cpuJ"
 TENSOR = b"ctorch._utils\n_rebuild_tensor\n("
 

@@ -14,15 +14,20 @@ from keras import ops
 import kvision
 from kvision import engine, weights, zoo
 from kvision.layers import skip_init
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 from kvision.weights.initialization import initialize
 from tests import zoo_logits
-from tests.arrays import values
-from tests.zoo_logits import small_form
+from tests.arrays import take_step, values
+from tests.zoo_logits import classes_of, small_form
 
 
 def count_conv(size, inputs, outputs, bias=True):
     return size * size * inputs * outputs + bias * outputs
+
+
+def count_normed(*convs):
+    """Convolutions (size, inputs, outputs) without bias, each with a batch norm behind it."""
+    return sum(count_conv(*conv, bias=False) + 2 * conv[-1] for conv in convs)
 
 
 def count_dense(*widths):
@@ -40,6 +45,17 @@ def count_airbench(*widths):
 CIFAR_CNN = sum(count_conv(3, i, o) for i, o in ((3, 32), (32, 32), (32, 64), (64, 64)))
 STN_CNN = count_conv(9, 1, 64) + count_conv(7, 64, 128) + count_dense(512, 10)
 STN_LOCALISATION = count_conv(5, 1, 20) + count_conv(5, 20, 20) + count_dense(20, 20)
+CONV_AUTOENCODER = (
+    count_normed((3, 1, 32), (3, 32, 64))
+    + count_dense(3136, 32, 3136)
+    + count_normed((2, 64, 32), (3, 32, 32))
+    + count_conv(2, 32, 1)
+)
+UNET_DENOISER = (
+    count_normed((5, 1, 32), *[(3, 32, 32)] * 2, (3, 32, 64), (3, 64, 64), (3, 64, 32), (3, 32, 32))
+    + count_conv(2, 64, 32, bias=False)
+    + count_conv(2, 32, 1)
+)
 
 # Trainable parameters at the size a network was published for: closed forms for the small ones, torchvision's
 # documentation for those of ImageNet, the papers' or their authors' for the others.
@@ -97,6 +113,10 @@ COUNTS = {
     "stn_cnn": STN_CNN,
     "stn_affine": STN_CNN + STN_LOCALISATION + count_dense(20, 6),
     "stn_thin_plate": STN_CNN + STN_LOCALISATION + count_dense(20, 32),
+    "autoencoder": count_dense(784, 32, 784),
+    "deep_autoencoder": count_dense(784, 1000, 500, 250, 2, 250, 500, 1000, 784),
+    "conv_autoencoder": CONV_AUTOENCODER,
+    "unet_denoiser": UNET_DENOISER,
 }
 NAMES = zoo.list_models()
 
@@ -128,9 +148,9 @@ def short_form(name):
 
 
 def distinct_networks():
-    """Return the variants that differ in more than depth and width."""
+    """Return the classifiers that differ in more than depth and width."""
     seen = {}
-    for name in NAMES:
+    for name in filter(classes_of, NAMES):
         row, (shape, model_kwargs) = zoo._variants()[name], short_form(name)
         seen.setdefault(repr((row.func, shape, sorted((zoo.arguments(name) | model_kwargs).items()))), name)
     return list(seen.values())
@@ -148,7 +168,7 @@ def build(name, shape, classes, **model_kwargs):
 def network(request):
     """A network in its small form; pytest runs all of its tests before the next is built."""
     shape, model_kwargs, *_ = small_form(request.param)
-    return build(request.param, shape, 10, **model_kwargs)
+    return build(request.param, shape, classes_of(request.param), **model_kwargs)
 
 
 def images_for(model, n=4):
@@ -157,7 +177,8 @@ def images_for(model, n=4):
 
 def test_the_tables_above_are_complete():
     assert set(COUNTS) == set(NAMES) == set(kvision.list_models())
-    assert {zoo._variants()[name].func.__module__.split(".")[-1] for name in DISTINCT} == set(zoo.PAPERS)
+    papers = {zoo._variants()[name].func.__module__.split(".")[-1] for name in DISTINCT}
+    assert papers == set(zoo.PAPERS) - {"autoencoder", "unet"}
     assert {"resnet18", "resnet50", "resnet50_keras", "resnet50_tf_slim"} <= set(
         DISTINCT
     ) and "resnet101" not in DISTINCT
@@ -174,7 +195,8 @@ def test_parameter_count(name):
 
 def test_shapes(network):
     shape, _, features, _ = small_form(network.name)
-    assert (network.input_shape, network.output_shape) == ((None, *shape), (None, 10))
+    outputs = (10,) if classes_of(network.name) else shape
+    assert (network.input_shape, network.output_shape) == ((None, *shape), (None, *outputs))
     names = [layer.name for layer in network.layers]
     assert len(set(names)) == len(names)
     if "pool" in names:
@@ -185,10 +207,10 @@ def test_stages(network):
     stages = small_form(network.name)[3]
     names = [layer.name for layer in network.layers]
     assert [tap for tap in names if re.fullmatch(r"stage\d+", tap)] == [f"stage{i + 1}" for i in range(stages)]
-    taps = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
-    if network.name != "mlp":
-        sizes = [shape[1] for shape in taps]
-        assert all(len(shape) == 4 for shape in taps)
+    features = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
+    if network.name not in ("mlp", "deep_autoencoder"):
+        sizes = [shape[1] for shape in features]
+        assert all(len(shape) == 4 for shape in features)
         assert sizes == sorted(set(sizes), reverse=True)
 
 
@@ -237,19 +259,19 @@ def build_short(name, shape, classes, **model_kwargs):
 
 
 @pytest.fixture(scope="module", params=DISTINCT)
-def short_engine(request):
-    """The engine of a network in its short form, made once, because compiling takes time."""
+def runner(request):
+    """The engine of a network in the short form, made once, because compiling takes time."""
     auxiliary = {"auxiliary": True} if request.param in AUXILIARY else {}
     shape = AUXILIARY.get(request.param, short_form(request.param)[0])
     model = build_short(request.param, shape, 10, **auxiliary)
     initialize(model, 0)
     optimizer = keras.optimizers.SGD(1.0, momentum=0.9)
     optimizer.build(model.trainable_variables)
-    return engine.create(model, optimizer, cross_entropy())
+    return engine.create(model, Classification(), optimizer)
 
 
-def test_without_a_head(short_engine):
-    model, name = short_engine.model, short_engine.model.name
+def test_without_a_head(runner):
+    model, name = runner.model, runner.model.name
     shape = model.input_shape[1:]
     headless = build_short(name, shape, 0)
     assert (headless.name, headless.input_shape, len(headless.output_shape)) == (name, (None, *shape), 2)
@@ -261,24 +283,24 @@ def test_without_a_head(short_engine):
     assert [headless.output_shape[-1]] == (pooled or [small_form(name)[2]])
 
 
-def test_the_logits_of_an_image_depend_on_it_alone(short_engine):
-    images = images_for(short_engine.model)
+def test_the_logits_of_an_image_depend_on_it_alone(runner):
+    images = images_for(runner.model)
     others = images[::-1].copy()
     others[2] = images[2]
-    logits = short_engine.predict(images)
+    logits = runner.predict(images)
     assert (logits.shape, logits.dtype) == ((4, 10), np.float32)
     scale = abs(logits).max()
-    np.testing.assert_allclose(short_engine.predict(others)[2], logits[2], atol=1e-5 * scale)
+    np.testing.assert_allclose(runner.predict(others)[2], logits[2], atol=1e-5 * scale)
     assert abs(logits[1] - logits[2]).max() > 1e-3 * scale
 
 
-def test_every_weight_has_a_gradient(short_engine):
-    loss, _ = short_engine.train_step(images_for(short_engine.model), np.arange(4, dtype=np.int32))
-    short_engine.sync_variables()
+def test_every_weight_has_a_gradient(runner):
+    loss, _ = take_step(runner, images_for(runner.model), np.arange(4, dtype=np.int32))
+    runner.sync_variables()
     assert np.isfinite(float(loss))
     # After one step from rest the momenta are the gradients, at learning rate 1.
-    gradients = [ops.convert_to_numpy(variable) for variable in short_engine.optimizer.variables[2:]]
-    variables = {variable.path: variable for variable in short_engine.model.trainable_variables}
+    gradients = [ops.convert_to_numpy(variable) for variable in runner.program.optimizers[0].variables[2:]]
+    variables = {variable.path: variable for variable in runner.model.trainable_variables}
     assert len(gradients) == len(variables)
     for path, gradient in zip(variables, gradients, strict=True):
         assert np.isfinite(gradient).all(), path

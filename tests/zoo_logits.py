@@ -64,6 +64,10 @@ SMALL = {
     r"mobilenet_v2(_keras)?": ((33, 40, 3), {"width": 0.25}, 1280, 5),
     r"stn_\w+": ((28, 29, 1), {"filters": (4, 6)}, 24, 2),
     r"mnasnet\w+": ((40, 33, 3), {"width": 0.25}, 1280, 5),
+    "autoencoder": ((4, 6, 2), {"code": 5}, 5, 0),
+    "deep_autoencoder": ((4, 6, 2), {"hidden": (9, 8, 7)}, 2, 3),
+    "conv_autoencoder": ((12, 8, 1), {"widths": (4, 6), "code": 5}, 5, 2),
+    "unet_denoiser": ((12, 8, 1), {"widths": (4, 6)}, 6, 1),
 }
 
 
@@ -73,6 +77,13 @@ def small_form(name: str) -> tuple:
     if len(rows) != 1:
         raise LookupError(f"{len(rows)} rows of SMALL match {name}: expected one")
     return rows[0]
+
+
+def classes_of(name: str) -> int | None:
+    """10, or None of a network that gives an image."""
+    from kvision import zoo
+
+    return None if zoo.paper(name).classes is None else 10
 
 
 def fill(model) -> None:
@@ -100,7 +111,7 @@ def main() -> None:
     made = {}
     for name in zoo.list_models():
         shape, model_kwargs, *_ = small_form(name)
-        model = zoo.build_model(name, shape, 10, **model_kwargs)
+        model = zoo.build_model(name, shape, classes_of(name), **model_kwargs)
         fill(model)
         made[name] = engine.create(model).predict(images(model)).tolist()
     rows = (f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())

@@ -20,7 +20,7 @@ class ModelInfo:
     Args:
         title, authors, year, address: of the paper.
         file: of `kvision.models`.
-        input_shape, classes: the defaults; the figures below are for these.
+        input_shape, classes: the defaults, used for the figures below; `classes` is None if the output is an image.
         parameters: number of trainable values.
         flops: multiply-adds of the convolutions and dense layers for one image, as He et al. 2015 count FLOPs.
         stages: the last layer of each stage and the shape (height, width, channels) of its maps.
@@ -36,7 +36,7 @@ class ModelInfo:
     address: str
     file: str
     input_shape: tuple[int, int, int]
-    classes: int
+    classes: int | None
     parameters: int
     flops: int
     stages: dict[str, tuple[int, ...]]
@@ -49,7 +49,7 @@ class ModelInfo:
         lines = {
             "paper": f"{self.authors} {self.year}, {self.title}, {self.address}",
             "file": self.file,
-            "images": f"{shape}, {self.classes} classes",
+            "images": shape if self.classes is None else f"{shape}, {self.classes} classes",
             "parameters": f"{self.parameters:,}",
             "FLOPs": f"{self.flops:,} multiply-adds an image",
             "stages": ", ".join(f"{layer} {'x'.join(map(str, size))}" for layer, size in self.stages.items()),

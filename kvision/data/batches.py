@@ -94,7 +94,7 @@ class Batches:
             raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
         if not images.size:
             raise ValueError(f"images must have pixels and channels, got shape {images.shape}")
-        self.labels = _check_labels(labels, classes)
+        self.labels, self.classes = _check_labels(labels, classes), classes
         self.batch_size = min(batch_size, len(images))
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
@@ -109,7 +109,7 @@ class Batches:
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
-        """Change the order, flips, crops and cutouts; the images stay."""
+        """Change the seed of order and augmentation."""
         self.seed = seed
         self.flipped = rng(seed, "flip").random(len(self.labels)) < 0.5
 
@@ -123,7 +123,7 @@ class Batches:
 
         The rows are `PARAMS`: the image's index, the corner (top, left) of the crop in the padded image, whether the
         crop is flipped, and the corner of the cutout square. Rows without augmentation are 0. `make_batch` turns them
-        into images; `kvision.data.device` makes the same images on a device.
+        into a batch; `kvision.data.device` makes the same batch on a device.
 
         Args:
             start: first step; earlier ones are not sampled.
@@ -143,14 +143,34 @@ class Batches:
                 params[4:] = center.T - augmentation.cutout // 2
             yield params
 
-    def make_batch(self, params: np.ndarray) -> np.ndarray:
+    def in_order(self, batch_size: int, pad: bool = True) -> Iterator[np.ndarray]:
+        """Yield the parameters of batches with each image once, in order and without augmentation.
+
+        Args:
+            pad: fill up the last batch, so that one shape is compiled, and add a seventh row, 1 for images and 0 for
+                padding, which becomes the batch's "weight".
+        """
+        count, padding = len(self.labels), self.augmentation.crop_padding
+        batch_size = min(batch_size, count)
+        for start in range(0, count, batch_size):
+            stop = start + batch_size if pad else min(start + batch_size, count)
+            indices = np.arange(start, stop)
+            params = np.zeros((len(PARAMS) + pad, len(indices)), np.int32)
+            params[0], params[1:3] = np.where(indices < count, indices, start), padding
+            if self.augmentation.cutout:
+                params[4:6] = -self.augmentation.cutout  # outside the image
+            if pad:
+                params[6] = indices < count
+            yield params
+
+    def images(self, params: np.ndarray) -> np.ndarray:
         """Return the uint8 images (n, h, w, c) of a step's `params`."""
-        indices, tops, lefts, flips, *corner = params
+        indices, tops, lefts, flips, *corner = params[: len(PARAMS)]
         images = np.empty((len(indices), self.height, self.width, self.padded.shape[-1]), np.uint8)
-        # A loop copies each image once: a third of the time of NumPy's indexing of all windows.
+        # A loop copies each image once: a third of the time of NumPy's indexing of all crops.
         for image, index, top, left, flip in zip(images, indices, tops, lefts, flips, strict=True):
-            window = self.padded[index, top : top + self.height, left : left + self.width]
-            image[:] = window[:, ::-1] if flip else window
+            crop = self.padded[index, top : top + self.height, left : left + self.width]
+            image[:] = crop[:, ::-1] if flip else crop
         if side := self.augmentation.cutout:
             inside = [
                 (np.arange(size) >= first[:, None]) & (np.arange(size) < first[:, None] + side)
@@ -159,11 +179,17 @@ class Batches:
             images[inside[0][:, :, None] & inside[1][:, None, :]] = 0
         return images
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield preprocessed float32 images and int32 labels of one epoch, counted from 0.
+    def make_batch(self, params: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); a
+        seventh row of params becomes "weight", float32 (n,)."""
+        batch = {"image": self.preprocessing(self.images(params)), "label": self.labels[params[0]]}
+        return batch | {"weight": params[6].astype(np.float32)} if len(params) > len(PARAMS) else batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches of one epoch, {"image", "label"}; epochs count from 0.
 
         Args:
             start: first step; earlier ones are not sampled.
         """
         for params in self.params(epoch, start):
-            yield self.preprocessing(self.make_batch(params)), self.labels[params[0]]
+            yield self.make_batch(params)

@@ -6,7 +6,7 @@ those of `Batches.epoch` up to the rounding of the scaling.
 
 from keras import ops
 
-from kvision.data.batches import Batches
+from kvision.data.batches import PARAMS, Batches
 
 MAX_PIXELS = 2**31  # pixels are indexed by int32
 
@@ -16,6 +16,7 @@ class DeviceDataset:
 
     Attributes:
         count, padding: number of images, and pixels added to each side of them.
+        batches: the source.
         tensors: arguments for a compiled step that calls `make_batch`: pixels, uint8 (n * h * w, c) with the padding
             of the augmentation; labels, int32 (n,); and the scaling's factor and offset, float32 (c,).
 
@@ -24,7 +25,7 @@ class DeviceDataset:
     """
 
     def __init__(self, batches: Batches):
-        padded = batches.padded
+        self.batches, padded = batches, batches.padded
         if padded.size // padded.shape[-1] >= MAX_PIXELS:
             raise ValueError(
                 f"{len(padded):,} padded images of {padded.shape[1]}x{padded.shape[2]} pixels are too many for "
@@ -39,10 +40,11 @@ class DeviceDataset:
         arrays = padded.reshape(-1, channels), batches.labels, factor, offset
         self.tensors = tuple(ops.convert_to_tensor(array) for array in arrays)
 
-    def make_batch(self, tensors: tuple, params):
-        """Return preprocessed float32 images (n, h, w, c) and int32 labels (n,) of a step's `params`, int32 (6, n)."""
+    def make_batch(self, tensors: tuple, params) -> dict:
+        """Return the batch of a step's `params`, int32 (6, n): "image", preprocessed float32 (n, h, w, c), and "label",
+        int32 (n,); a seventh row of params becomes "weight", float32 (n,)."""
         pixels, labels, factor, offset = tensors
-        indices, tops, lefts, flips, *corner = (ops.reshape(params[i], (-1, 1)) for i in range(6))
+        indices, tops, lefts, flips, *corner = (ops.reshape(params[i], (-1, 1)) for i in range(len(PARAMS)))
         rows, columns = ops.arange(self.height, dtype="int32"), ops.arange(self.width, dtype="int32")
         flipped = columns + flips * (self.width - 1 - 2 * columns)
         row = (indices * self.rows + tops + rows)[:, :, None]
@@ -53,4 +55,5 @@ class DeviceDataset:
                 for axis, first in zip((rows, columns), corner, strict=True)
             ]
             images = ops.where((inside[0][:, :, None] & inside[1][:, None])[..., None], 0.0, images)
-        return images * factor - offset, ops.take(labels, indices[:, 0])
+        batch = {"image": images * factor - offset, "label": ops.take(labels, indices[:, 0])}
+        return batch | {"weight": ops.cast(params[6], "float32")} if params.shape[0] > len(PARAMS) else batch

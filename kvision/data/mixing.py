@@ -165,17 +165,17 @@ class MixedBatches:
         self.transforms, self.erasing = tuple(transforms), erasing
         self.steps, self.batch_size, self.preprocessing = batches.steps, batches.batch_size, batches.preprocessing
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple]:
-        """Yield images (n, h, w, c) and targets (n, classes), float32 tensors, of one epoch, counted from 0.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """Yield the batches of one epoch, counted from 0: "image" (n, h, w, c) and "label" (n, classes), both float32.
 
         Args:
             start: first step; earlier ones are not sampled.
         """
-        for step, (images, labels) in enumerate(self.batches.epoch(epoch, start), start):
-            generator = rng(self.batches.seed, "samples", epoch, step)
-            targets = np.eye(self.classes, dtype=np.float32)[labels]
+        for step, batch in enumerate(self.batches.epoch(epoch, start), start):
+            images, generator = batch["image"], rng(self.batches.seed, "samples", epoch, step)
+            targets = np.eye(self.classes, dtype=np.float32)[batch["label"]]
             chosen = [self.transforms[generator.integers(len(self.transforms))]] if self.transforms else []
             for transform in [*chosen, *([self.erasing] if self.erasing else [])]:
                 params = transform.make_params(generator, images.shape)
                 images, targets = transform.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
-            yield images, targets
+            yield {"image": images, "label": targets}

@@ -1,31 +1,35 @@
-"""One step of training and prediction on each backend: three floors of one house, chosen by `KERAS_BACKEND`.
+"""Native training and inference steps for JAX, TensorFlow and PyTorch, chosen by `KERAS_BACKEND`.
 
-Each floor has a class `Engine` with the same methods, so that nothing above knows which it stands on:
+Each backend's module has a class `Engine` with the same methods; `create` makes one. A batch is a mapping of arrays
+with one leading axis, such as {"image", "label"}; an optional "weight" (n,) weighs examples, and 0 marks padding. A
+result is `Means`, {name: (sum, weight)}, which adds up over examples, steps and parts; its tensors stay on the device.
 
-- `Engine(model, optimizer, loss, gradient_accumulation_steps, metrics)`; `optimizer` and `loss` may be None where only
-  `predict` is called. With `gradient_accumulation_steps` a batch is cut into so many equal parts, whose mean gradient
-  makes the step; batch norm sees each part. `metrics` are Keras metrics of labels and
-  logits, updated by what a training step shows.
-- `train_step(images, labels) -> (loss, correct)`: one step; both are scalars still on the device. Labels are integers
-  (n,) or, where samples are mixed, targets (n, classes), of which `correct` counts the largest.
-- `train_steps(pictures, draws) -> (losses, correct)`: one step for each of `draws`, int32 (k, 6, n), of
-  `kvision.data.device.DeviceDataset`; both have k values, still on the device. On an accelerator they are one program.
-- `value_and_grad(images, labels) -> (loss, gradients)`: the same without the update: the gradient of each of
-  `model.trainable_variables`. Running statistics and the generators of noise move on as in a step. An optimizer that
-  scales the loss scales these gradients.
-- `evaluate(images, labels) -> (loss, correct)`: in inference mode, penalties included, still on the device.
-- `predict(images) -> logits`: NumPy in, NumPy out, in inference mode. Of a model with a list of outputs (auxiliary
-  heads) the first is predicted; the loss sees them all.
-- `predict_on_device(pictures, draws) -> logits`: NumPy (k, n, classes), of pictures on the device likewise. Keras's own
-  step (`kind="keras"`) has neither this nor `train_steps`.
-- `layer_outputs(images, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in
+- `Engine(models, task, optimizers, gradient_accumulation_steps)`: `models` is a built `keras.Model` or a mapping of
+  several by name, `task` an object as `kvision.tasks` describes, `optimizers` one, or a mapping by phase. `task` and
+  `optimizers` may be None where only `predict` is called. With `gradient_accumulation_steps` a batch is divided into so
+  many equal parts whose mean gradient makes the step; batch norm sees each part.
+- `train_step(batch) -> Means`: one step of each phase. "loss" is the task's loss with the models' penalties
+  (`model.losses`), weighted by the number of examples or the sum of "weight"; of several phases `<phase>_loss`.
+- `train_steps(dataset, params) -> Means`: a step for each of `params`, int32 (k, 6, n), of a
+  `kvision.data.device.DeviceDataset`; sums and weights have a leading axis of k. On an accelerator it is one program.
+- `value_and_grad(batch, phase=None) -> (loss, gradients)`: the same without the update: the gradient of each trainable
+  variable of the models that the phase trains. Running statistics and generators advance as in a step. An optimizer
+  that scales the loss scales these gradients.
+- `evaluate(batch) -> Means`: the task's metrics in inference mode, still on the device; "loss" is with penalties.
+  `evaluate_on_device(dataset, param)` is the same of one step's params, int32 (6 or 7, n).
+- `predict(batch)`: what the task predicts, NumPy in, NumPy out; of an array instead of a mapping the output of a single
+  model, the first of several outputs. `predict_on_device(dataset, params)` stacks the predictions of each of `params`.
+- `layer_outputs(inputs, training) -> [(layer, outputs)]`: what every layer of a functional model gives, NumPy arrays in
   the order of execution.
-- `sync_variables()`: bring the model's and the optimizer's variables up to date. Where the engine keeps the state
-  elsewhere between steps (JAX), they cannot be read until then. What is assigned to a variable
-  after it counts in the next step.
+- `sync_variables()`: write the state back to the variables of models, optimizers and task. Where the engine keeps the
+  state elsewhere between steps (JAX), they cannot be read before. What is assigned to a variable afterwards counts in
+  the next step.
 
-And a function `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train together, for
-`kvision.layers.norm.synchronise`: of the replicas of `tf.distribute`, of the processes of
+A phase changes only the models that it trains: running statistics and generators of the others are as before after it.
+Keras's own step (`engine="keras"`) has `train_step`, `evaluate`, `predict` and `sync_variables` alone.
+
+Each backend's module also has `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train
+together, for `kvision.layers.norm.sync_batch_norm`: of the replicas of `tf.distribute`, of the processes of
 `torch.distributed`; on JAX the tensor itself, because a program on a sharded batch is one program.
 """
 
@@ -33,9 +37,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 BACKENDS = ("jax", "tensorflow", "torch")
 ENGINES = ("native", "keras")
@@ -50,7 +52,7 @@ def backend_module():
     """The module of the active backend.
 
     Raises:
-        RuntimeError: Keras runs on a backend that this project has no floor for.
+        RuntimeError: Keras runs on a backend that this project has no engine for.
     """
     import keras  # here, because it imports the backend
 
@@ -73,7 +75,7 @@ def full_precision():
 
 
 def main_output(outputs):
-    """The logits of a model that may have auxiliary heads: its only output, or the first of several.
+    """The first output of a model: its only one, or the first of a list, as the logits before auxiliary heads.
 
     Raises:
         TypeError: the model gives something else, as a dictionary.
@@ -81,13 +83,10 @@ def main_output(outputs):
     main = outputs[0] if isinstance(outputs, list | tuple) and outputs else outputs
     if not hasattr(main, "shape"):
         raise TypeError(
-            "kvision trains models that return a tensor, or a list of tensors of which the first is the logits; "
-            f"this one returned a {type(outputs).__name__}. {INSTEAD}"
+            "expected a model that returns a tensor, or a list of tensors of which the first is the main one; this one "
+            f"returned a {type(outputs).__name__}"
         )
     return main
-
-
-INSTEAD = "Train it with Keras's own model.compile(...) and model.fit(...)."
 
 
 def check_model(model) -> None:
@@ -95,7 +94,7 @@ def check_model(model) -> None:
 
     Raises:
         TypeError: it is no Keras model.
-        ValueError: it is not built, has several inputs or nested ones, or outputs that are not a tensor or a list.
+        ValueError: it is not built.
     """
     import keras
 
@@ -105,36 +104,6 @@ def check_model(model) -> None:
         raise ValueError(
             f"{model.name} is not built: build it first, by model.build(input_shape) or by calling it on a batch"
         )
-    for name, wanted in (("inputs", "one input tensor"), ("outputs", "a tensor, or a list of tensors, as output")):
-        tensors = getattr(model, name, None)  # a subclass of keras.Model has none: its outputs are seen in the call
-        structure = getattr(model, name.removesuffix("s"), None)
-        if tensors and (isinstance(structure, dict) or (name == "inputs" and len(tensors) > 1)):
-            what = f"a {type(structure).__name__} of {len(tensors)} {name}"
-            raise ValueError(f"kvision trains models with {wanted}, and {model.name} has {what}. {INSTEAD}")
-
-
-def check_targets(labels) -> None:
-    """Refuse labels that are neither class numbers nor shares of classes; tensors on a device are taken as they are.
-
-    Args:
-        labels: integers (n,), or (n, height, width) for logits of each pixel; or floating targets (n, classes) that sum
-            to 1 in each row.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    if not isinstance(labels, np.ndarray):
-        return
-    if labels.ndim != 2 and labels.dtype.kind in "iu":  # of two axes they could be counts of classes
-        return
-    if labels.ndim == 2 and labels.dtype.kind == "f":
-        if np.allclose(labels.sum(axis=1), 1, atol=1e-3):
-            return
-        raise ValueError(f"targets (n, classes) must sum to 1 in each row; these are not shares of classes. {INSTEAD}")
-    raise ValueError(
-        f"expected integer labels (n,) or floating targets (n, classes), got {labels.dtype} of shape {labels.shape}. "
-        f"{INSTEAD}"
-    )
 
 
 POLICIES = {  # Keras's names of them
@@ -156,8 +125,9 @@ def configure(
             LossScaleOptimizer`.
         deterministic: whether two runs must give the same bits, at some cost of speed. On a GPU PyTorch wants the
             environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8 for it, and says so.
-        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. It is bounded to
-            1 GiB and may be shared by processes. None leaves JAX's own setting, which is to keep none.
+        compile_cache: folder where compiled programs are kept for the next process. JAX alone uses it. Processes
+            may share it. Where it holds more than 1 GiB, the programs unused for longest are removed. None leaves JAX's
+            own setting, which is to keep none.
 
     Raises:
         ValueError: an unknown dtype.
@@ -175,32 +145,31 @@ def configure(
 
 
 class HandedToKeras(UserWarning):
-    """A model is trained by Keras's own step, because it has a part of one of its own."""
+    """A model is trained by Keras's own step, because its class overrides a part of that step."""
 
 
-def create(
-    model, optimizer=None, loss=None, gradient_accumulation_steps: int = 1, kind: str = "native", metrics: Sequence = ()
-):
-    """The `Engine` of a model: the active backend's, or with `kind` "keras" Keras's own step.
+def create(models, task=None, optimizers=None, gradient_accumulation_steps: int = 1, engine: str = "native"):
+    """The `Engine` of models and a task: the active backend's, or with `engine` "keras" Keras's own step.
 
-    A model whose class has a `train_step`, `test_step`, `predict_step`, `compute_loss` or `compute_metrics` of its own
-    is Keras's in any case, with a warning `HandedToKeras` that says so.
+    A single model whose class overrides `train_step`, `test_step`, `predict_step`, `compute_loss` or `compute_metrics`
+    is trained by Keras's own step in any case, with a warning `HandedToKeras`.
 
     Raises:
-        ValueError: an unknown kind; a model that the engine cannot run (see `check_model`); Keras's own step of a model
-            with several outputs or with `gradient_accumulation_steps`.
+        TypeError: a model that is no `keras.Model`; a task that Keras's own step cannot take.
+        ValueError: an unknown engine; a model that is not built; phases and optimizers of other names; Keras's own step
+            of several models, of several outputs or with `gradient_accumulation_steps`.
     """
-    if kind not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {kind!r}")
-    check_model(model)
-    if kind == "native" and optimizer is not None:
-        own = importlib.import_module("kvision.engine.keras_internals").own_step(model)
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "native" and optimizers is not None and not isinstance(models, Mapping):
+        check_model(models)
+        own = importlib.import_module("kvision.engine.keras_internals").own_step(models)
         if own:
-            kind = "keras"
+            engine = "keras"
             warnings.warn(
-                f"{model.name} is trained by Keras's own step: its class has {', '.join(own)} of its own",
+                f"{models.name} is trained by Keras's own step: its class overrides {', '.join(own)}",
                 HandedToKeras,
                 stacklevel=2,
             )
-    module = backend_module() if kind == "native" else importlib.import_module("kvision.engine.keras")
-    return module.Engine(model, optimizer, loss, gradient_accumulation_steps, metrics)
+    module = backend_module() if engine == "native" else importlib.import_module("kvision.engine.keras")
+    return module.Engine(models, task, optimizers, gradient_accumulation_steps)

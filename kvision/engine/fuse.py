@@ -9,7 +9,7 @@ let go at once; and neighbours that are one operation in every framework become 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -232,19 +232,3 @@ class Recorder:
 
     def __call__(self, layer, outputs) -> None:
         self.rows.append((layer, [ops.convert_to_numpy(output) for output in tree.flatten(outputs)]))
-
-
-def parts(count: int, arrays: Sequence) -> list[tuple]:
-    """A batch in `count` equal parts.
-
-    Raises:
-        ValueError: the examples cannot be shared out equally.
-    """
-    total = arrays[0].shape[0]
-    size, rest = divmod(total, count)
-    if rest or not size:
-        raise ValueError(
-            f"a batch of {total} cannot be cut into {count} equal parts to accumulate gradients over: "
-            "choose a batch size that is a multiple"
-        )
-    return [tuple(array[i * size : (i + 1) * size] for array in arrays) for i in range(count)]

@@ -4,7 +4,8 @@ Compiling takes far longer than a step, so what was compiled is kept in a folder
 """
 
 import os
-import warnings
+from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
-from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Recorder, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_graph
 from kvision.engine.keras_internals import calling, takes_training
 from kvision.engine.kernels_jax import lower
+from kvision.engine.program import Program, split
 
 CACHE_BYTES = 2**30  # of compiled programs; a ResNet-20's step takes 2 MiB
 
@@ -32,20 +33,33 @@ def configure(dtype: str, deterministic: bool, compile_cache: str | os.PathLike 
         _options["xla_gpu_deterministic_ops"] = True  # a CPU's programs are
     if compile_cache is None:
         return
-    try:
-        import filelock  # noqa: F401 (JAX locks the folder with it, and drops what was not used for longest)
-    except ImportError:
-        warnings.warn(
-            "compiled programs are not kept, as the package filelock is missing: pip install kvision-keras[jax]",
-            stacklevel=3,
-        )
-        return
     Path(compile_cache).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    _remove_oldest(compile_cache, CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # an optimizer starts by a dozen tiny ones
     if jax.config.jax_compilation_cache_dir != os.fspath(compile_cache):
         jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
         compilation_cache.reset_cache()  # the folder is opened once, at the first compilation
+
+
+def _remove_oldest(folder: str | os.PathLike, limit: int) -> None:
+    """Remove the programs read or written longest ago until those left take at most `limit` bytes.
+
+    JAX's own `jax_compilation_cache_max_size` reads the whole folder again for each program that it adds: 76 ms of a
+    CPU in a folder of 2,000, more than compiling a small one.
+    """
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith("-cache"):
+                with suppress(FileNotFoundError):  # another process removes them too
+                    status = entry.stat()
+                    files.append((max(status.st_atime, status.st_mtime), status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            break
+        Path(path).unlink(missing_ok=True)
+        total -= size
 
 
 def accelerated() -> bool:
@@ -57,178 +71,194 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
-        check_model(model)
-        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
-            model,
-            optimizer,
-            loss,
-            gradient_accumulation_steps,
-        )
-        self.metrics, self._is_graph = list(metrics), is_graph(model)
+    def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
+        self.program = Program(models, task, optimizers)
+        self.model, self.gradient_accumulation_steps = self.program.model, gradient_accumulation_steps
         self._state = None
         jit = partial(jax.jit, compiler_options=_options or None)
         self._step = jit(self._train, donate_argnums=0)
-        self._steps = jit(self._train_shown, donate_argnums=0, static_argnums=1)
-        self._gradients = jit(self._differentiate)
-        self._forward = jit(self._infer)
-        self._forward_shown = jit(self._infer_shown, static_argnums=2)
-        self._score = jit(self._judge)
+        self._steps = jit(self._train_steps, donate_argnums=0, static_argnums=1)
+        self._gradients = jit(self._value_and_grad, static_argnums=2)
+        self._forward = jit(self._predict)
+        self._forward_on_device = jit(self._predict_on_device, static_argnums=2)
+        self._score = jit(self._evaluate)
+        self._score_on_device = jit(self._evaluate_on_device, static_argnums=2)
         self._graphs = {}
 
-    def _call(self, images, training):
-        if not self._is_graph:
-            return self.model(images, **({"training": training} if takes_training(self.model) else {}))
-        if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, lower, training)
-        with calling(self.model, training):
-            return self._graphs[training](images)
+    def _call(self, name, inputs, training):
+        model, key = self.program.models[name], (name, training)
+        if key not in self._graphs:
+            self._graphs[key] = Graph(model, lower, training) if is_graph(model) else None
+        if self._graphs[key] is None:
+            return model(inputs, **({"training": training} if takes_training(model) else {}))
+        with calling(model, training):
+            return self._graphs[key](inputs)
 
-    @property
-    def _fixed(self):
-        """The variables that a step changes and no gradient does: running statistics, generators, metrics."""
-        return [*self.model.non_trainable_variables, *(v for metric in self.metrics for v in metric.variables)]
-
-    def _scope(self, trainable, fixed, slots=()):
-        variables, values = (*self.model.trainable_variables, *self._fixed), (*trainable, *fixed)
-        if slots:
-            variables, values = (*variables, *self.optimizer.variables), (*values, *slots)
+    def _scope(self, trainable, fixed, optimizer=None, slots=()):
+        variables, values = (*self.program.trainable, *self.program.fixed), (*trainable, *fixed)
+        if optimizer is not None:
+            variables, values = (*variables, *optimizer.variables), (*values, *slots)
         return keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True)), collect_losses=True)
 
-    def _objective(self, trainable, fixed, slots, images, labels):
-        with self._scope(trainable, fixed, slots) as scope:
-            outputs = self._call(images, training=True)
-            loss = self.loss(labels, outputs) + penalties(self.model)
-            scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
-            for metric in self.metrics:
-                metric.update_state(_classes(labels), main_output(outputs))
-        fixed = [scope.get_current_value(variable) for variable in self._fixed]
-        return scaled, (fixed, loss, _count(labels, main_output(outputs)))
+    def _part(self, phase, trainable, fixed, slots, batch):
+        """The gradients of a phase on a part of a batch, its Means, and the variables that gradients do not change."""
 
-    def _part(self, trainable, fixed, slots, images, labels):
-        gradient = jax.value_and_grad(self._objective, has_aux=True)
-        (_, (fixed, loss, correct)), gradients = gradient(trainable, fixed, slots, images, labels)
-        return fixed, (loss, correct, gradients)
+        def objective(trained):
+            values = list(trainable)
+            for index, value in zip(phase.indices, trained, strict=True):
+                values[index] = value
+            with self._scope(values, fixed, phase.optimizer, slots) as scope:
+                loss, means = self.program.objective(phase, self._call, batch)
+                scaled = phase.optimizer.scale_loss(loss) if phase.optimizer else loss
+            after = [scope.get_current_value(variable) for variable in self.program.fixed]
+            return scaled, (after, _ordered(means))
 
-    def _differentiate(self, trainable, fixed, slots, images, labels):
-        if self.gradient_accumulation_steps == 1:
-            fixed, (loss, correct, gradients) = self._part(trainable, fixed, slots, images, labels)
-            return loss, correct, gradients, fixed
+        trained = [trainable[index] for index in phase.indices]
+        (_, (after, means)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
+        restored = {id(variable) for variable in phase.restored}
+        pairs = zip(self.program.fixed, fixed, after, strict=True)
+        return [old if id(variable) in restored else new for variable, old, new in pairs], (means, gradients)
+
+    def _differentiate(self, phase, trainable, fixed, slots, batch):
+        count = self.gradient_accumulation_steps
+        if count == 1:
+            return self._part(phase, trainable, fixed, slots, batch)
 
         def add(carry, part):
             fixed, sums = carry
-            fixed, more = self._part(trainable, fixed, slots, *part)
+            fixed, more = self._part(phase, trainable, fixed, slots, part)
             return (fixed, jax.tree.map(jnp.add, sums, more)), None
 
-        pieces = [
-            jnp.stack(piece) for piece in zip(*parts(self.gradient_accumulation_steps, (images, labels)), strict=True)
-        ]
-        of_part = jax.eval_shape(self._part, trainable, fixed, slots, *(piece[0] for piece in pieces))[1]
+        pieces = jax.tree.map(lambda *arrays: jnp.stack(arrays), *split(batch, count))
+        first = jax.tree.map(lambda array: array[0], pieces)
+        of_part = jax.eval_shape(partial(self._part, phase), trainable, fixed, slots, first)[1]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_part)
-        (fixed, (loss, correct, gradients)), _ = lax.scan(add, (fixed, zeros), pieces)
-        return (
-            loss / self.gradient_accumulation_steps,
-            correct,
-            [total / self.gradient_accumulation_steps for total in gradients],
-            fixed,
-        )
+        (fixed, (means, gradients)), _ = lax.scan(add, (fixed, zeros), pieces)
+        return fixed, (means, [total / count for total in gradients])
 
-    def _train(self, state, images, labels):
+    def _train(self, state, batch):
         trainable, fixed, slots = state
-        loss, correct, gradients, fixed = self._differentiate(trainable, fixed, slots, images, labels)
-        trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
-        return (trainable, fixed, slots), (loss, correct)
+        trainable, slots, found = list(trainable), list(slots), OrderedDict()
+        for number, phase in enumerate(self.program.phases):
+            fixed, (means, gradients) = self._differentiate(phase, trainable, fixed, slots[number], batch)
+            trained = [trainable[index] for index in phase.indices]
+            trained, slots[number] = phase.optimizer.stateless_apply(slots[number], gradients, trained)
+            for index, value in zip(phase.indices, trained, strict=True):
+                trainable[index] = value
+            found |= means
+        return (trainable, fixed, slots), found
 
-    def _train_shown(self, state, pictures, tensors, params):
-        def step(state, draw):
-            return self._train(state, *pictures.make_batch(tensors, draw))
+    def _train_steps(self, state, dataset, tensors, params):
+        def step(state, param):
+            return self._train(state, dataset.make_batch(tensors, param))
 
         if len(params) > 1:
             return lax.scan(step, state, params)
-        state, results = step(state, params[0])
-        return state, [result[None] for result in results]
+        state, means = step(state, params[0])
+        return state, jax.tree.map(lambda leaf: leaf[None], means)
 
-    def _infer(self, trainable, fixed, images):
+    def _value_and_grad(self, state, batch, name):
+        trainable, fixed, slots = state
+        phase = self.program.phase(name)
+        number = self.program.phases.index(phase)
+        fixed, (means, gradients) = self._differentiate(phase, trainable, fixed, slots[number], batch)
+        total, weight = means[phase.reported]
+        return total / weight, gradients, fixed
+
+    def _predict(self, trainable, fixed, batch):
         with self._scope(trainable, fixed):
-            return main_output(self._call(images, training=False))
+            return self.program.predict(self._call, batch)
 
-    def _infer_shown(self, trainable, fixed, pictures, tensors, draw):
-        return self._infer(trainable, fixed, pictures.make_batch(tensors, draw)[0])
+    def _predict_on_device(self, trainable, fixed, dataset, tensors, param):
+        return self._predict(trainable, fixed, dataset.make_batch(tensors, param))
 
-    def _judge(self, trainable, fixed, images, labels):
-        with self._scope(trainable, fixed):
-            outputs = self._call(images, training=False)
-            return self.loss(labels, outputs) + penalties(self.model), _count(labels, main_output(outputs))
+    def _evaluate(self, trainable, fixed, batch):
+        with self._scope(trainable, fixed) as scope:
+            means = _ordered(self.program.metrics(self._call, batch))
+        return means, [scope.get_current_value(variable) for variable in self.program.task_variables]
+
+    def _evaluate_on_device(self, trainable, fixed, dataset, tensors, param):
+        return self._evaluate(trainable, fixed, dataset.make_batch(tensors, param))
 
     def _variables(self):
-        slots = self.optimizer.variables if self.optimizer else []
-        return self.model.trainable_variables, self._fixed, slots
+        slots = [optimizer.variables if optimizer else [] for optimizer in self.program.optimizers]
+        return self.program.trainable, self.program.fixed, slots or [[] for _ in self.program.phases]
 
     def _values(self):
-        return tuple([variable.value for variable in group] for group in self._variables())
+        """The state as the step returns it: of another structure it would be compiled again."""
+        trainable, fixed, slots = self._variables()
+        values = [variable.value for variable in trainable], [variable.value for variable in fixed]
+        return *values, [[variable.value for variable in group] for group in slots]
 
-    def train_step(self, images, labels):
-        check_targets(labels)
+    def train_step(self, batch):
+        self.program.check(batch)
         if self._state is None:
-            self._state = self._values()  # a tuple of lists, as the step returns: another structure is compiled anew
-        self._state, result = self._step(self._state, images, labels)
-        return result
+            self._state = self._values()
+        self._state, means = self._step(self._state, dict(batch))
+        return means
 
-    def train_steps(self, pictures, params):
+    def train_steps(self, dataset, params):
         if self._state is None:
             self._state = self._values()
         # Convolutions within a loop are slow on a CPU: there each step is a program of its own.
         pieces = [params] if accelerated() else np.split(params, len(params))
         results = []
         for piece in pieces:
-            self._state, result = self._steps(self._state, pictures, pictures.tensors, piece)
-            results.append(result)
-        return results[0] if len(results) == 1 else [jnp.concatenate(values) for values in zip(*results, strict=True)]
+            self._state, means = self._steps(self._state, dataset, dataset.tensors, piece)
+            results.append(means)
+        return results[0] if len(results) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
-    def value_and_grad(self, images, labels):
+    def value_and_grad(self, batch, phase=None):
         self.sync_variables()
-        trainable, fixed, slots = self._values()
-        loss, _, gradients, fixed = self._gradients(trainable, fixed, slots, images, labels)
-        for variable, value in zip(self._fixed, fixed, strict=True):
+        loss, gradients, fixed = self._gradients(self._values(), dict(batch), phase)
+        for variable, value in zip(self.program.fixed, fixed, strict=True):
             variable.assign(value)
         return loss, gradients
 
-    def predict(self, images):
+    def predict(self, batch):
         self.sync_variables()
-        return np.asarray(self._forward(*self._values()[:2], images))
+        return jax.tree.map(np.asarray, self._forward(*self._values()[:2], batch))
 
-    def predict_on_device(self, pictures, params):
+    def predict_on_device(self, dataset, params):
         self.sync_variables()
         values = self._values()[:2]
-        return np.stack([self._forward_shown(*values, pictures, pictures.tensors, draw) for draw in params])
+        results = [self._forward_on_device(*values, dataset, dataset.tensors, param) for param in params]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
 
-    def evaluate(self, images, labels):
+    def evaluate(self, batch):
         self.sync_variables()
-        return self._score(*self._values()[:2], images, labels)
+        return self._scored(*self._score(*self._values()[:2], dict(batch)))
 
-    def layer_outputs(self, images, training=False):
+    def evaluate_on_device(self, dataset, param):
+        self.sync_variables()
+        return self._scored(*self._score_on_device(*self._values()[:2], dataset, dataset.tensors, param))
+
+    def _scored(self, means, values):
+        for variable, value in zip(self.program.task_variables, values, strict=True):
+            variable.assign(value)
+        return means
+
+    def layer_outputs(self, batch, training=False):
         seen = Recorder()
         with calling(self.model, training):
-            Graph(self.model, lower, training, fuse=False)(jnp.asarray(images), seen)
+            Graph(self.model, lower, training, fuse=False)(jnp.asarray(batch), seen)
         return seen.rows
 
     def sync_variables(self):
-        if self._state is not None:
-            for group, values in zip(self._variables(), self._state, strict=True):
-                for variable, value in zip(group, values, strict=True):
-                    variable.assign(value)
-            self._state = None
+        if self._state is None:
+            return
+        trainable, fixed, slots = self._variables()
+        groups = [(trainable, self._state[0]), (fixed, self._state[1]), *zip(slots, self._state[2], strict=True)]
+        for variables, values in groups:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+        self._state = None
+
+
+def _ordered(means):
+    """Means as arrays; JAX sorts the keys of a plain dictionary."""
+    return OrderedDict((name, tuple(map(jnp.asarray, pair))) for name, pair in means.items())
 
 
 def mean_over_replicas(x):
     return x
-
-
-def _classes(labels):
-    """Integer labels (n,); of targets (n, classes) the largest."""
-    return jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
-
-
-def _count(labels, logits):
-    """How many of the largest logits are right."""
-    return jnp.sum(jnp.argmax(logits, axis=-1) == _classes(labels))

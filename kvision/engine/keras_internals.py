@@ -110,6 +110,14 @@ def calling(model: keras.Model, training: bool) -> Iterator[None]:
         model._maybe_reset_call_context()
 
 
+def call_losses(model: keras.Model) -> list:
+    """The penalties that the last call of a model has added: `model.losses` without those on weights."""
+    losses = list(model._get_own_losses())
+    for layer in model._flatten_layers(include_self=False):
+        losses.extend(layer._get_own_losses())
+    return losses
+
+
 def is_rematerialized(layer) -> bool:
     """Whether a layer was made in a `RematScope`: it computes its outputs once more in the backward pass."""
     return bool(layer._remat_mode)
@@ -123,6 +131,56 @@ def uses_weight_decay(optimizer, variable) -> bool:
 def index_of(optimizer, variable) -> int:
     """The place of a variable's slots in an optimizer's lists."""
     return optimizer._get_variable_index(variable)
+
+
+def trained_variables(optimizer) -> list:
+    """The variables that an optimizer was built for, in the order of its slots."""
+    return optimizer._trainable_variables
+
+
+def slot_variables(optimizer) -> list:
+    """An optimizer's own variables, without those of an optimizer that it wraps."""
+    return list(optimizer._variables)
+
+
+WEIGHT_DECAY = "_apply_weight_decay"  # `method(variables)`: decoupled weight decay, before the update
+PARALLEL_UPDATE = "_parallel_update_step"  # `method(gradients, variables, learning_rate)` of Keras's PyTorch optimizers
+
+
+def has_plain_weight_decay(optimizer) -> bool:
+    """Whether an optimizer has a weight decay and its class Keras's own method for it."""
+    kind = type(optimizer)
+    return optimizer.weight_decay is not None and getattr(kind, WEIGHT_DECAY) is getattr(
+        keras.optimizers.Optimizer, WEIGHT_DECAY
+    )
+
+
+def updates_together(kind: type) -> type:
+    """A class of optimizers whose `update_variables(gradients, variables, learning_rate)` is called in the place of
+    `update_step` for each variable."""
+    kind._backend_update_step = kind.update_variables
+    return kind
+
+
+def set_comparison(callback) -> None:
+    """Let a callback that monitors a value choose now how it is compared; Keras does at the first epoch's end."""
+    callback._set_monitor_op()
+
+
+def direction(metric) -> str | None:
+    """Whether more of a Keras metric is better ("up"), less ("down"), or None: it does not say."""
+    return vars(metric).get("_direction")
+
+
+def has_generators(operation) -> bool:
+    """Whether a layer draws random numbers of Keras's own."""
+    return bool(vars(operation).get("_seed_generators"))
+
+
+def producer_of(tensor):
+    """The node of a graph that gives a symbolic tensor."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
 
 
 def inner_name(optimizer) -> str | None:

@@ -1,16 +1,17 @@
 """TensorFlow: the step is one `tf.function`; the variables hold the state. XLA stays off: it is slower on a CPU."""
 
 import itertools
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import keras
 import tensorflow as tf
 
-from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Recorder, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_graph
 from kvision.engine.keras_internals import calling, index_of, takes_training, with_methods
 from kvision.engine.kernels_tensorflow import lower
+from kvision.engine.program import Program, gradients_or_zeros, split
 
 
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
@@ -34,131 +35,134 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
-        check_model(model)
-        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
-            model,
-            optimizer,
-            loss,
-            gradient_accumulation_steps,
-        )
-        self.metrics, self._is_graph = list(metrics), is_graph(model)
+    def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
+        self.program = Program(models, task, optimizers)
+        self.model, self.gradient_accumulation_steps = self.program.model, gradient_accumulation_steps
         function = partial(tf.function, jit_compile=False, autograph=False)
         self._step = function(self._train)
-        self._shown = function(lambda pictures, tensors, draw: self._train(*pictures.make_batch(tensors, draw)))
-        self._gradients = function(self._dense_gradients)
-        self._forward = function(self._infer)
-        self._forward_shown = function(
-            lambda pictures, tensors, draw: self._infer(pictures.make_batch(tensors, draw)[0])
-        )
-        self._score = function(self._judge)
+        self._step_on_device = function(lambda data, tensors, param: self._train(data.make_batch(tensors, param)))
+        self._gradients = function(self._value_and_grad)
+        self._forward = function(self._predict)
+        self._forward_on_device = function(lambda data, tensors, param: self._predict(data.make_batch(tensors, param)))
+        self._score = function(self._evaluate)
+        self._score_on_device = function(lambda data, tensors, param: self._evaluate(data.make_batch(tensors, param)))
         self._graphs = {}
-        if optimizer is not None:
-            distributed = tf.distribute.has_strategy()
-            self._fast_optimizer = optimizer if distributed else with_methods(optimizer, _fast_methods)
+        distributed = tf.distribute.has_strategy()
+        self._fast_optimizers = [
+            optimizer if distributed else with_methods(optimizer, _fast_methods)
+            for optimizer in self.program.optimizers
+        ]
 
-    def _call(self, images, training):
-        if not self._is_graph:
-            return self.model(images, **({"training": training} if takes_training(self.model) else {}))
-        if training not in self._graphs:
-            self._graphs[training] = Graph(self.model, partial(lower, training=training), training)
-        with calling(self.model, training):
-            return self._graphs[training](images)
+    def _call(self, name, inputs, training):
+        model, key = self.program.models[name], (name, training)
+        if key not in self._graphs:
+            graph = Graph(model, partial(lower, training=training), training) if is_graph(model) else None
+            self._graphs[key] = graph
+        if self._graphs[key] is None:
+            return model(inputs, **({"training": training} if takes_training(model) else {}))
+        with calling(model, training):
+            return self._graphs[key](inputs)
 
-    def _part(self, images, labels):
-        variables = [variable.value for variable in self.model.trainable_variables]
+    def _part(self, phase, batch):
+        """The Means of a phase on a part of a batch, and its gradients."""
+        restored = [(variable, tf.identity(variable.value)) for variable in phase.restored]
         with tf.GradientTape() as tape:
-            outputs = self._call(images, training=True)
-            loss = self.loss(labels, outputs) + penalties(self.model)
-            scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
-        for metric in self.metrics:
-            metric.update_state(_classes(labels), main_output(outputs))
+            loss, means = self.program.objective(phase, self._call, batch)
+            scaled = phase.optimizer.scale_loss(loss) if phase.optimizer else loss
         # A variable that the loss does not use has no gradient: None.
-        return loss, _count(labels, main_output(outputs)), tape.gradient(scaled, variables)
+        gradients = tape.gradient(scaled, [variable.value for variable in phase.variables])
+        for variable, value in restored:
+            variable.assign(value)
+        return tf.nest.map_structure(tf.convert_to_tensor, means), gradients
 
-    def _differentiate(self, images, labels):
-        if self.gradient_accumulation_steps == 1:
-            return self._part(images, labels)
-        pieces = [
-            tf.stack(piece) for piece in zip(*parts(self.gradient_accumulation_steps, (images, labels)), strict=True)
-        ]
-        loss, correct, gradients = self._part(*(piece[0] for piece in pieces))
+    def _differentiate(self, phase, batch):
+        count = self.gradient_accumulation_steps
+        if count == 1:
+            return self._part(phase, batch)
+        pieces = tf.nest.map_structure(lambda *arrays: tf.stack(arrays), *split(batch, count))
+        means, gradients = self._part(phase, tf.nest.map_structure(lambda array: array[0], pieces))
         used = [gradient is not None for gradient in gradients]
-        sums = [
-            _Dense,
-            _Dense,
-            *(_Rows if isinstance(g, tf.IndexedSlices) else _Dense for g in gradients if g is not None),
-        ]
+        first = [*tf.nest.flatten(means), *itertools.compress(gradients, used)]
+        sums = [_Rows if isinstance(value, tf.IndexedSlices) else _Dense for value in first]
 
         def add(i, *totals):
-            loss, correct, gradients = self._part(*(piece[i] for piece in pieces))
-            more = (loss, correct, *itertools.compress(gradients, used))
-            return i + 1, *(kind.add(i, *pair) for kind, *pair in zip(sums, totals, more, strict=True))
+            more, gradients = self._part(phase, tf.nest.map_structure(lambda array: array[i], pieces))
+            values = [*tf.nest.flatten(more), *itertools.compress(gradients, used)]
+            return i + 1, *(kind.add(i, *pair) for kind, *pair in zip(sums, totals, values, strict=True))
 
-        start = [loss, correct, *itertools.compress(gradients, used)]
-        start = [kind.start(value, self.gradient_accumulation_steps) for kind, value in zip(sums, start, strict=True)]
+        start = [kind.start(value, count) for kind, value in zip(sums, first, strict=True)]
         # One part at a time: side by side they would need the memory that accumulation is to save.
-        _, *totals = tf.while_loop(
-            lambda i, *_: i < self.gradient_accumulation_steps, add, (1, *start), parallel_iterations=1
-        )
-        variables = itertools.compress(self.model.trainable_variables, used)
-        loss, correct, *totals = totals
-        means = iter(
-            [
-                kind.mean(total, self.gradient_accumulation_steps, v)
-                for kind, total, v in zip(sums[2:], totals, variables, strict=True)
-            ]
-        )
-        return loss / self.gradient_accumulation_steps, correct, [next(means) if is_used else None for is_used in used]
+        _, *totals = tf.while_loop(lambda i, *_: i < count, add, (1, *start), parallel_iterations=1)
+        leaves = len(first) - sum(used)
+        variables = itertools.compress(phase.variables, used)
+        rows = zip(sums[leaves:], totals[leaves:], variables, strict=True)
+        averages = iter([kind.mean(total, count, variable) for kind, total, variable in rows])
+        gradients = [next(averages) if is_used else None for is_used in used]
+        return tf.nest.pack_sequence_as(means, totals[:leaves]), gradients
 
-    def _dense_gradients(self, images, labels):
-        loss, _, gradients = self._differentiate(images, labels)
-        pairs = zip(gradients, self.model.trainable_variables, strict=True)
-        return loss, [tf.zeros_like(v.value) if grad is None else tf.convert_to_tensor(grad) for grad, v in pairs]
+    def _value_and_grad(self, batch, name):
+        phase = self.program.phase(name)
+        means, gradients = self._differentiate(phase, batch)
+        total, weight = means[phase.reported]
+        gradients = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+        return total / tf.cast(weight, total.dtype), gradients_or_zeros(gradients, phase.variables)
 
-    def _train(self, images, labels):
-        loss, correct, gradients = self._differentiate(images, labels)
-        self._fast_optimizer.apply(gradients, self.model.trainable_variables)
-        return loss, correct
+    def _train(self, batch):
+        found = {}
+        for phase, optimizer in zip(self.program.phases, self._fast_optimizers, strict=True):
+            means, gradients = self._differentiate(phase, batch)
+            optimizer.apply(gradients, phase.variables)
+            found |= means
+        return found
 
-    def _infer(self, images):
-        return main_output(self._call(images, training=False))
+    def _predict(self, batch):
+        return self.program.predict(self._call, batch)
 
-    def _judge(self, images, labels):
-        outputs = self._call(images, training=False)
-        return self.loss(labels, outputs) + penalties(self.model), _count(labels, main_output(outputs))
+    def _evaluate(self, batch):
+        return tf.nest.map_structure(tf.convert_to_tensor, self.program.metrics(self._call, batch))
 
-    def train_step(self, images, labels):
-        check_targets(labels)
-        return self._step(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
+    def train_step(self, batch):
+        self.program.check(batch)
+        return self._step(_tensors(batch))
 
-    def train_steps(self, pictures, params):
-        results = [self._shown(pictures, pictures.tensors, draw) for draw in tf.unstack(params)]
-        return [tf.stack(values) for values in zip(*results, strict=True)]
+    def train_steps(self, dataset, params):
+        results = [self._step_on_device(dataset, dataset.tensors, param) for param in tf.unstack(params)]
+        return tf.nest.map_structure(lambda *leaves: tf.stack(leaves), *results)
 
-    def value_and_grad(self, images, labels):
-        return self._gradients(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
+    def value_and_grad(self, batch, phase=None):
+        return self._gradients(_tensors(batch), phase)
 
-    def predict(self, images):
-        return self._forward(tf.convert_to_tensor(images)).numpy()
+    def predict(self, batch):
+        return _arrays(self._forward(_tensors(batch)))
 
-    def predict_on_device(self, pictures, params):
-        results = [self._forward_shown(pictures, pictures.tensors, draw) for draw in tf.unstack(params)]
-        return tf.stack(results).numpy()
+    def predict_on_device(self, dataset, params):
+        results = [self._forward_on_device(dataset, dataset.tensors, param) for param in tf.unstack(params)]
+        return _arrays(tf.nest.map_structure(lambda *leaves: tf.stack(leaves), *results))
 
-    def evaluate(self, images, labels):
-        return self._score(tf.convert_to_tensor(images), tf.convert_to_tensor(labels))
+    def evaluate(self, batch):
+        return self._score(_tensors(batch))
 
-    def layer_outputs(self, images, training=False):
+    def evaluate_on_device(self, dataset, param):
+        return self._score_on_device(dataset, dataset.tensors, tf.convert_to_tensor(param))
+
+    def layer_outputs(self, batch, training=False):
         seen = Recorder()
         with calling(self.model, training):
             Graph(self.model, partial(lower, training=training), training, fuse=False)(
-                tf.convert_to_tensor(images), seen
+                tf.convert_to_tensor(batch), seen
             )
         return seen.rows
 
     def sync_variables(self):
         pass
+
+
+def _tensors(tree):
+    return tf.nest.map_structure(tf.convert_to_tensor, dict(tree) if isinstance(tree, Mapping) else tree)
+
+
+def _arrays(tree):
+    return tf.nest.map_structure(lambda tensor: tensor.numpy(), tree)
 
 
 class _Dense:
@@ -216,13 +220,3 @@ def _momentum_step(optimizer, gradient, variable, learning_rate):
 
 def mean_over_replicas(x):
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, x)
-
-
-def _classes(labels):
-    """Integer labels (n,); of targets (n, classes) the largest."""
-    return tf.argmax(labels, axis=-1) if labels.shape.rank == 2 else tf.cast(labels, tf.int64)
-
-
-def _count(labels, logits):
-    """How many of the largest logits are right."""
-    return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == _classes(labels), tf.int32))

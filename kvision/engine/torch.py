@@ -1,13 +1,15 @@
 """PyTorch: the step runs eagerly; the variables hold the state.
 
-On a GPU a small network's step is over before Python has asked for its operations. So a step of pictures that lie on
+On a GPU a small network's step is over before Python has launched its operations. So a step on a data set that lies on
 the device is recorded once as a CUDA graph, and then replayed.
 """
 
 import ctypes
 import itertools
+import operator
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,10 +18,12 @@ import numpy as np
 import torch
 from keras import ops
 
-from kvision.engine import check_model, check_targets, main_output
-from kvision.engine.fuse import Graph, Recorder, is_graph, parts, penalties
+from kvision.engine.fuse import Graph, Recorder, is_graph
 from kvision.engine.keras_internals import (
+    PARALLEL_UPDATE,
+    WEIGHT_DECAY,
     calling,
+    has_plain_weight_decay,
     index_of,
     storage,
     takes_training,
@@ -27,6 +31,7 @@ from kvision.engine.keras_internals import (
     with_methods,
 )
 from kvision.engine.kernels_torch import BatchStatistics, lower
+from kvision.engine.program import Program, gradients_or_zeros, split
 
 
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
@@ -64,115 +69,135 @@ def full_precision():
 
 
 class Engine:
-    def __init__(self, model, optimizer=None, loss=None, gradient_accumulation_steps=1, metrics=()):
-        check_model(model)
-        self.model, self.optimizer, self.loss, self.gradient_accumulation_steps = (
-            model,
-            optimizer,
-            loss,
-            gradient_accumulation_steps,
-        )
-        self.metrics, self._is_graph = list(metrics), is_graph(model)
+    def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
+        self.program = Program(models, task, optimizers)
+        self.model, self.gradient_accumulation_steps = self.program.model, gradient_accumulation_steps
         self._graphs = {}
         self._recording = None
-        if optimizer is not None:
-            _lay_out([*model.trainable_variables, *optimizer.variables])
-            self._fast_optimizer = with_methods(optimizer, _fast_methods)
+        if self.program.optimizers:
+            slots = [variable for optimizer in self.program.optimizers for variable in optimizer.variables]
+            _lay_out([*self.program.trainable, *slots])
+        self._fast_optimizers = [with_methods(optimizer, _fast_methods) for optimizer in self.program.optimizers]
 
-    def _call(self, images, training):
-        if not self._is_graph:
-            options = {"training": training} if takes_training(self.model) else {}
-            return self.model(ops.convert_to_tensor(images), **options)
-        if training not in self._graphs:
-            self._graphs[training] = self._graph(training)
-        graph, statistics = self._graphs[training]
+    def _call(self, name, inputs, training):
+        model, key = self.program.models[name], (name, training)
+        if key not in self._graphs:
+            self._graphs[key] = self._graph(model, training) if is_graph(model) else None
+        if self._graphs[key] is None:
+            return model(inputs, **({"training": training} if takes_training(model) else {}))
+        graph, statistics = self._graphs[key]
         statistics.clear()  # of a pass that was broken off
-        with calling(self.model, training):
-            outputs = graph(ops.convert_to_tensor(images))
+        with calling(model, training):
+            outputs = graph(inputs)
         statistics.keep()
         return outputs
 
-    def _graph(self, training, fuse=True):
+    def _graph(self, model, training, fuse=True):
         statistics = BatchStatistics()
-        return Graph(self.model, partial(lower, training=training, statistics=statistics), training, fuse), statistics
+        return Graph(model, partial(lower, training=training, statistics=statistics), training, fuse), statistics
 
-    def _objective(self, images, labels, training):
-        """The loss with its penalties, the labels on the device, and the outputs."""
-        outputs, labels = self._call(images, training), ops.convert_to_tensor(labels)
-        return self.loss(labels, outputs) + penalties(self.model), labels, main_output(outputs)
-
-    def _part(self, images, labels):
-        variables = [variable.value for variable in self.model.trainable_variables]
-        loss, labels, logits = self._objective(images, labels, training=True)
-        scaled = self.optimizer.scale_loss(loss) if self.optimizer else loss
+    def _part(self, phase, batch):
+        """The Means of a phase on a part of a batch, and its gradients."""
+        restored = [(variable, variable.value.clone()) for variable in phase.restored]
+        loss, means = self.program.objective(phase, self._call, batch)
+        scaled = phase.optimizer.scale_loss(loss) if phase.optimizer else loss
         # A variable that the loss does not use has no gradient: None.
+        variables = [variable.value for variable in phase.variables]
         gradients = torch.autograd.grad(scaled, variables, allow_unused=True)
-        with torch.no_grad():
-            for metric in self.metrics:
-                metric.update_state(_classes(labels), logits)
-            return loss.detach(), _count(labels, logits), gradients
+        for variable, value in restored:
+            variable.assign(value)
+        return _map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, means), gradients
 
-    def _differentiate(self, images, labels):
-        if self.gradient_accumulation_steps == 1:
-            return self._part(images, labels)
-        first, *others = parts(self.gradient_accumulation_steps, (images, labels))
-        loss, correct, gradients = self._part(*first)
+    def _differentiate(self, phase, batch):
+        count = self.gradient_accumulation_steps
+        if count == 1:
+            return self._part(phase, batch)
+        first, *others = split(batch, count)
+        means, gradients = self._part(phase, first)
         used = [gradient is not None for gradient in gradients]
         sums = list(itertools.compress(gradients, used))
         for part in others:
-            more_loss, more_correct, more = self._part(*part)
-            loss, correct = loss + more_loss, correct + more_correct
-            torch._foreach_add_(sums, list(itertools.compress(more, used)))
-        torch._foreach_div_(sums, self.gradient_accumulation_steps)
+            more, gradients = self._part(phase, part)
+            means = {name: tuple(map(operator.add, means[name], more[name])) for name in means}
+            torch._foreach_add_(sums, list(itertools.compress(gradients, used)))
+        torch._foreach_div_(sums, count)
         sums = iter(sums)
-        return loss / self.gradient_accumulation_steps, correct, [next(sums) if is_used else None for is_used in used]
+        return means, [next(sums) if is_used else None for is_used in used]
 
-    def train_step(self, images, labels):
-        check_targets(labels)
-        loss, correct, gradients = self._differentiate(images, labels)
-        with torch.no_grad():
-            self._fast_optimizer.apply(gradients, self.model.trainable_variables)
-        return loss, correct
+    def _train(self, batch):
+        found = {}
+        for phase, optimizer in zip(self.program.phases, self._fast_optimizers, strict=True):
+            means, gradients = self._differentiate(phase, batch)
+            with torch.no_grad():
+                optimizer.apply(gradients, phase.variables)
+            found |= means
+        return found
 
-    def train_steps(self, pictures, params):
+    def train_step(self, batch):
+        self.program.check(batch)
+        return self._train(_tensors(batch))
+
+    def train_steps(self, dataset, params):
         params = ops.convert_to_tensor(params)
         # With loss scaling the host decides by a value of the device whether a step counts.
-        if accelerated() and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            if self._recording is None or self._recording.pictures is not pictures:
-                self._recording = _Recording(self.train_step, pictures)
-            results = [self._recording.step(draw) for draw in params]
+        scaled = any(isinstance(one, keras.optimizers.LossScaleOptimizer) for one in self.program.optimizers)
+        if accelerated() and not scaled:
+            if self._recording is None or self._recording.dataset is not dataset:
+                self._recording = _Recording(self._train, dataset)
+            results = [self._recording.step(param) for param in params]
         else:
-            results = [self.train_step(*pictures.make_batch(pictures.tensors, draw)) for draw in params]
-        return [torch.stack(values) for values in zip(*results, strict=True)]
+            results = [self._train(dataset.make_batch(dataset.tensors, param)) for param in params]
+        return stack(results)
 
-    def value_and_grad(self, images, labels):
-        loss, _, gradients = self._differentiate(images, labels)
-        pairs = zip(gradients, self.model.trainable_variables, strict=True)
-        return loss, [torch.zeros_like(variable.value) if grad is None else grad for grad, variable in pairs]
+    def value_and_grad(self, batch, phase=None):
+        phase = self.program.phase(phase)
+        means, gradients = self._differentiate(phase, _tensors(batch))
+        total, weight = means[phase.reported]
+        return total / weight, gradients_or_zeros(gradients, phase.variables)
 
-    def predict(self, images):
+    def predict(self, batch):
         with torch.inference_mode():
-            return ops.convert_to_numpy(main_output(self._call(images, training=False)))
+            return keras.tree.map_structure(ops.convert_to_numpy, self.program.predict(self._call, _tensors(batch)))
 
-    def predict_on_device(self, pictures, params):
+    def predict_on_device(self, dataset, params):
         with torch.inference_mode():
-            shown = (pictures.make_batch(pictures.tensors, draw)[0] for draw in ops.convert_to_tensor(params))
-            return ops.convert_to_numpy(torch.stack([main_output(self._call(x, training=False)) for x in shown]))
+            batches = (dataset.make_batch(dataset.tensors, param) for param in ops.convert_to_tensor(params))
+            results = [self.program.predict(self._call, batch) for batch in batches]
+            return keras.tree.map_structure(lambda *leaves: ops.convert_to_numpy(torch.stack(leaves)), *results)
 
-    def evaluate(self, images, labels):
+    def evaluate(self, batch):
         with torch.inference_mode():
-            loss, labels, logits = self._objective(images, labels, training=False)
-            return loss, _count(labels, logits)
+            return self.program.metrics(self._call, _tensors(batch))
 
-    def layer_outputs(self, images, training=False):
-        seen, (graph, statistics) = Recorder(), self._graph(training, fuse=False)
+    def evaluate_on_device(self, dataset, param):
+        return self.evaluate(dataset.make_batch(dataset.tensors, ops.convert_to_tensor(param)))
+
+    def layer_outputs(self, batch, training=False):
+        seen, (graph, statistics) = Recorder(), self._graph(self.model, training, fuse=False)
         with torch.no_grad(), calling(self.model, training):
-            graph(ops.convert_to_tensor(images), seen)
+            graph(ops.convert_to_tensor(batch), seen)
         statistics.keep()
         return seen.rows
 
     def sync_variables(self):
         pass
+
+
+def _tensors(tree):
+    return keras.tree.map_structure(ops.convert_to_tensor, dict(tree) if isinstance(tree, Mapping) else tree)
+
+
+def _map(function, means):
+    return {name: (function(total), function(weight)) for name, (total, weight) in means.items()}
+
+
+def stack(results):
+    """The Means of several steps as one, whose sums and weights have an axis of the steps."""
+
+    def together(leaves):
+        return torch.stack(leaves) if isinstance(leaves[0], torch.Tensor) else torch.tensor(leaves)
+
+    return {name: tuple(together([result[name][i] for result in results]) for i in range(2)) for name in results[0]}
 
 
 def _lay_out(variables):
@@ -189,14 +214,11 @@ def _lay_out(variables):
 def _fast_methods(optimizer):
     """Keras's own methods of an optimizer in a quicker form; a method that its class has of its own stays."""
     kind, methods = type(optimizer), {}
-    if (
-        kind._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay
-        and optimizer.weight_decay is not None
-    ):
-        methods["_apply_weight_decay"] = _weight_decay()
+    if has_plain_weight_decay(optimizer):
+        methods[WEIGHT_DECAY] = _weight_decay()
     sgd = keras.optimizers.SGD
     if accelerated() and isinstance(optimizer, sgd) and kind.__module__.startswith("keras."):
-        methods["_parallel_update_step"] = _sgd_step
+        methods[PARALLEL_UPDATE] = _sgd_step
     return methods
 
 
@@ -235,50 +257,50 @@ def _sgd_step(optimizer, gradients, variables, learning_rate):
 
 
 class _Recording:
-    """Steps of pictures on a GPU: the first ones run as they are, then one is recorded as a CUDA graph and replayed.
+    """Steps of a data set on a GPU: the first ones run as they are, then one is recorded as a CUDA graph and replayed.
 
     A step that cannot be recorded, as one that waits for a value of the device, runs as it is for good.
     """
 
     WARMUP = 3  # steps in which PyTorch makes what it keeps: algorithms, handles, memory
 
-    def __init__(self, step, pictures):
-        self.pictures, self.taken, self.recorded = pictures, 0, None
-        self.draw = None
-        self.run = lambda draw: step(*pictures.make_batch(pictures.tensors, draw))
+    def __init__(self, step, dataset):
+        self.dataset, self.taken, self.recorded = dataset, 0, None
+        self.param = None
+        self.run = lambda param: step(dataset.make_batch(dataset.tensors, param))
         self.stream = torch.cuda.Stream()
 
-    def step(self, draw):
-        """The loss and the correct answers of one step."""
+    def step(self, param):
+        """The Means of one step."""
         self.taken += 1
-        if self.draw is None or self.draw.shape != draw.shape:
-            self.draw, self.recorded, self.taken = draw.clone(), None, 1
-        self.draw.copy_(draw)
+        if self.param is None or self.param.shape != param.shape:
+            self.param, self.recorded, self.taken = param.clone(), None, 1
+        self.param.copy_(param)
         if self.taken == self.WARMUP + 1:
             self.record()
         if self.recorded is None:
             return self.aside()
-        graph, results = self.recorded
+        graph, means = self.recorded
         graph.replay()
-        return [result.clone() for result in results]
+        return _map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, means)
 
     def aside(self):
         """The step beside the default stream, on which nothing can be recorded."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            results = self.run(self.draw)
+            means = self.run(self.param)
         torch.cuda.current_stream().wait_stream(self.stream)
-        return results
+        return means
 
     def record(self):
         graph = torch.cuda.CUDAGraph()
         try:
             with _Filled(), torch.cuda.graph(graph, stream=self.stream):
-                results = self.run(self.draw)
+                means = self.run(self.param)
         except Exception as error:
             warnings.warn(f"PyTorch's steps run one by one, as they cannot be a CUDA graph: {error}", stacklevel=2)
             return
-        self.recorded = graph, results
+        self.recorded = graph, means
 
 
 class _Filled(torch.overrides.TorchFunctionMode):
@@ -311,13 +333,3 @@ class _Mean(torch.autograd.Function):
 
 def mean_over_replicas(x):
     return _Mean.apply(x) if torch.distributed.is_initialized() else x
-
-
-def _classes(labels):
-    """Integer labels (n,); of targets (n, classes) the largest."""
-    return labels.argmax(dim=-1) if labels.ndim == 2 else labels
-
-
-def _count(labels, logits):
-    """How many of the largest logits are right."""
-    return (logits.argmax(dim=-1) == _classes(labels)).sum()

@@ -9,6 +9,7 @@ from kvision.layers.conv import (
     conv,
     depthwise_conv,
     least_side,
+    up_conv,
 )
 from kvision.layers.dense import (
     activation,
@@ -101,6 +102,7 @@ __all__ = [
     "set_weight_decay_mask",
     "skip_init",
     "sync_batch_norm",
+    "up_conv",
     "update_bn",
     "whitening_kernel",
     "whitening_kernel_on_device",

@@ -100,3 +100,16 @@ def depthwise_conv(
     options = {"depthwise_initializer": initializer, "bias_initializer": Constant(), **options}
     make = partial(keras.layers.DepthwiseConv2D, use_bias=use_bias, **options)
     return _convolution(make, kernel_size, strides, padding, name)
+
+
+def up_conv(filters: int, *, name: str, use_bias: bool = False, **options) -> keras.layers.Layer:
+    """A 2x2 transposed convolution of stride 2: (n, h, w, c) to (n, 2 h, 2 w, filters). No output pixels overlap.
+
+    Its kernel (2, 2, filters, c) starts from He's normal initializer: variance 2 / c, as each output reads c numbers.
+    """
+    options = {
+        "kernel_initializer": VarianceScaling(8.0, "out"),  # of a transposed kernel "out" is 4 c
+        "bias_initializer": Constant(),
+        **options,
+    }
+    return keras.layers.Conv2DTranspose(filters, 2, 2, use_bias=use_bias, name=name, **options)

@@ -10,6 +10,7 @@ class Paper:
 
     Args:
         input_shape: (height, width, channels) of the images.
+        classes: the number of logits; None for networks whose output is an image of the input's shape.
         shapes: variants with another input shape.
     """
 
@@ -18,5 +19,5 @@ class Paper:
     year: int
     address: str
     input_shape: tuple[int, int, int] = (32, 32, 3)
-    classes: int = 10
+    classes: int | None = 10
     shapes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)

@@ -18,7 +18,8 @@ from kvision import engine
 from kvision.data import DataError
 from kvision.data.batches import Augmentation, Batches
 from kvision.data.preprocessing import Preprocessing
-from kvision.engine.fuse import is_graph, nodes_of
+from kvision.engine.fuse import is_graph
+from kvision.engine.keras_internals import has_generators, nodes_of, producer_of
 from kvision.flags import UsageError
 from kvision.parity.loading import build, make_images, start
 from kvision.parity.result import Result
@@ -94,13 +95,11 @@ def graph(model) -> tuple[list[dict], list[str]]:
             "settings": _settings(node.operation),
             "inputs": [names[id(parent)] for parent in node.parent_nodes if id(parent) in names],
             "dtype": getattr(node.operation, "compute_dtype", None),
-            "random": bool(node.operation.__dict__.get("_seed_generators"))
-            and type(node.operation).__module__.startswith("keras."),
+            "random": has_generators(node.operation) and type(node.operation).__module__.startswith("keras."),
         }
         for node in nodes
     ]
-    history = [output._keras_history for output in model.outputs]
-    return operations, [names[id(item.operation._inbound_nodes[item.node_index])] for item in history]
+    return operations, [names[id(producer_of(output))] for output in model.outputs]
 
 
 def _notes(model, spec: Spec, classes: int | None, operations: list[dict]) -> list[str]:
@@ -117,25 +116,27 @@ def _notes(model, spec: Spec, classes: int | None, operations: list[dict]) -> li
     return notes
 
 
-# The losses
+# The tasks
 
 
-def _cross_entropy(labels, outputs):
-    # The product hides a softmax from Keras, which on TensorFlow would use its inputs as the logits.
-    return cross_entropy()(labels, keras.tree.map_structure(lambda output: output * 1, outputs))
+class ClassScores:
+    """The task of a classifier: the cross-entropy of its outputs as logits, whatever they are."""
+
+    def loss(self, models, batch):
+        # The product hides a softmax from Keras, which on TensorFlow would use its inputs as the logits.
+        outputs = keras.tree.map_structure(lambda output: output * 1, models(batch["image"]))
+        return cross_entropy()(batch["label"], outputs), {}
 
 
-def _squares(labels, outputs):
-    tensors = keras.tree.flatten(outputs)
-    return sum(ops.mean(ops.square(tensor)) for tensor in tensors) / len(tensors)
+class OtherOutputs:
+    """The task of any other model: the mean of its squared outputs."""
+
+    def loss(self, models, batch):
+        tensors = keras.tree.flatten(models(batch["image"]))
+        return sum(ops.mean(ops.square(tensor)) for tensor in tensors) / len(tensors), {}
 
 
 # The run
-
-
-def _labels_for(loss, labels: np.ndarray) -> np.ndarray:
-    """The labels; for outputs other than class scores, one label that broadcasts to outputs of any shape."""
-    return labels if loss is _cross_entropy else np.zeros(1, np.int32)
 
 
 def _layers(model, runner, batch, training: bool) -> list[Tensor]:
@@ -150,12 +151,11 @@ def _layers(model, runner, batch, training: bool) -> list[Tensor]:
     return summarize((layer.name for layer, _ in rows), outputs)
 
 
-def _steps(model, spec: Spec, loss, images, labels) -> list[float]:
+def _steps(model, spec: Spec, task, images, labels) -> list[float]:
     """Train for the steps of the specification; returns their losses."""
     rates = schedules.schedule("cosine", spec.learning_rate, spec.steps, WARMUP)
     optimizer = optimizers.make_optimizer("sgd", rates, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    optimizer.build(model.trainable_variables)
-    runner = engine.create(model, optimizer, loss)
+    runner = engine.create(model, task, optimizer)
     augmentation = Augmentation(True, min(SHIFT, *(side // 4 for side in images.shape[1:3])))
     batches = Batches(images, labels, spec.batch, spec.seed, PREPROCESSING, augmentation)
     losses = []
@@ -163,8 +163,9 @@ def _steps(model, spec: Spec, loss, images, labels) -> list[float]:
         epoch, position = divmod(step, batches.steps)
         if position == 0:
             iterator = batches.epoch(epoch)
-        batch, batch_labels = next(iterator)
-        losses.append(float(runner.train_step(batch.astype(spec.dtype), _labels_for(loss, batch_labels))[0]))
+        batch = next(iterator)
+        total, weight = runner.train_step(batch | {"image": batch["image"].astype(spec.dtype)})["loss"]
+        losses.append(float(total) / float(weight))
     runner.sync_variables()
     return losses
 
@@ -182,12 +183,12 @@ def run(spec: Spec) -> Result:
     classes = _number_of_classes(outputs)
     images, labels = make_images(spec, shape, classes)
     batch = PREPROCESSING(images[: spec.batch]).astype(spec.dtype)
-    loss = _cross_entropy if classes else _squares
+    task = ClassScores() if classes else OtherOutputs()
     start(model, spec)
     first = trainer.values(model.variables)
     weights = [variable for variable in model.weights if "float" in variable.dtype]
     paths = [variable.path for variable in weights]
-    runner = engine.create(model, None, loss)
+    runner = engine.create(model, task)
     tensors = {
         "initial": summarize(paths, trainer.values(weights)),
         "inference": summarize(["outputs"], [runner.predict(batch)]),
@@ -195,7 +196,7 @@ def run(spec: Spec) -> Result:
     for stage, in_training in (("inference_layers", False), ("training_layers", True)):
         tensors[stage] = _layers(model, runner, batch, in_training)
         trainer.assign(model.variables, first)
-    value, gradients = runner.value_and_grad(batch, _labels_for(loss, labels[: spec.batch]))
+    value, gradients = runner.value_and_grad({"image": batch, "label": labels[: spec.batch]})
     tensors["gradients"] = summarize(
         (variable.path for variable in model.trainable_variables),
         (
@@ -206,7 +207,7 @@ def run(spec: Spec) -> Result:
     value = float(value)
     del gradients, runner
     trainer.assign(model.variables, first)
-    losses = _steps(model, spec, loss, images, labels) if spec.steps else []
+    losses = _steps(model, spec, task, images, labels) if spec.steps else []
     tensors["weights"] = summarize(paths, trainer.values(weights))
     if is_graph(model):
         operations, outputs = graph(model)

@@ -1,5 +1,5 @@
 """Training: the epochs, evaluation, checkpoints, optimizers, and what stops and resumes a run."""
 
-from kvision.training.trainer import DivergedError, EarlyStopping, History, fit
+from kvision.training.trainer import DivergedError, EarlyStopping, Execution, History, Schedule, fit
 
-__all__ = ["DivergedError", "EarlyStopping", "History", "fit"]
+__all__ = ["DivergedError", "EarlyStopping", "Execution", "History", "Schedule", "fit"]

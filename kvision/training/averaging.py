@@ -6,6 +6,7 @@ Each wraps an optimizer; a checkpoint stores its averages as variables of the op
 import keras
 from keras import ops
 
+from kvision.engine.keras_internals import trained_variables
 from kvision.training.optimizers import OptimizerWrapper
 
 
@@ -30,7 +31,7 @@ class WeightAverage(OptimizerWrapper):
             self.build(trainable_variables)
         share = self.share(ops.convert_to_tensor(self.iterations))
         self.inner.apply(grads, trainable_variables)
-        for variable, average in zip(self._trainable_variables, self.averages, strict=True):
+        for variable, average in zip(trained_variables(self), self.averages, strict=True):
             part = ops.cast(share, variable.dtype)
             average.assign((1 - part) * average.value + part * variable.value)
 
@@ -140,13 +141,13 @@ class Lookahead(OptimizerWrapper):
         # The same operations in every step, and no number that comes from the host: a program can be recorded once.
         due = step % self.every == 0
         share = (1 - self.kept(step)) * ops.cast(due, keras.config.floatx())
-        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+        for variable, slow in zip(trained_variables(self), self.slow, strict=True):
             slow.assign(slow.value + ops.cast(share, variable.dtype) * (variable.value - slow.value))
             variable.assign(ops.where(due, slow.value, variable.value))
 
     def finalize_variable_values(self, var_list):
         """Set the weights to the slow ones; Keras's name for what is done after the last step."""
-        for variable, slow in zip(self._trainable_variables, self.slow, strict=True):
+        for variable, slow in zip(trained_variables(self), self.slow, strict=True):
             variable.assign(ops.copy(slow.value))
 
     def get_config(self):

@@ -1,13 +1,15 @@
-"""Keras's callbacks and metrics in a run of `kvision.training.fit`: the hooks, what they are told, and their state.
+"""Keras's callbacks in a run of `kvision.training.fit`: their hooks, logs and state.
 
-Keras calls the hooks from `Model.fit`; here they hear the same, in the same order. A run that goes on from a checkpoint
-calls `on_train_begin`, puts each callback's state back, and does not begin an epoch a second time.
+The hooks are called as `Model.fit` calls them, in the same order with the same logs. A run that resumes from a
+checkpoint calls `on_train_begin`, restores each callback's state, and does not begin an epoch a second time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
+
+from kvision.engine.keras_internals import set_comparison
 
 BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 FOREIGN = {"params", "_model", "model"}  # the run's, not the callback's
@@ -60,65 +62,39 @@ def _overrides(callback, hook: str) -> bool:
     return own or getattr(type(callback), hook) is not getattr(keras.callbacks.Callback, hook)
 
 
-class TrainingMetrics(keras.callbacks.Callback):
-    """Begins metrics anew with each epoch; their state is part of a checkpoint."""
-
-    def __init__(self, metrics: Sequence):
-        super().__init__()
-        self.variables = [variable for metric in metrics for variable in metric.variables]
-        self.metrics = metrics
-
-    def on_epoch_begin(self, epoch, logs=None):
-        for metric in self.metrics:
-            metric.reset_state()
-
-    def get_state(self) -> dict:
-        return {"values": [np.array(keras.ops.convert_to_numpy(variable.value)) for variable in self.variables]}
-
-    def set_state(self, state: dict) -> None:
-        for variable, value in zip(self.variables, state["values"], strict=True):
-            variable.assign(value)
-
-
 class Callbacks:
     """A run's callbacks, called together.
 
     Args:
         callbacks: Keras callbacks.
-        metrics: Keras metrics `update_state(labels, logits)`, of integer labels (n,) and logits (n, classes). The
-            engine updates them in every step; `measure` does on images that are scored.
-        model: where there are callbacks it is compiled with the optimizer and the loss, as what Keras's callbacks save
-            shall have both, and `model.stop_training` is false.
-        loss: None leaves the model as it is compiled.
-
-    Attributes:
-        given: whether the caller has callbacks.
+        model: where there are callbacks, `model.stop_training` is set to false.
+        compiled: arguments of `model.compile`, "optimizer" among them, so that what Keras's callbacks save has them;
+            None leaves the model as it is compiled.
+        directions: "up" or "down", by the name of a figure: whether more or less of it is better.
 
     Raises:
-        ValueError: two metrics of one name, or one with a name that a run gives itself; `BackupAndRestore`.
+        ValueError: `BackupAndRestore`.
     """
 
     def __init__(
-        self, callbacks: Sequence, metrics: Sequence, model: keras.Model, optimizer, loss: Callable | None = None
+        self,
+        callbacks: Sequence,
+        model: keras.Model,
+        compiled: Mapping | None = None,
+        directions: Mapping[str, str | None] | None = None,
     ):
-        self.callbacks, self.metrics, self.model = list(callbacks), list(metrics), model
+        self.callbacks, self.model, self.directions = list(callbacks), model, dict(directions or {})
         if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
             raise ValueError(
                 "BackupAndRestore keeps no optimizer and no place in an epoch: give fit(checkpoint=FOLDER) instead, "
                 "which goes on to the bit"
             )
-        names = [metric.name for metric in self.metrics]
-        if len({*names, "loss", "accuracy"}) != len(names) + 2:
-            raise ValueError(f"metrics want names of their own, other than loss and accuracy; got {', '.join(names)}")
         # ModelCheckpoint has hooks for batches, which do nothing where it saves after epochs.
         waiting = [callback for callback in self.callbacks if getattr(callback, "save_freq", None) != "epoch"]
         self.batches = any(_overrides(callback, hook) for callback in waiting for hook in BATCH_HOOKS)
         self._first: list[dict] = []
-        self.given = bool(self.callbacks)
-        if self.given and loss is not None:
-            model.compile(optimizer, loss, metrics=self.metrics, auto_scale_loss=False)
-        if self.metrics:
-            self.callbacks.insert(0, TrainingMetrics(self.metrics))
+        if self.callbacks and compiled is not None:
+            model.compile(**compiled, auto_scale_loss=False)
         self.stop = False
 
     @property
@@ -138,15 +114,13 @@ class Callbacks:
 
     def begin(self, params: dict, states: Sequence[dict] = ()) -> None:
         """`on_train_begin`, then the states of a checkpoint."""
-        directions = {metric.name: getattr(metric, "_direction", None) for metric in self.metrics}
-        directions["accuracy"] = "up"
         for callback in self.callbacks:
             callback.set_params(params)
             callback.set_model(self.model)
             # Keras looks among the metrics of a compiled model for whether more is better.
             monitored = str(getattr(callback, "monitor", "")).removeprefix("val_")
-            if getattr(callback, "mode", None) == "auto" and directions.get(monitored):
-                callback.mode = {"up": "max", "down": "min"}[directions[monitored]]
+            if getattr(callback, "mode", None) == "auto" and self.directions.get(monitored):
+                callback.mode = {"up": "max", "down": "min"}[self.directions[monitored]]
         self.call("on_train_begin")
         self._first = [_attributes(callback) for callback in self.callbacks]
         for callback, state in zip(self.callbacks, states, strict=False):
@@ -155,6 +129,11 @@ class Callbacks:
     def overrides(self, hook: str) -> bool:
         """Whether a callback has this hook."""
         return any(_overrides(callback, hook) for callback in self.callbacks)
+
+    @property
+    def overrides_test_batches(self) -> bool:
+        """Whether a callback has a hook for the batches of an evaluation."""
+        return any(map(self.overrides, ("on_test_batch_begin", "on_test_batch_end")))
 
     def call(self, hook: str, *arguments, logs: dict | None = None) -> None:
         """Call a hook of every callback; they share `logs`, and may add to it."""
@@ -174,17 +153,6 @@ class Callbacks:
             found.append({name: value for name, value in now.items() if not _equal(value, first.get(name, MISSING))})
         return found
 
-    def results(self) -> dict[str, float]:
-        """The metrics by name."""
-        return {metric.name: float(keras.ops.convert_to_numpy(metric.result())) for metric in self.metrics}
-
-    def measure(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The metrics of other images by name; what they saw before is lost."""
-        for metric in self.metrics:
-            metric.reset_state()
-            metric.update_state(labels, logits)
-        return self.results()
-
 
 def _restore(callback, state: dict) -> None:
     if hasattr(callback, "set_state"):
@@ -192,17 +160,12 @@ def _restore(callback, state: dict) -> None:
         return
     if "min_delta" in state and getattr(callback, "monitor_op", True) is None:
         # Keras chooses the comparison at the first epoch's end and turns the sign of `min_delta` then: once.
-        callback._set_monitor_op()
+        set_comparison(callback)
     vars(callback).update(state)
 
 
-def logs_of(row: dict, monitored: str, loss: float | None = None) -> dict[str, float]:
-    """A row of the history under Keras's names: val_loss, val_accuracy and so on are of the images `monitored`.
-
-    Args:
-        loss: val_loss, where it is not the row's cross-entropy.
-    """
+def logs_of(row: dict, monitored: str) -> dict[str, float]:
+    """A row of the history under Keras's names: val_loss, val_accuracy and so on are of the set `monitored`."""
     figures = {key: value for key, value in row.items() if key not in KERAS_HAS_NONE}
     prefix = f"{monitored}_"
-    logs = {f"val_{key.removeprefix(prefix)}" if key.startswith(prefix) else key: figures[key] for key in figures}
-    return logs if loss is None else logs | {"val_loss": loss}
+    return {f"val_{key.removeprefix(prefix)}" if key.startswith(prefix) else key: figures[key] for key in figures}

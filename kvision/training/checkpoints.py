@@ -21,7 +21,6 @@ from kvision.files import make_folder, remove, remove_temp_files
 from kvision.weights.archive import Archive, WeightsError, shorten, weights_error, write
 
 FORMAT = "kvision-checkpoint"
-EPOCH = {"losses": np.float64, "correct": np.int64, "durations": np.float64}  # what is kept of each step of an epoch
 
 
 class OtherRunError(WeightsError):
@@ -39,9 +38,9 @@ class State:
     Attributes:
         step: how many steps were taken in all.
         history: what the finished epochs gave, plain data.
-        losses, correct, durations: of each step of the unfinished epoch: the loss, how many answers were correct, the
-            seconds.
-        best: the model's variables after the best epoch, for early stopping.
+        totals: the added Means of the unfinished epoch, float64: name -> (sum, weight).
+        durations: the seconds of each step of the unfinished epoch.
+        best: the models' variables after the best epoch, for early stopping.
         callbacks: for each callback the name of its class, and its state, plain data and arrays.
         stopped: whether a callback has ended the run.
         batches: (steps in an epoch, images in a step), which a run to go on must share.
@@ -49,8 +48,7 @@ class State:
 
     step: int = 0
     history: dict = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    correct: list[int] = field(default_factory=list)
+    totals: dict[str, tuple] = field(default_factory=dict)
     durations: list[float] = field(default_factory=list)
     best: list[np.ndarray] | None = None
     callbacks: list[tuple[str, dict]] = field(default_factory=list)
@@ -71,6 +69,32 @@ def _named(prefix: str, variables) -> dict[str, keras.Variable]:
             key = f"{name}#{count}"
         named[key] = variable
     return named
+
+
+def _groups(prefix: str, members) -> dict:
+    """Models or optimizers by the prefix of their variables' names: a single one has its own."""
+    if not isinstance(members, Mapping):
+        return {prefix: members}
+    return {f"{prefix}s/{name}": member for name, member in members.items()}
+
+
+def _variables(models, optimizers, task_variables) -> dict[str, keras.Variable]:
+    """All variables of a run by name, each once."""
+    named, seen = {}, set()
+    groups = {**_groups("model", models), **_groups("optimizer", optimizers)}
+    for prefix, variables in [*((key, member.variables) for key, member in groups.items()), ("task", task_variables)]:
+        for name, variable in _named(prefix, variables).items():
+            if id(variable) not in seen:
+                named[name] = variable
+                seen.add(id(variable))
+    return named
+
+
+def _best(models) -> list[str]:
+    """The names of what early stopping keeps: all variables of the models, in their order."""
+    if not isinstance(models, Mapping):
+        return list(_named("best", models.variables))
+    return [name for key, model in models.items() for name in _named(f"best/{key}", model.variables)]
 
 
 def _detach(value, arrays: dict[str, np.ndarray]):
@@ -132,27 +156,34 @@ class Checkpoints:
         """Remove what a killed process left of the checkpoint that it was writing."""
         remove_temp_files(self.folder, "step-*")
 
-    def write(self, model, optimizer, state: State) -> Path:
+    def write(self, models, optimizers, state: State, task_variables: Sequence[keras.Variable] = ()) -> Path:
         """Write a checkpoint, then remove those that are too many; its file.
+
+        Args:
+            models, optimizers: one each, or mappings by name.
+            task_variables: those of the task.
 
         Raises:
             NotFiniteError: a variable is no longer finite. Nothing was written.
             kvision.weights.WeightsError: the disk refuses; the message names the checkpoint that is left.
         """
-        variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
+        variables = _variables(models, optimizers, task_variables)
         arrays = {key: ops.convert_to_numpy(variable.value) for key, variable in variables.items()}
         for key, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise NotFiniteError(key)
-        arrays |= {f"epoch/{name}": np.array(getattr(state, name), dtype) for name, dtype in EPOCH.items()}
-        names = _named("best", model.variables)
-        arrays |= dict(zip(names, state.best, strict=True)) if state.best is not None else {}
+        arrays["epoch/durations"] = np.array(state.durations, np.float64)
+        for name, (total, weight) in state.totals.items():
+            arrays[f"epoch/sums/{name}"] = np.asarray(total, np.float64)
+            arrays[f"epoch/weights/{name}"] = np.asarray(weight, np.float64)
+        arrays |= dict(zip(_best(models), state.best, strict=True)) if state.best is not None else {}
         kept = {}
         manifest = {
             "format": FORMAT,
             "backend": keras.backend.backend(),
             "step": state.step,
             "history": state.history,
+            "totals": list(state.totals),
             "callbacks": [[name, _detach(content, kept)] for name, content in state.callbacks],
             "stopped": state.stopped,
             "batches": state.batches,
@@ -182,8 +213,16 @@ class Checkpoints:
         self._broken = []
         return path
 
-    def read(self, model, optimizer, callbacks: Sequence[str] = (), batches: tuple[int, int] | None = None) -> State:
-        """Set model and optimizer to the newest checkpoint that can be read and is of this run; the state beside them.
+    def read(
+        self,
+        models,
+        optimizers,
+        callbacks: Sequence[str] = (),
+        batches: tuple[int, int] | None = None,
+        task_variables: Sequence[keras.Variable] = (),
+    ) -> State:
+        """Set models, optimizers and the task's variables to the newest checkpoint that can be read and is of this run;
+        returns the state beside them.
 
         One that is broken is passed over with a warning that names it and the one taken, and goes when the next is
         written. Without any checkpoint nothing is changed, and the state is that of a run's start.
@@ -200,14 +239,15 @@ class Checkpoints:
         faults: list[WeightsError] = []
         for path in reversed(self.files()):
             try:
-                variables, arrays, state = _read(path, model, optimizer, callbacks, batches, self.configuration)
+                named = _variables(models, optimizers, task_variables)
+                arrays, state = _read(path, models, named, callbacks, batches, self.configuration)
             except OtherRunError:
                 raise
             except WeightsError as error:
                 faults.append(error)
                 self._broken.append(path)
                 continue
-            for key, variable in variables.items():
+            for key, variable in named.items():
                 variable.assign(arrays[key])
             if faults:
                 text = "; ".join(str(fault) for fault in faults)
@@ -225,8 +265,8 @@ def _other_run(path: Path, what: str) -> OtherRunError:
     return OtherRunError(str(weights_error(path, f"{what}; {text}")))
 
 
-def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tuple[dict, dict[str, np.ndarray], State]:
-    """The variables by the keys of a checkpoint, its arrays, and its state, all checked."""
+def _read(path: Path, models, variables, callbacks, batches, configuration) -> tuple[dict[str, np.ndarray], State]:
+    """The arrays of a checkpoint and its state, all checked, for `variables` by name."""
     with Archive(path) as archive:
         arrays = {key: archive.read(key) for key in archive.members}
     try:
@@ -239,7 +279,11 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
             callbacks=[(name, _attach(content, arrays)) for name, content in manifest["callbacks"]],
             stopped=manifest["stopped"],
             batches=manifest["batches"] and tuple(manifest["batches"]),
-            **{name: arrays.pop(f"epoch/{name}").tolist() for name in EPOCH},
+            durations=arrays.pop("epoch/durations").tolist(),
+            totals={
+                name: (arrays.pop(f"epoch/sums/{name}"), arrays.pop(f"epoch/weights/{name}"))
+                for name in manifest["totals"]
+            },
         )
         other = manifest.get("configuration") or {}
         differing = [name for name in configuration if name in other and other[name] != configuration[name]]
@@ -249,12 +293,12 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
         theirs, ours = (shorten([f"{name} {of[name]}" for name in differing], 5) for of in (other, configuration))
         text = f"is of a run with {theirs}; this run has {ours}"
         raise _other_run(path, text)
-    variables = _named("model", model.variables) | _named("optimizer", optimizer.variables)
-    best = {key: arrays[key] for key in _named("best", model.variables) if key in arrays}
+    best = {key: arrays[key] for key in _best(models) if key in arrays}
     stored = {key for key in arrays if not key.startswith(("best/", "callbacks/"))}
     if different := sorted(stored ^ set(variables)):
         whose = "that network" if different[0] in stored else "this one"
-        text = f"is not a checkpoint of {model.name} with this optimizer: only {whose} has {shorten(different)}"
+        name = ", ".join(models) if isinstance(models, Mapping) else models.name
+        text = f"is not a checkpoint of {name} with this optimizer: only {whose} has {shorten(different)}"
         raise _other_run(path, text)
     for key, variable in variables.items():
         shape, kind = tuple(variable.shape), {"f": "f", "b": "b"}.get(variable.dtype[0], "iu")
@@ -271,4 +315,4 @@ def _read(path: Path, model, optimizer, callbacks, batches, configuration) -> tu
         raise _other_run(path, f"is of a run with the callbacks {names}; this run has {list(callbacks)}")
     if best:
         state.best = list(best.values())
-    return variables, arrays, state
+    return arrays, state

@@ -1,14 +1,18 @@
-"""Logits and losses of sets of images, from the host or from the device."""
+"""What a task reports of sets of images, and predictions of images, from the host or from the device."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
+from keras import ops
 
 from kvision.data.batches import PARAMS, Batches
 from kvision.data.device import DeviceDataset
 from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.data.tta import TTA, augmented_views
+from kvision.tasks import add, summarize
+
+ON_HOST, ON_DEVICE = 500, 2000  # images of 32x32 that are evaluated at once
 
 
 def at_once(shape: tuple[int, int], small: int) -> int:
@@ -17,64 +21,93 @@ def at_once(shape: tuple[int, int], small: int) -> int:
     return min(small, max(1, small * 32 * 32 // math.prod(shape)))
 
 
+def host_means(means) -> dict:
+    """Means as float64 on the host."""
+    return {
+        name: tuple(np.asarray(ops.convert_to_numpy(leaf), np.float64) for leaf in (total, weight))
+        for name, (total, weight) in means.items()
+    }
+
+
 def evaluate(
     engine,
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    batch_size: int,
+    batches: Batches | DeviceDataset,
+    batch_size: int | None = None,
     call: Callable = lambda hook, step, logs=None: None,
-) -> float:
-    """The loss in inference mode with its penalties, as `keras.Model.evaluate` gives it: the mean over all images.
+) -> dict[str, float]:
+    """The task's figures of all images of `batches`, each once and without augmentation, in inference mode.
+
+    The last batch is filled up with examples of weight 0, unless the task does not leave those out.
 
     Args:
-        images: uint8 (n, h, w, c).
-        labels: integers (n,).
-        call: called as `call("on_test_batch_begin", step)` and `call("on_test_batch_end", step, {"loss": so_far})`.
+        engine: with a task. Metrics among the task's variables are started anew before and hold these images after.
+        batches: on the host, or on the device.
+        batch_size: None is 500 on the host and 2,000 on the device, fewer of images larger than 32x32.
+        call: called as `call("on_test_batch_begin", step)` and `call("on_test_batch_end", step, figures_so_far)`.
     """
-    total = 0.0
-    for step, start in enumerate(range(0, len(images), batch_size)):
-        call("on_test_batch_begin", step)
-        stop = min(start + batch_size, len(images))
-        loss, _ = engine.evaluate(preprocessing(images[start:stop]), labels[start:stop])
-        total += float(loss) * (stop - start)
-        call("on_test_batch_end", step, {"loss": total / stop})
-    return total / len(images)
+    return summarize(engine.program.task, evaluation_totals(engine, batches, batch_size, call))
+
+
+def evaluation_totals(engine, batches, batch_size=None, call=None) -> dict:
+    """The added Means of `evaluate`, float64 on the host."""
+    task, on_device = engine.program.task, isinstance(batches, DeviceDataset)
+    source = batches.batches if on_device else batches
+    small = ON_DEVICE if on_device else ON_HOST
+    batch_size = batch_size or at_once((source.height, source.width), small)
+    if hasattr(task, "begin"):
+        engine.sync_variables()
+        task.begin()
+    totals, waiting = {}, None
+    pad = getattr(task, "masks_padding", True) and getattr(engine, "MASKS_PADDING", True)
+    for step, params in enumerate(source.in_order(batch_size, pad)):
+        if call:
+            call("on_test_batch_begin", step)
+        means = engine.evaluate_on_device(batches, params) if on_device else engine.evaluate(source.make_batch(params))
+        if call:
+            totals = add(totals, host_means(means))
+            call("on_test_batch_end", step, summarize(task, totals))
+            continue
+        if waiting is not None:
+            totals = add(totals, host_means(waiting))  # while the device works on the next
+        waiting = means
+    return totals if waiting is None else add(totals, host_means(waiting))
 
 
 def predict(
     engine, images: np.ndarray, preprocessing: Preprocessing, batch_size: int | None = None, tta: str = "none"
 ) -> np.ndarray:
-    """Logits (n, classes) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
+    """Predictions (n, ...) of uint8 images (n, h, w, c); the last batch is filled up, so that one shape is compiled.
 
     Args:
+        engine: whose model takes images, with or without a task.
         batch_size: None is 500, or as many as have the pixels of 500 images of CIFAR-10: 10 of 224x224.
-        views: of each image, whose logits' weighted mean is taken, see `kvision.data.tta`.
+        tta: the views of each image, whose predictions' weighted mean is taken, see `kvision.data.tta`.
     """
     images = as_uint8(images)
-    batch_size = min(batch_size or at_once(images.shape[1:3], 500), len(images))
-    logits = []
+    batch_size = min(batch_size or at_once(images.shape[1:3], ON_HOST), len(images))
+    predictions = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         missing = batch_size - len(batch)
         if missing:
             batch = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
         mean = sum(weight * engine.predict(preprocessing(view)) for weight, view in augmented_views(batch, tta))
-        logits.append(mean[: batch_size - missing])
-    return np.concatenate(logits).astype(np.float32)
+        predictions.append(mean[: batch_size - missing])
+    return np.concatenate(predictions).astype(np.float32)
 
 
-def predict_pictures(engine, pictures: DeviceDataset, batch_size: int | None = None, tta: str = "none") -> np.ndarray:
-    """Logits (n, classes) of pictures on the device, in their order.
+def predict_on_device(engine, dataset: DeviceDataset, batch_size: int | None = None, tta: str = "none") -> np.ndarray:
+    """Predictions (n, ...) of images on the device, in their order.
 
     Args:
+        engine: with a task that predicts.
         batch_size: None is 2,000, or as many as have the pixels of 2,000 images of CIFAR-10.
-        views: as for `predict`; those that are moved want pictures with a border of a pixel at least.
+        tta: as for `predict`; views that are moved need images with a border of a pixel at least.
     """
-    batch_size = min(batch_size or at_once((pictures.height, pictures.width), 2000), pictures.count)
-    border = pictures.padding
-    count = math.ceil(pictures.count / batch_size)
-    numbers = np.arange(count * batch_size, dtype=np.int32) % pictures.count  # the last batch is filled up
+    batch_size = min(batch_size or at_once((dataset.height, dataset.width), ON_DEVICE), dataset.count)
+    border = dataset.padding
+    count = math.ceil(dataset.count / batch_size)
+    numbers = np.arange(count * batch_size, dtype=np.int32) % dataset.count  # the last batch is filled up
     total = 0
     for weight, move, mirrored in TTA[tta]:
         if abs(move) > border:
@@ -83,21 +116,6 @@ def predict_pictures(engine, pictures: DeviceDataset, batch_size: int | None = N
         params[:, 0] = numbers.reshape(count, batch_size)
         params[:, 1:3] = border - move
         params[:, 3] = mirrored
-        logits = engine.predict_on_device(pictures, params)
-        total += weight * logits.reshape(-1, logits.shape[-1])[: pictures.count]
+        found = engine.predict_on_device(dataset, params)
+        total += weight * found.reshape(-1, *found.shape[2:])[: dataset.count]
     return total.astype(np.float32)
-
-
-class Scorer:
-    """Logits of named sets of images, which lie on the device from their first scoring on where the others do."""
-
-    def __init__(self, engine, preprocessing: Preprocessing, on_device: bool):
-        self.engine, self.preprocessing = engine, preprocessing
-        self.held = {} if on_device else None
-
-    def __call__(self, name: str, images: np.ndarray) -> np.ndarray:
-        if self.held is None:
-            return predict(self.engine, images, self.preprocessing)
-        if name not in self.held:
-            self.held[name] = DeviceDataset(Batches(images, np.zeros(len(images), np.int32), 1, 0, self.preprocessing))
-        return predict_pictures(self.engine, self.held[name])

@@ -10,6 +10,8 @@ import re
 import keras
 from keras import ops
 
+from kvision.engine.keras_internals import index_of, updates_together
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: the steepest at 0 that does not diverge
 
 
@@ -57,6 +59,7 @@ def _kernel(matrix, shape):
 
 
 @keras.saving.register_keras_serializable("kvision")
+@updates_together
 class Muon(keras.optimizers.Optimizer):
     """Momentum that is orthogonalized before each step, for kernels; Nesterov's SGD for all other variables.
 
@@ -130,10 +133,11 @@ class Muon(keras.optimizers.Optimizer):
         super().build(variables)
         self.momenta = self.add_optimizer_variables(variables, "momentum")
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def update_variables(self, gradients, variables, learning_rate):
+        """Keras's `update_step` for all variables together."""
         batches = {}
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
-            momentum = self.momenta[self._get_variable_index(variable)]
+        for gradient, variable in zip(gradients, variables, strict=True):
+            momentum = self.momenta[index_of(self, variable)]
             pattern = self.pattern(variable.path)
             if pattern is None:
                 shape = tuple(_matrix(variable.value).shape)

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from kvision.engine.keras_internals import slot_variables, trained_variables
+
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
@@ -74,7 +76,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        return self._variables[:] + self.inner.variables
+        return slot_variables(self) + self.inner.variables
 
     @property
     def learning_rate(self):
@@ -130,7 +132,7 @@ class LearningRateMultipliers(OptimizerWrapper):
     def apply(self, grads, trainable_variables=None):
         if not self.built:
             self.build(trainable_variables)
-        scaled = [(variable, self.factor(variable.path)) for variable in self._trainable_variables]
+        scaled = [(variable, self.factor(variable.path)) for variable in trained_variables(self)]
         scaled = [(variable, ops.copy(variable.value), factor) for variable, factor in scaled if factor != 1]
         self.inner.apply(grads, trainable_variables)
         for variable, old, factor in scaled:

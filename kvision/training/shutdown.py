@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C in a run that keeps checkpoints: heard between two steps, so that it can save first."""
+"""SIGTERM, SIGHUP and Ctrl-C in a run with checkpoints: handled between two steps, so that it can save first."""
 
 import signal
 import threading
@@ -12,9 +12,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class GracefulShutdown:
-    """Listens for SIGTERM, SIGHUP (the terminal has gone) and SIGINT while it is entered.
+    """Handles SIGTERM, SIGHUP (the terminal has gone) and SIGINT while it is entered.
 
-    The first sets `heard`; Ctrl-C after it raises KeyboardInterrupt at once. The former handlers come back at the end.
+    The first sets `signal`; Ctrl-C after it raises KeyboardInterrupt at once. The former handlers come back at the end.
     Only a process's main thread can listen: in another nothing is installed. A signal that the process was told to
     ignore (by `nohup`, say) stays ignored.
 
@@ -22,26 +22,26 @@ class GracefulShutdown:
         listen: false installs nothing.
 
     Attributes:
-        heard: the signal's name, or None.
+        signal: the signal's name, or None.
     """
 
     def __init__(self, listen: bool = True):
         self.listen = listen and threading.current_thread() is threading.main_thread()
-        self.heard: str | None = None
+        self.signal: str | None = None
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> "GracefulShutdown":
         for number in SIGNALS if self.listen else ():
             # None: installed from C, where Python could not bring it back.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._former[number] = signal.signal(number, self._hear)
+                self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, _) -> None:
-        if self.heard and number == signal.SIGINT:
+    def _handle(self, number: int, _) -> None:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.heard = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

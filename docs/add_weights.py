@@ -1,7 +1,7 @@
-"""Put a run's weights into `weights/`: `python docs/ship.py RUN [EVALUATION ...]`, from the top of the repository.
+"""Add a run's weights to `weights/`: `python docs/add_weights.py RUN [EVALUATION ...]`, from the top of the repository.
 
-RUN is the folder of the training run; each EVALUATION that of a run with `--weights RUN/weights.npz --epochs 0` on
-another backend. The manifest gains the accuracy on those backends and the license; the arrays stay bit for bit.
+RUN is the folder of the training run; each EVALUATION is that of a run with `--weights RUN/weights.npz --epochs 0` on
+another backend. The manifest gets the accuracy on those backends and the license; the arrays do not change.
 """
 
 import json
@@ -16,8 +16,8 @@ from kvision.weights.npz import MANIFEST
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-def ship(run: Path, evaluations: list[Path]) -> Path:
-    """Write the file; ValueError where an evaluation is of other weights or another data set."""
+def add_weights(run: Path, evaluations: list[Path]) -> Path:
+    """Write the file; ValueError for an evaluation of other weights or of another data set."""
     trained = json.loads((run / "metrics.json").read_text())
     with Archive(run / "weights.npz") as archive:
         arrays = {key: archive.read(key) for key in archive.members}
@@ -40,4 +40,4 @@ def ship(run: Path, evaluations: list[Path]) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    print(ship(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]))
+    print(add_weights(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]))
