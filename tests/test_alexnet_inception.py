@@ -123,10 +123,10 @@ def alexnet_2012(model, x):
 
 def inception_v1(model, x, padding=symmetrical, shrinking=over_the_end, slim=False):
     network = Network(model, padding=padding)
-    normalise = lambda x: x if slim else local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75)  # noqa: E731
+    normalize = lambda x: x if slim else local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75)  # noqa: E731
     x = network.unit(x, "stage1", 2)
-    x = network.unit(normalise(max_pool(x, 3, 2, shrinking)), "stage2_1")
-    x, heads = normalise(network.unit(x, "stage2_2")), []
+    x = network.unit(normalize(max_pool(x, 3, 2, shrinking)), "stage2_1")
+    x, heads = normalize(network.unit(x, "stage2_2")), []
     for stage, letters in ((3, "ab"), (4, "abcde"), (5, "ab")):
         x = max_pool(x, 2 if slim and stage == 5 else 3, 2, shrinking)
         for letter in letters:

@@ -110,5 +110,5 @@ def test_a_transposed_convolution_without_overlap():
 def test_a_transposed_convolution_keeps_the_scale():
     layer = up_conv(64, name="up")
     layer.build((None, 8, 8, 128))
-    kernel = layer.kernel_initializer.draw((2, 2, 64, 128), np.random.default_rng(0))
+    kernel = layer.kernel_initializer.sample((2, 2, 64, 128), np.random.default_rng(0))
     assert abs(kernel.std() / np.sqrt(2 / 128) - 1) < 0.01

@@ -45,7 +45,7 @@ def reference(image, flipped, move, padding_mode, centre, cutout):
         if 0 <= row < height and 0 <= column < width:
             moved[i, width - 1 - j if flipped else j] = image[row, column]
     for i, j in itertools.product(range(height), range(width)):
-        if cutout and all(0 <= at - c + cutout // 2 < cutout for at, c in zip((i, j), centre, strict=True)):
+        if cutout and all(0 <= at - c + cutout // 2 < cutout for at, c in zip((i, j), center, strict=True)):
             moved[i, j] = 0
     return moved
 
@@ -73,7 +73,7 @@ def test_an_epoch_is_what_the_reference_shows(pictures, flip, crop_padding, padd
             centres = draws.integers(0, (6, 7), (4, 2)) if cutout else np.zeros((4, 2), int)
             for image, index, move, centre in zip(shown, indices, moves, centres, strict=True):
                 flipped = flip and mirror_first[index] != (epoch % 2 == 1)
-                expected = reference(images[index], flipped, move, padding_mode, centre, cutout)
+                expected = reference(images[index], flipped, move, padding_mode, center, cutout)
                 np.testing.assert_array_equal(image, PREPROCESSING(expected[None])[0])
 
 

@@ -187,9 +187,9 @@ def test_vgg_at_another_size_is_torchvisions(tmp_path):
     }
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()})
     pth.write(tmp_path / "vgg.pth", arrays)
-    own = {"hidden": 8, "width": 4}
-    convert(tmp_path / "vgg.pth", tmp_path / "at224.npz", "vgg11", arguments=own, compare=False)
-    convert(tmp_path / "vgg.pth", tmp_path / "at128.npz", "vgg11", arguments=own, input_shape=(128, 96, 3))
+    model_kwargs = {"hidden": 8, "width": 4}
+    convert(tmp_path / "vgg.pth", tmp_path / "at224.npz", "vgg11", arguments=model_kwargs, compare=False)
+    convert(tmp_path / "vgg.pth", tmp_path / "at128.npz", "vgg11", arguments=model_kwargs, input_shape=(128, 96, 3))
     images = generator.standard_normal((2, 128, 96, 3)).astype(np.float32)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()

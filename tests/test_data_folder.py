@@ -111,7 +111,7 @@ def noise(height, width, seed=0):
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_read_fitted_equals_preprocessing(tmp_path, shape, suffix, orientation):
-    """The shorter side resized, the centre cut out, upright: training sees what `Preprocessing.images` shows later. A
+    """The shorter side resized, the center cut out, upright: training sees what `Preprocessing.images` shows later. A
     JPEG that is decoded at a part of its size differs a little."""
     exif = Image.Exif()
     exif[0x0112] = orientation

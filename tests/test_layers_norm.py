@@ -232,7 +232,7 @@ def test_update_bn_with_branches():
     model = fill(keras.Model(inputs, layers.Add(name="add")([short, *branches])))
     images = 2 * noise(4, 6, 6, 3) + 1
     norm.update_bn(model, [engine.create(norm.batch_statistics_model(model)).predict(images)])
-    # Of one batch: at inference each batch norm now sees what it normalises to mean 0 and deviation 1.
+    # Of one batch: at inference each batch norm now sees what it normalizes to mean 0 and deviation 1.
     for layer in norm.batch_norms(model):
         seen = predict(keras.Model(model.input, layer.input), images)
         np.testing.assert_allclose(value(layer.moving_mean), seen.mean(axis=(0, 1, 2)), rtol=1e-3, atol=1e-4)
@@ -266,19 +266,19 @@ def test_the_statistics_model_does_not_change_the_model():
     assert [layer.name for layer in norm.batch_norms(norm.fuse_conv_bn(model))] == []
 
 
-# Synchronised
+# Synchronized
 
 
 def test_synchronized_batch_norm_of_one_replica_is_batch_norm():
     """The steps equal those of the plain network, with a mean that is large relative to the deviation."""
     plain, images = small(), noise(6, 6, 6, 3, seed=7) + 5
-    synchronised = norm.sync_batch_norm(plain, lambda x: x)
-    assert [type(layer) for layer in norm.batch_norms(synchronised)] == [norm.SynchronizedBatchNorm]
-    for model in (plain, synchronised):
+    synchronized = norm.sync_batch_norm(plain, lambda x: x)
+    assert [type(layer) for layer in norm.batch_norms(synchronized)] == [norm.SynchronizedBatchNorm]
+    for model in (plain, synchronized):
         train(model, images)
     for path, array in values(plain).items():
-        np.testing.assert_allclose(values(synchronised)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
-    assert "average" not in norm.batch_norms(synchronised)[0].get_config()
+        np.testing.assert_allclose(values(synchronized)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+    assert "average" not in norm.batch_norms(synchronized)[0].get_config()
 
 
 def test_two_replicas_equal_one_large_batch(tmp_path):

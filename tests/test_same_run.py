@@ -56,7 +56,7 @@ def sha256(*parts):
 
 
 def kerass_own():
-    """A layer for each of Keras's initialisers that `initialize` draws in NumPy."""
+    """A layer for each of Keras's initializers that `initialize` draws in NumPy."""
     own = {
         "glorot": initializers.GlorotUniform(),
         "he": initializers.HeNormal(),
@@ -119,7 +119,7 @@ def test_initial_weights_hang_on_seed_and_name_alone():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_kerass_initialisers_keep_their_moments(initializer, moments):
+def test_kerass_initializers_keep_their_moments(initializer, moments):
     inputs = keras.Input((200,))
     model = keras.Model(inputs, layers.Dense(300, kernel_initializer=initializer, name="dense")(inputs))
     initialize(model, 0)

@@ -274,9 +274,9 @@ def test_errors(make, message):
 def test_a_network_starts_from_the_identity(name):
     model = VARIANTS[name]((28, 29, 2), 3, filters=(4, 5))
     initialize(model, 0)
-    taps = [model.get_layer(tap).output for tap in ("locate_theta", "transformer")]
+    features = [model.get_layer(layer).output for layer in ("locate_theta", "transformer")]
     images = noise(2, 28, 29, 2)
-    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, taps)(ops.convert_to_tensor(images)))
+    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, features)(ops.convert_to_tensor(images)))
     identity = IDENTITY if name == "stn_affine" else 0
     assert 0 < abs(theta - identity).max() < 0.06
     assert straight.shape == images.shape

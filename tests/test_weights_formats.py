@@ -246,7 +246,7 @@ def test_unmatched_names_raise(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "theirs"),
+    ("name", "model_kwargs", "theirs"),
     [
         (
             "mobilenet_v2",
@@ -279,10 +279,10 @@ def test_unmatched_names_raise(small, tmp_path):
         ),
     ],
 )
-def test_timms_names(name, own, theirs):
+def test_timms_names(name, model_kwargs, theirs):
     """Names and shapes from timm 1.0.31, whose logits these were compared with by hand (within 2.2e-6)."""
     with skip_init():
-        model = zoo.build_model(name, (64, 64, 3), 10, **own)
+        model = zoo.build_model(name, (64, 64, 3), 10, **model_kwargs)
     found = {place.key: place.shape for place in timm.find(model).values()}
     assert theirs.items() <= found.items()
     assert len(found) == len(model.weights)

@@ -205,10 +205,10 @@ def test_taps(network):
     stages = small_form(network.name)[3]
     names = [layer.name for layer in network.layers]
     assert [tap for tap in names if re.fullmatch(r"stage\d+", tap)] == [f"stage{i + 1}" for i in range(stages)]
-    taps = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
+    features = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
     if network.name not in ("mlp", "deep_autoencoder"):
-        sizes = [shape[1] for shape in taps]
-        assert all(len(shape) == 4 for shape in taps)
+        sizes = [shape[1] for shape in features]
+        assert all(len(shape) == 4 for shape in features)
         assert sizes == sorted(set(sizes), reverse=True)
 
 

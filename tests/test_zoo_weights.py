@@ -81,7 +81,7 @@ def test_preprocessing_of_a_file_accepts_images_of_any_size(stored):
     pictures = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
     cut = prepare.images(pictures)
     assert cut.shape == (3, 8, 8, 3) and cut.dtype == np.float32
-    # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the centre is cut out.
+    # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the center is cut out.
     np.testing.assert_array_equal(cut[0], prepare(pictures[0][None, 4:12, 4:12])[0])
     np.testing.assert_array_equal(cut[2], prepare(pictures[2][None, 4:12, 16:24])[0])
     # A ramp stays a ramp when it is made smaller: 32 steps of 8 become 16 of 16.

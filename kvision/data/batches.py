@@ -142,23 +142,23 @@ class Batches:
             yield params
 
     def in_order(self, batch_size: int, pad: bool = True) -> Iterator[np.ndarray]:
-        """The parameters of batches that have each image once, in order and without augmentation.
+        """Yield the parameters of batches with each image once, in order and without augmentation.
 
         Args:
-            pad: fill up the last batch, so that one shape is compiled. Then there is a seventh row, 0 where an image is
-                padding and else 1, which becomes the batch's "weight".
+            pad: fill up the last batch, so that one shape is compiled, and add a seventh row, 1 for images and 0 for
+                padding, which becomes the batch's "weight".
         """
-        count, border = len(self.labels), self.augmentation.crop_padding
+        count, padding = len(self.labels), self.augmentation.crop_padding
         batch_size = min(batch_size, count)
         for start in range(0, count, batch_size):
             stop = start + batch_size if pad else min(start + batch_size, count)
-            numbers = np.arange(start, stop)
-            params = np.zeros((len(PARAMS) + pad, len(numbers)), np.int32)
-            params[0], params[1:3] = np.where(numbers < count, numbers, start), border
+            indices = np.arange(start, stop)
+            params = np.zeros((len(PARAMS) + pad, len(indices)), np.int32)
+            params[0], params[1:3] = np.where(indices < count, indices, start), padding
             if self.augmentation.cutout:
-                params[4:6] = -self.augmentation.cutout  # outside
+                params[4:6] = -self.augmentation.cutout  # outside the image
             if pad:
-                params[6] = numbers < count
+                params[6] = indices < count
             yield params
 
     def images(self, params: np.ndarray) -> np.ndarray:
@@ -178,13 +178,13 @@ class Batches:
         return images
 
     def make_batch(self, params: np.ndarray) -> dict[str, np.ndarray]:
-        """The batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); with a
-        seventh row of params "weight" too, float32 (n,)."""
+        """Return the batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); a
+        seventh row of params becomes "weight", float32 (n,)."""
         batch = {"image": self.preprocessing(self.images(params)), "label": self.labels[params[0]]}
         return batch | {"weight": params[6].astype(np.float32)} if len(params) > len(PARAMS) else batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch, {"image", "label"}; epochs count from 0.
+        """Yield the batches of one epoch, {"image", "label"}; epochs count from 0.
 
         Args:
             start: the step to begin with; earlier ones are not drawn.

@@ -42,8 +42,8 @@ class DeviceDataset:
         self.tensors = tuple(ops.convert_to_tensor(array) for array in arrays)
 
     def make_batch(self, tensors: tuple, params) -> dict:
-        """The batch of a step's `params`, int32 (6, n): "image", preprocessed float32 (n, h, w, c), and "label", int32
-        (n,); with a seventh row "weight" too, float32 (n,)."""
+        """Return the batch of a step's `params`, int32 (6, n): "image", preprocessed float32 (n, h, w, c), and "label",
+        int32 (n,); a seventh row of params becomes "weight", float32 (n,)."""
         pixels, labels, factor, offset = tensors
         numbers, tops, lefts, mirrored, *corner = (ops.reshape(params[i], (-1, 1)) for i in range(len(PARAMS)))
         rows, columns = ops.arange(self.height, dtype="int32"), ops.arange(self.width, dtype="int32")
