@@ -108,10 +108,9 @@ def build_model(
     Args:
         name: one of `list_models()`.
         input_shape: (height, width, channels) of the images; the network reads float (n, height, width, channels). The
-            default is the size it was published for. Most networks without a head take None for height and width:
-            images of any size.
-        classes: the number of logits; 0 leaves the head off, and the network ends in its pooled features. The default
-            is the published number. An autoencoder has none: with None it gives an image, with 0 its code.
+            default is the published size. Most networks without a head accept None for height and width: any size.
+        classes: the number of logits; 0 omits the head, and the network ends in its pooled features. The default is
+            the published number. An autoencoder has no classes: with None it returns an image, with 0 its code.
         model_kwargs: model-specific arguments, see `arguments(name)`.
 
     Returns:
@@ -131,8 +130,8 @@ def build_model(
     if classes is not None and (not isinstance(classes, int) or classes < 0):
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
     if classes and paper(name).classes is None:
-        raise ValueError(f"{name} gives images, not classes: expected classes=None, or 0 for its code, got {classes}")
-    # JSON has lists only; a manifest's arguments come back as such.
+        raise ValueError(f"{name} returns images, not logits: expected classes=None, or 0 for its code, got {classes}")
+    # JSON has only lists, so arguments from a manifest contain lists for tuples.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in model_kwargs.items()}
     try:
         return row(input_shape, classes, **options)

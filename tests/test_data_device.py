@@ -7,7 +7,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.device import PLACES, DeviceDataset
+from kvision.data.device import MAX_PIXELS, DeviceDataset
 from kvision.data.mixing import MixedBatches, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
@@ -93,10 +93,10 @@ def test_pictures_are_predicted_where_they_lie(pictures):
 
 def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
     batches = build_batches(pictures)
-    monkeypatch.setattr("kvision.data.device.PLACES", batches.padded[..., 0].size)
-    with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
+    monkeypatch.setattr("kvision.data.device.MAX_PIXELS", batches.padded[..., 0].size)
+    with pytest.raises(ValueError, match="29 padded images of 8x7 pixels are too many"):
         DeviceDataset(batches)
-    assert PLACES == 2**31
+    assert MAX_PIXELS == 2**31
 
 
 def test_a_run_is_the_same_with_images_on_the_device(pictures):
@@ -197,7 +197,7 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
-def test_views_of_pictures_are_those_of_the_host(pictures, tta):
+def test_tta_on_the_device_equals_the_host(pictures, tta):
     images, _ = pictures(11, 8, 7)
     predictor = engine.create(network(), Classification())
     shown = DeviceDataset(
@@ -207,7 +207,7 @@ def test_views_of_pictures_are_those_of_the_host(pictures, tta):
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
-def test_moved_views_want_a_border(pictures):
+def test_shifted_views_require_padding(pictures):
     shown = DeviceDataset(build_batches(pictures))
     with pytest.raises(ValueError, match="tta 'flip_shift' moves images by 1 pixels, their border has 0"):
         evaluation.predict_on_device(engine.create(network(), Classification()), shown, tta="flip_shift")

@@ -1,4 +1,4 @@
-"""Weights of `keras.applications` mean the same here: logits against Keras's own networks, and back."""
+"""Weights of `keras.applications`: logits against Keras's networks, and export."""
 
 import keras
 import numpy as np
@@ -20,8 +20,8 @@ OTHERS = [name for name in SIZES if name != EVERYWHERE]
 
 @pytest.fixture
 def peer(monkeypatch):
-    """`peer(name)`: Keras's network of seven classes, and random arrays in it by "layer/variable"."""
-    # Its own initialisers take JAX 10 to 20 s, and all values are set here.
+    """Return `peer(name)`: Keras's network with seven classes, and its random arrays by "layer/variable"."""
+    # Its own initializers take JAX 10 to 20 s, and all values are set here.
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
 
@@ -50,7 +50,7 @@ def peer(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [EVERYWHERE, *(pytest.param(name, marks=pytest.mark.backend_free) for name in OTHERS)])
-def test_logits_are_kerass(name, peer, tmp_path):
+def test_logits_equal_those_of_keras(name, peer, tmp_path):
     network, arrays = peer(name)
     hdf5.write(tmp_path / "keras.h5", arrays)
     report = convert.convert(
@@ -81,7 +81,7 @@ def test_logits_are_kerass(name, peer, tmp_path):
         assert all(back[key].tobytes() == arrays[theirs].tobytes() for key, theirs in given.items())
 
 
-def test_keras_reads_what_goes_out(peer, tmp_path):
+def test_keras_reads_exported_files(peer, tmp_path):
     network, arrays = peer("mobilenet_v2_keras")
     hdf5.write(tmp_path / "keras.h5", arrays)
     convert.convert(
@@ -106,13 +106,13 @@ def test_numbered_layers():
 
 
 @pytest.mark.parametrize(("name", "mode"), [("VGG16", "caffe"), ("DenseNet121", "torch"), ("InceptionV3", "tf")])
-def test_images_are_prepared_as_keras_does(name, mode):
+def test_preprocessing_equals_that_of_keras(name, mode):
     images = rng(0, "pixels").integers(0, 256, (2, 5, 4, 3)).astype(np.float32)
     expected = keras.applications.imagenet_utils.preprocess_input(images.copy(), mode=mode, data_format="channels_last")
     np.testing.assert_allclose(getattr(applications, name).preprocess_input(images), expected, atol=1e-4)
 
 
-def test_the_familiar_door():
+def test_constructors():
     top = applications.ResNet20(classes=4, input_shape=(9, 8, 3))
     images = rng(0, "images").standard_normal((2, 9, 8, 3), np.float32)
     probabilities = ops.convert_to_numpy(top(images))
@@ -127,8 +127,8 @@ def test_the_familiar_door():
         ["abcd"[i] for i in np.argsort(-row)[:2]] for row in probabilities
     ]
     for arguments, message in (
-        ({"weights": "imagenet"}, "no ImageNet weights ship"),
-        ({"weights": "softmax.mnist"}, "a file of softmax, which is none of the networks of VGG16"),
+        ({"weights": "imagenet"}, "no ImageNet weights are included"),
+        ({"weights": "softmax.mnist"}, "a file of softmax, which is not one of the networks of VGG16"),
         ({"pooling": "min"}, "pooling must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -110,8 +110,8 @@ def main() -> None:
 
     made = {}
     for name in zoo.list_models():
-        shape, own, *_ = small_form(name)
-        model = zoo.build_model(name, shape, classes_of(name), **own)
+        shape, model_kwargs, *_ = small_form(name)
+        model = zoo.build_model(name, shape, classes_of(name), **model_kwargs)
         fill(model)
         made[name] = engine.create(model).predict(images(model)).tolist()
     rows = (f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())

@@ -20,9 +20,8 @@ class ModelInfo:
     Args:
         title, authors, year, address: of the paper.
         file: of `kvision.models`.
-        input_shape, classes: what it reads and gives unless told otherwise; the figures below are for these. `classes`
-            is None where it gives an image.
-        parameters: trainable numbers.
+        input_shape, classes: the defaults, used for the figures below; `classes` is None if the output is an image.
+        parameters: number of trainable values.
         flops: multiply-adds of the convolutions and dense layers for one image, as He et al. 2015 count FLOPs.
         stages: the last layer of each stage and the shape (height, width, channels) of its maps.
         preprocessing: of its published or pretrained weights; None if there are none.

@@ -10,8 +10,8 @@ class Paper:
 
     Args:
         input_shape: (height, width, channels) of the images.
-        classes: the number of logits; None for networks that give an image of the input's shape instead.
-        shapes: rows of the file that read other images.
+        classes: the number of logits; None for networks whose output is an image of the input's shape.
+        shapes: variants with another input shape.
     """
 
     title: str
