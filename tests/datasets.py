@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ def write_shapes(path: Path) -> str:
 
 
 def write_few(path: Path) -> str:
-    """Write an .npz of 2,500 and 1,000 images of CIFAR-10, else of shapes10; returns its path.
+    """Write an .npz of 2,500 and 1,000 images of CIFAR-10, else of shapes10, at 16x16 pixels; returns its path.
 
     Reading the pickled labels of all of CIFAR-10 takes 3 s, longer than a short run.
     """
     whole = load("cifar10", real_data()) if real_data() else _shapes()
-    return _write(path, whole.subset(train=2500, test=1000, seed=0))
+    few = whole.subset(train=2500, test=1000, seed=0)
+    return _write(path, replace(few, x_train=few.x_train[:, ::2, ::2], x_test=few.x_test[:, ::2, ::2]))

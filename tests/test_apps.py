@@ -1,4 +1,4 @@
-"""The apps as a user runs them: real training on real CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
+"""The apps as a user runs them: real training on images of CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from kvision.run_data import build_batches, build_preprocessing, train_validatio
 from kvision.training.averaging import EMA, SWA, Lookahead
 from kvision.training.optimizers import LearningRateMultipliers
 from kvision.weights import inspect
-from tests.datasets import real_data, write_few, write_shapes
+from tests.datasets import write_few
 
 FLAGS = [
     "model",
@@ -76,16 +76,11 @@ def images(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def all_images(tmp_path_factory) -> str:
-    return real_data() or write_shapes(tmp_path_factory.mktemp("data") / "shapes.npz")
-
-
-@pytest.fixture(scope="session")
-def trained(all_images, tmp_path_factory) -> dict:
+def trained(images, tmp_path_factory) -> dict:
     """A short but real training of the default recipe."""
     config = replace(
         cifar10.RECIPES["airbench_small"],
-        data=all_images,
+        data=images,
         max_train_samples=500,
         max_test_samples=500,
         epochs=3,
@@ -101,7 +96,7 @@ def test_a_run_learns_and_leaves_its_folder(trained):
     assert {path.name for path in folder.iterdir()} == FILES
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == {key: value for key, value in trained.items() if key != "folder"}
-    assert metrics["dataset"] == ("cifar10" if real_data() else "shapes")
+    assert metrics["dataset"] == "few"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["test_accuracy"] == metrics["test_accuracy"]
@@ -114,24 +109,24 @@ def test_a_run_learns_and_leaves_its_folder(trained):
     assert metrics["weights_sha256"] == hashlib.sha256((folder / "weights.npz").read_bytes()).hexdigest()
 
 
-def test_the_weights_prove_themselves_and_score_the_same(trained, all_images, tmp_path):
+def test_the_weights_prove_themselves_and_score_the_same(trained, images, tmp_path):
     weights = str(Path(trained["folder"]) / "weights.npz")
     assert verify(weights).ok
     config = Config(
         model="airbench_small",
         weights=weights,
         epochs=0,
-        data=all_images,
+        data=images,
         max_test_samples=500,
         output_dir=str(tmp_path / "again"),
     )
     assert cifar10.main(config)["test_correct"] == trained["test_correct"]
 
 
-def test_views_stand_beside_the_accuracy_of_each_image(trained, all_images, tmp_path, capsys):
+def test_views_stand_beside_the_accuracy_of_each_image(trained, images, tmp_path, capsys):
     """Which is what the curve, the manifest and the confusions state."""
     weights = str(Path(trained["folder"]) / "weights.npz")
-    base = Config(model="airbench_small", weights=weights, epochs=0, data=all_images, max_test_samples=500)
+    base = Config(model="airbench_small", weights=weights, epochs=0, data=images, max_test_samples=500)
     result = cifar10.main(replace(base, tta="flip_shift", output_dir=str(tmp_path / "views")))
     assert (result["test_correct"], result["test_loss"]) == (trained["test_correct"], trained["test_loss"])
     assert trained["tta"] == "none" and "tta_accuracy" not in trained
