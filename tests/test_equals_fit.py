@@ -472,6 +472,10 @@ def two_losses(form, weights=(1.0, 0.3), **more):
     return options
 
 
+def states_of(layer, x):
+    return head(layers.Concatenate)(layer(layers.Embedding(9, 4)(x)))
+
+
 def words_in_order(x):
     x = layers.Embedding(9, 4, mask_zero=True)(x)
     return layers.Dense(CLASSES)(layers.LSTM(4, return_sequences=True)(x))
@@ -670,6 +674,23 @@ PROGRAMS = {
     "embedding": Program(words(layers.Flatten), WORDS),
     "embedding with Adam": Program(words(layers.Flatten), WORDS, optimizer("Adam", 0.01)),
     "LSTM": Program(words(lambda: layers.LSTM(4)), WORDS),
+    "LSTM of all steps, backwards": Program(
+        words(lambda: layers.LSTM(4, return_sequences=True, go_backwards=True, use_bias=False), layers.Flatten), WORDS
+    ),
+    "states of an LSTM": Program(
+        lambda x: states_of(layers.LSTM(4, return_state=True, unit_forget_bias=False), x), WORDS
+    ),
+    "states of a GRU": Program(lambda x: states_of(layers.GRU(4, return_state=True, go_backwards=True), x), WORDS),
+    "GRU": Program(words(lambda: layers.GRU(4, return_sequences=True), lambda: layers.GRU(3)), WORDS),
+    "GRU of other gates": Program(
+        words(
+            lambda: layers.GRU(4, reset_after=False, return_sequences=True),
+            lambda: layers.GRU(4, use_bias=False, return_sequences=True),
+            lambda: layers.GRU(3, recurrent_activation="hard_sigmoid"),
+        ),
+        WORDS,
+    ),
+    "LSTM with dropout": Program(words(lambda: layers.LSTM(4, dropout=0.3, recurrent_dropout=0.2, seed=3)), WORDS),
     "bidirectional GRU": Program(words(lambda: layers.Bidirectional(layers.GRU(3))), WORDS),
     "masked words": Program(masked, WORDS),
     # Models

@@ -45,6 +45,10 @@ KNOWN = {
     keras.layers.Add: "",
     keras.layers.ZeroPadding2D: "padding data_format",
     ConstantPad2D: "pads value",
+    keras.layers.LSTM: "units activation recurrent_activation use_bias unit_forget_bias dropout recurrent_dropout seed "
+    "return_sequences return_state go_backwards stateful unroll use_cudnn",
+    keras.layers.GRU: "units activation recurrent_activation use_bias dropout recurrent_dropout seed return_sequences "
+    "return_state go_backwards stateful unroll reset_after use_cudnn",
 }
 VALUES = ("_initializer", "_regularizer", "_constraint")  # of variables: no part of a call
 
