@@ -480,6 +480,28 @@ def test_float64_is_double_all_the_way(computed_in):
     np.testing.assert_allclose(inferred, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_adam_is_double_all_the_way(computed_in):
+    """Two steps in float64 against NumPy (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, section 2, end)."""
+    computed_in("float64")
+    x, labels = np.random.default_rng(0).standard_normal((8, 5)), np.arange(8, dtype=np.int32) % 3
+    model = softmax_regression()
+    kernel, bias = (value(variable) for variable in model.trainable_variables)
+    runner, first, second = build_engine(model, make_optimizer("adam", 0.5)), 0, 0
+    for t in (1, 2):
+        shares = np.exp(x @ kernel + bias)
+        error = (shares / shares.sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 8
+        gradient = np.concatenate([x.T @ error, error.sum(axis=0, keepdims=True)])
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        rate = 0.5 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        change = -rate * first / (np.sqrt(second) + 1e-7)
+        kernel, bias = kernel + change[:-1], bias + change[-1]
+        take_step(runner, x, labels)
+    runner.sync_variables()
+    found = [value(variable) for variable in model.trainable_variables]
+    np.testing.assert_allclose(found[0], kernel, rtol=1e-12)
+    np.testing.assert_allclose(found[1], bias, rtol=1e-12)
+
+
 def test_float64_of_every_layer_is_float32_but_for_rounding(computed_in):
     narrow = engine.create(mixture()).predict(noise(5, 13, 12, 3))
     computed_in("float64")
