@@ -1,6 +1,6 @@
 """Logits and variables of TF-Slim's networks with random weights: `golden_slim.json`.
 
-TF-Slim needs a TensorFlow from before Keras 3, so this is run in an environment of its own, with tensorflow-cpu 2.15
+TF-Slim needs a TensorFlow from before Keras 3, so this is run in an environment, with tensorflow-cpu 2.15
 and tf-slim 1.1: `python -m tests.golden_slim`. The tests compare with the file on every backend.
 """
 

@@ -1,4 +1,4 @@
-"""The apps as a user runs them: real training on images of CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
+"""The apps as a user runs them: training on real CIFAR-10 where KVISION_DATA names it, else on synthetic shapes."""
 
 import importlib
 import json
@@ -177,7 +177,7 @@ def test_ways_to_compute_a_run(changes, images, tmp_path, monkeypatch):
         engine.configure("float32")
     limit = 1e-4 if changes.get("dtype") != "float16" else 0.1
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=limit)
-    # Keras's own step can give the same losses to the bit.
+    # Keras's own step can give the same losses bit for bit.
     assert losses[1] != losses[0] or changes.get("engine") == "keras"
     assert ("kvision.engine.keras" in kinds) is (changes.get("engine") == "keras")
 

@@ -12,8 +12,8 @@ from kvision.random import rng
 PREPROCESSING = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def build_batches(pictures, augmentation=None, n=11, batch_size=4, seed=5, height=6, width=7):
-    images, _ = pictures(n, height, width)
+def build_batches(make_images, augmentation=None, n=11, batch_size=4, seed=5, height=6, width=7):
+    images, _ = make_images(n, height, width)
     return Batches(images, np.arange(n), batch_size, seed, PREPROCESSING, augmentation), images
 
 
@@ -53,8 +53,8 @@ def reference(image, flipped, move, padding_mode, center, cutout):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("crop_padding", "padding_mode"), [(0, "zero"), (2, "zero"), (2, "reflect"), (7, "reflect")])
 @pytest.mark.parametrize("cutout", [0, 3, 4])
-def test_an_epoch_equals_the_reference(pictures, flip, crop_padding, padding_mode, cutout):
-    batches, images = build_batches(pictures, Augmentation(flip, crop_padding, padding_mode, cutout))
+def test_an_epoch_equals_the_reference(make_images, flip, crop_padding, padding_mode, cutout):
+    batches, images = build_batches(make_images, Augmentation(flip, crop_padding, padding_mode, cutout))
     mirror_first = rng(5, "flip").random(11) < 0.5
     for epoch in (0, 3):
         order = rng(5, "order", epoch).permutation(11)
@@ -77,23 +77,23 @@ def test_an_epoch_equals_the_reference(pictures, flip, crop_padding, padding_mod
                 np.testing.assert_array_equal(image, PREPROCESSING(expected[None])[0])
 
 
-def test_an_epoch_contains_every_image_once(pictures):
-    batches, images = build_batches(pictures, n=12)
+def test_an_epoch_contains_every_image_once(make_images):
+    batches, images = build_batches(make_images, n=12)
     shown, numbers = raw(batches, 0)
     assert sorted(numbers) == list(range(12))
     np.testing.assert_array_equal(shown, images[numbers])
 
 
-def test_every_epoch_drops_other_images(pictures):
-    batches, _ = build_batches(pictures, n=11)
+def test_every_epoch_drops_other_images(make_images):
+    batches, _ = build_batches(make_images, n=11)
     epochs = [set(raw(batches, epoch)[1]) for epoch in range(12)]
     assert all(len(numbers) == 8 for numbers in epochs)
     assert len({frozenset(numbers) for numbers in epochs}) > 6
     assert set.union(*epochs) == set(range(11))
 
 
-def test_two_epochs_flip_every_image_once(pictures):
-    batches, images = build_batches(pictures, Augmentation(flip=True), n=12)
+def test_two_epochs_flip_every_image_once(make_images):
+    batches, images = build_batches(make_images, Augmentation(flip=True), n=12)
     sides = []
     for epoch in range(4):
         shown, numbers = raw(batches, epoch)
@@ -104,8 +104,8 @@ def test_two_epochs_flip_every_image_once(pictures):
     assert sides[0] == sides[2] == set(range(12)) - sides[1] == set(range(12)) - sides[3]
 
 
-def test_half_of_the_images_are_flipped(pictures):
-    batches, _ = build_batches(pictures, Augmentation(flip=True), n=4000, height=1, width=1)
+def test_half_of_the_images_are_flipped(make_images):
+    batches, _ = build_batches(make_images, Augmentation(flip=True), n=4000, height=1, width=1)
     assert abs(batches.flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
 
 
@@ -124,7 +124,7 @@ def test_cutout_blanks_a_square(cutout):
     assert (cutout, cutout) in sizes and (cutout == 1 or min(sizes)[0] < cutout)
 
 
-def test_crops_are_uniform(pictures):
+def test_crops_are_uniform(make_images):
     """Each of the 25 crops at padding 2 is about equally frequent: chi-squared with 24 degrees of freedom."""
     image = np.zeros((1, 5, 5, 1), np.uint8)
     image[0, 2, 2] = 255
@@ -136,9 +136,9 @@ def test_crops_are_uniform(pictures):
     assert ((counts - 200) ** 2 / 200).sum() < 24 + 5 * np.sqrt(2 * 24)
 
 
-def test_epochs_depend_on_seed_and_number_alone(pictures):
+def test_epochs_depend_on_seed_and_number_alone(make_images):
     everything = Augmentation(True, 2, "reflect", 3)
-    first, second, other = (build_batches(pictures, everything, seed=seed)[0] for seed in (5, 5, 6))
+    first, second, other = (build_batches(make_images, everything, seed=seed)[0] for seed in (5, 5, 6))
     for _ in second.epoch(0):
         break  # an interrupted run
     list(second.epoch(2))
@@ -148,16 +148,16 @@ def test_epochs_depend_on_seed_and_number_alone(pictures):
     assert (a[1] != c[1]).any() and (a[1] != raw(first, 2)[1]).any()
 
 
-def test_stored_images_are_not_modified(pictures):
-    batches, images = build_batches(pictures, Augmentation(True, 0, "zero", 3))
+def test_stored_images_are_not_modified(make_images):
+    batches, images = build_batches(make_images, Augmentation(True, 0, "zero", 3))
     kept = images.copy()
     for epoch in range(2):
         list(batches.epoch(epoch))
     np.testing.assert_array_equal(images, kept)
 
 
-def test_the_batch_size_is_at_most_the_number_of_images(pictures):
-    batches, _ = build_batches(pictures, n=3, batch_size=100)
+def test_the_batch_size_is_at_most_the_number_of_images(make_images):
+    batches, _ = build_batches(make_images, n=3, batch_size=100)
     assert (batches.batch_size, batches.steps) == (3, 1)
     assert len(next(batches.epoch(0))["label"]) == 3
 
@@ -259,9 +259,9 @@ def test_generators_depend_on_the_whole_key():
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_an_epoch_can_start_at_a_step(pictures, monkeypatch, start):
+def test_an_epoch_can_start_at_a_step(make_images, monkeypatch, start):
     """It gives the same batches as the whole epoch from there; earlier ones are not made."""
-    whole, _ = build_batches(pictures, Augmentation(True, 2, "reflect", 3), n=14)
+    whole, _ = build_batches(make_images, Augmentation(True, 2, "reflect", 3), n=14)
     expected = list(whole.epoch(1))
     assert len(expected) == 3
     made, images = [], Batches.images

@@ -41,7 +41,7 @@ def test_each_call_of_a_shared_layer_adds_its_penalty(layers_of, shape):
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "Muon", "LossScaleOptimizer"])
 def test_an_optimizer_stays_as_it_is_given(kind):
-    """After a step of the engine it is of the same class and has no method of its own."""
+    """After a step of the engine it is of the same class and has no method."""
     inner = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1)
     made = {"LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(inner)}.get(
         kind, lambda: getattr(keras.optimizers, kind)(0.1, weight_decay=0.1)

@@ -205,7 +205,7 @@ def test_a_run_goes_on_under_another_backend(tmp_path):
         others = [other for other in BACKENDS if other != backend]
         resumed = train_elsewhere(backend, tmp_path / f"on-{backend}", *(saved[other] for other in others))
         for other, found in zip(others, resumed, strict=True):
-            assert (found["losses"][:6] == whole[other]["losses"][:6]).all()  # to the bit: they were not computed anew
+            assert (found["losses"][:6] == whole[other]["losses"][:6]).all()  # bit for bit: they were not computed anew
             for expected in whole.values():
                 assert found.keys() == expected.keys() and len(found["losses"]) == 8
                 for name, wanted in expected.items():

@@ -38,8 +38,8 @@ def reference(images, place):
 
 
 @pytest.mark.parametrize("name", TTA)
-def test_views_equal_the_reference(pictures, name):
-    images, _ = pictures(3, 5, 7)
+def test_views_equal_the_reference(make_images, name):
+    images, _ = make_images(3, 5, 7)
     found = list(augmented_views(images, name))
     assert [weight for weight, _ in found] == list(EXPECTED[name].values())
     for (_, view), place in zip(found, EXPECTED[name], strict=True):
@@ -47,20 +47,20 @@ def test_views_equal_the_reference(pictures, name):
         np.testing.assert_array_equal(view, reference(images, place), err_msg=place)
 
 
-def test_an_unknown_name_raises(pictures):
+def test_an_unknown_name_raises(make_images):
     with pytest.raises(ValueError, match="tta must be one of none, flip, flip_shift, got 'zoomed'"):
-        list(augmented_views(pictures(1)[0], "zoomed"))
+        list(augmented_views(make_images(1)[0], "zoomed"))
 
 
 @pytest.mark.parametrize("name", TTA)
-def test_predictions_are_mean_logits(pictures, name):
+def test_predictions_are_mean_logits(make_images, name):
     """The weighted mean over the views of all images, including the last incomplete batch."""
     inputs = keras.Input((5, 7, 3))
     outputs = logits(4)(keras.layers.Dense(6, "tanh")(keras.layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     initialize(model, 0)
     engine, preprocessing = trainer.engines.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
-    images, _ = pictures(8, 5, 7)
+    images, _ = make_images(8, 5, 7)
     found = evaluation.predict(engine, images, preprocessing, 3, tta=name)
     expected = sum(
         weight * engine.predict(preprocessing(reference(images, place))).astype(np.float64)

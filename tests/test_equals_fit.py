@@ -219,7 +219,7 @@ class OldComputeLoss(keras.Model):
 
 
 class OwnTracker(keras.Model):
-    """As Keras's guide has it: a loss of its own, and a metric of its own for it."""
+    """As Keras's guide has it: a loss, and a metric for it."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -352,7 +352,7 @@ def within_rematerialization(x):
 
 
 class Counts(layers.Layer):
-    """Has a metric of its own."""
+    """Has a metric."""
 
     def __init__(self):
         super().__init__()

@@ -124,9 +124,9 @@ def test_other_methods_on_the_same_state(wrap):
     optimizer.build(model.trainable_variables)
     before = type(inner), set(vars(inner)), type(optimizer), set(vars(optimizer))
     other = keras_internals.with_methods(optimizer, lambda found: {"double": lambda self: 2 * self.momentum})
-    innermost = other if other.__class__.__name__ == inner.__class__.__name__ else other.inner_optimizer
-    innermost.momentum = 4.0
-    assert inner.momentum == 4.0 and innermost.double() == 8.0 and not hasattr(inner, "double")
+    unwrapped = other if other.__class__.__name__ == inner.__class__.__name__ else other.inner_optimizer
+    unwrapped.momentum = 4.0
+    assert inner.momentum == 4.0 and unwrapped.double() == 8.0 and not hasattr(inner, "double")
     assert isinstance(other, type(optimizer)) and other.variables == optimizer.variables
     other.learning_rate = 0.25
     assert float(value(inner._learning_rate)) == 0.25

@@ -157,12 +157,12 @@ def test_invalid_arguments_raise(make, message):
 # In a run
 
 
-def batches(pictures, n=13):
-    return Batches(*pictures(n, 6, 6), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
+def batches(make_images, n=13):
+    return Batches(*make_images(n, 6, 6), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
 
 
-def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
-    plain = batches(pictures)
+def test_each_batch_is_a_function_of_seed_epoch_and_step(make_images):
+    plain = batches(make_images)
     mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
     to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair.values()] for pair in pairs]  # noqa: E731
@@ -187,21 +187,21 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
         np.testing.assert_array_equal(again[1], first[1])
 
 
-def test_each_batch_gets_one_of_two_transforms(pictures):
-    mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
-    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(pictures, 400).epoch(0))]
+def test_each_batch_gets_one_of_two_transforms(make_images):
+    mixed = MixedBatches(batches(make_images, 400), 3, [Mixup(1.0), CutMix(1.0)])
+    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(make_images, 400).epoch(0))]
     pairs = zip(mixed.epoch(0), plain, strict=True)
     # CutMix keeps existing values; mixup makes new ones.
     cut = [np.isin(ops.convert_to_numpy(batch["image"]).ravel(), values).all() for batch, values in pairs]
     assert 30 < sum(cut) < 70
 
 
-def test_a_run_trains_on_mixed_batches(pictures):
+def test_a_run_trains_on_mixed_batches(make_images):
     """Steps of softmax regression on mixed batches are those of the closed form."""
     inputs = keras.Input((6, 6, 3), name="image")
     model = keras.Model(inputs, logits(3)(keras.layers.Flatten(name="flatten")(inputs)), name="net")
     initialize(model, 0)
-    mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
+    mixed = MixedBatches(batches(make_images), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
     for images, targets in map(dict.values, mixed.epoch(0)):

@@ -78,12 +78,12 @@ def test_preprocessing_of_a_file_accepts_images_of_any_size(stored):
     prepare = kvision.preprocess(stored[0])
     assert prepare == Preprocessing(size=(8, 8), crop=0.5)
     generator = np.random.default_rng(0)
-    pictures = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
-    cut = prepare.images(pictures)
+    make_images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
+    cut = prepare.images(make_images)
     assert cut.shape == (3, 8, 8, 3) and cut.dtype == np.float32
     # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the center is cut out.
-    np.testing.assert_array_equal(cut[0], prepare(pictures[0][None, 4:12, 4:12])[0])
-    np.testing.assert_array_equal(cut[2], prepare(pictures[2][None, 4:12, 16:24])[0])
+    np.testing.assert_array_equal(cut[0], prepare(make_images[0][None, 4:12, 4:12])[0])
+    np.testing.assert_array_equal(cut[2], prepare(make_images[2][None, 4:12, 16:24])[0])
     # A ramp stays a ramp when it is made smaller: 32 steps of 8 become 16 of 16.
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))[..., None].repeat(3, axis=-1)
     middle = prepare.images([ramp])[0, 0, :, 0] * 255
@@ -91,7 +91,7 @@ def test_preprocessing_of_a_file_accepts_images_of_any_size(stored):
     with pytest.raises(ValueError, match=r"expected uint8 images \(height, width, channels\), got float32 \(4, 4, 3\)"):
         prepare.images([np.zeros((4, 4, 3), np.float32)])
     with pytest.raises(ValueError, match="images of different sizes need a `size`"):
-        Preprocessing().images(pictures)
+        Preprocessing().images(make_images)
 
 
 def test_model_info(capsys):

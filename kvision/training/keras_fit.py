@@ -50,7 +50,7 @@ def fit(
     arrays, a `keras.utils.PyDataset`, a `tf.data.Dataset`, a `torch.utils.data.DataLoader`, a generator. With one seed
     (`keras.utils.set_random_seed`) the batches are those of `model.fit`, in the same order.
 
-    A program that the engine does not take, as a model with a `train_step` of its own, is trained by `model.fit`, with
+    A program that the engine does not take, as a model with a `train_step`, is trained by `model.fit`, with
     a warning `kvision.engine.HandedToKeras` that says why. Layers that the engine does not know, and the `call` of a
     subclass, run as Keras runs them, within the engine's step.
 
