@@ -80,10 +80,10 @@ def test_images_of_any_size_with_even_halves():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("unet_denoiser", {"classes": 10}, "unet_denoiser gives images, not classes: expected classes=None, or 0"),
+        ("unet_denoiser", {"classes": 10}, "unet_denoiser returns images, not logits: expected classes=None, or 0"),
         ("unet_denoiser", {"input_shape": (28, 30, 1)}, r"multiples of 4, got \(28, 30\)"),
         ("conv_autoencoder", {"input_shape": (30, 28, 1)}, r"multiples of 4, got \(30, 28\)"),
-        ("conv_autoencoder", {"input_shape": (None, None, 1)}, "must know the size of its images"),
+        ("conv_autoencoder", {"input_shape": (None, None, 1)}, "needs a known image size"),
     ],
 )
 def test_what_cannot_be_built_is_said(name, options, message):
