@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 import kvision
 from kvision.applications import VGG16
 from kvision.data.batches import Batches
-from kvision.tasks.classification import cross_entropy
+from kvision.tasks.classification import Classification
 
 folder = Path("runs")
 names: list[str] = kvision.list_models("resnet*")
@@ -32,8 +32,8 @@ optimizer = kvision.training.optimizers.make_optimizer("sgd", 0.1)
 rates = kvision.training.schedules.schedule("cosine", 0.1, 100)
 fit = kvision.training.fit(
     model,
+    Classification(),
     optimizer,
-    cross_entropy(),
     Batches(images, np.zeros(2, np.int32), 2, 0, kvision.preprocess("resnet20.cifar10")),
     epochs=1,
 )
