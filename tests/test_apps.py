@@ -1,4 +1,4 @@
-"""The apps as a user runs them: real training on images of CIFAR-10 where KVISION_DATA names it, else on drawn shapes."""
+"""The apps as a user runs them: real training on images of CIFAR-10 where KVISION_DATA names them, else on shapes."""
 
 import importlib
 import json
