@@ -9,7 +9,7 @@ import sys
 from kvision.config import Config
 from kvision.experiment import classify, command
 
-DATASETS = ("mnist", "digits", "drawn_digits")
+DATASETS = ("mnist", "digits", "synthetic_digits")
 
 RECIPES = {
     config.model: config

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvision import flags
 from kvision.config import Config, flag
-from kvision.convert import find, shipped
+from kvision.convert import find, pretrained_weights
 from kvision.data import Dataset
 from kvision.experiment import NEW_HEAD, command, run_folder, store_config, train
 from kvision.files import write_json
@@ -80,7 +80,7 @@ def split(config: TransferConfig, dataset: Dataset) -> tuple[Dataset | None, Dat
     if len(classes) < 4 and config.source_classes is None:
         raise flags.UsageError(
             f"{dataset.name} has {len(classes)} classes, too few to split into source and target classes: give "
-            f"--weights, a file or pretrained weights ({', '.join(shipped())})"
+            f"--weights, a file or pretrained weights ({', '.join(pretrained_weights())})"
         )
     first = config.source_classes.split(",") if config.source_classes else classes[: len(classes) // 2]
     rest = [name for name in classes if name not in first]

@@ -8,8 +8,8 @@ time, the one to compare on a machine that does other work too. The phases:
 - imports: Keras with its backend, and kvision with the files of all its networks;
 - create: `kvision.create_model(name)`, which makes the variables and draws their values;
 - initialize: `kvision.weights.initialization.initialize(model, 0)`, which draws them anew for a seed;
-- blank: `create` within `kvision.layers.skip_init()`, where kernels start as zeros, in a process of its own;
-- keras: `keras.applications.<peer>(weights=None)`, in a process of its own.
+- blank: `create` within `kvision.layers.skip_init()`, where kernels start as zeros, in a separate process;
+- keras: `keras.applications.<peer>(weights=None)`, in a separate process.
 """
 
 import json

@@ -14,7 +14,7 @@ each round begins with another one. Wanted are the extras `all` and `benchmark`.
   one program. They are not measured unless `--contenders` names them.
 
 The others get float32 batches that are in memory already (the GPU's, where there is one), without flips and shifts:
-that favours them. All count correct answers, and wait for the loss of the step before the last one dispatched.
+that favors them. All count correct answers, and wait for the loss of the step before the last one dispatched.
 
 On a GPU (a call may name fewer contenders, and `--after FILE` adds its rows to those of the call before):
 

@@ -214,7 +214,7 @@ class Course:
         params = np.zeros((len(moved), len(PARAMS), count), np.int32)
         params[:, 0] = unsure
         for param, (_, move, mirrored) in zip(params, moved, strict=True):
-            param[1:3], param[3] = self.test.border - move, mirrored
+            param[1:3], param[3] = self.test.padding - move, mirrored
         weights = np.array([weight for weight, *_ in moved], np.float32)
         logits[unsure] *= 1 - weights.sum()
         logits[unsure] += np.tensordot(weights, self.engine.predict_on_device(self.test, params), axes=1)

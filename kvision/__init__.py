@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` loads, for type checkers and e
         zoo,
     )
     from kvision.convert import create_model, model_info, preprocess
+    from kvision.training.keras_fit import fit
     from kvision.zoo import list_models
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "create_model",
     "data",
     "engine",
+    "fit",
     "layers",
     "list_models",
     "model_info",
@@ -48,6 +50,7 @@ __all__ = [
 # The module of each function; all other names are modules.
 _FUNCTIONS = {
     "create_model": "kvision.convert",
+    "fit": "kvision.training.keras_fit",
     "list_models": "kvision.zoo",
     "model_info": "kvision.convert",
     "preprocess": "kvision.convert",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvision import engine, flags, zoo
-from kvision.convert import shipped
+from kvision.convert import pretrained_weights
 from kvision.data.folder import MEMORY as FOLDER_MEMORY
 from kvision.data.tta import TTA
 from kvision.training import optimizers, schedules, trainer
@@ -191,7 +191,7 @@ def arguments_of(config: Config) -> list[str]:
 
 def private(config: Config) -> list[str]:
     """The fields that hold a local path, which reports and manifests leave out."""
-    pretrained = config.weights is None or config.weights.removesuffix(".npz") in shipped()
+    pretrained = config.weights is None or config.weights.removesuffix(".npz") in pretrained_weights()
     return ["data", "output_dir", "compile_cache"] + ["weights"] * (not pretrained)
 
 

@@ -44,7 +44,7 @@ from kvision.training.checkpoints import Checkpoints
 from kvision.weights import WeightsError, inspect, save
 from kvision.weights import load as load_weights
 from kvision.weights.initialization import initialize
-from kvision.weights.manifest import room_for
+from kvision.weights.manifest import max_parameters
 
 ERRORS = (DataError, WeightsError, FolderInUseError, trainer.DivergedError)
 NEW_HEAD = r"(.*_)?logits/.*"  # arrays of the last layer, and of the last layers of auxiliary heads
@@ -84,7 +84,7 @@ def build(config: Config, dataset: Dataset, skip: Sequence[str] = ()) -> tuple[k
         weights = find(config.weights)
         content = inspect(weights)
         # The arguments come from a file, so the size of the network is bounded.
-        manifest, at_most = content["manifest"] or {}, room_for(content["parameters"])
+        manifest, at_most = content["manifest"] or {}, max_parameters(content["parameters"])
         known = zoo.arguments(config.model)
         stored = {key: value for key, value in manifest.get("arguments", {}).items() if key in known}
         model_kwargs = stored | model_kwargs

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, also through a power cut, and the lock of a run folder.
+"""Atomic, durable file writes, and the lock of a run folder.
 
-Every writer of the project goes through `atomic_write`: the content is on the disk before the name is, and the name is
-on the disk before the call returns. So what is removed after it (an older checkpoint) is never the last one there is.
+All files of the project are written through `atomic_write`: the content reaches the disk before the name does, and the
+name before the call returns. So a file that is removed afterwards (an older checkpoint) is never the last valid one.
 """
 
 import contextlib
@@ -20,38 +20,38 @@ try:
 except ImportError:  # Windows: folders are not locked
     fcntl = None
 
-LOCK = ".lock"  # the file in a run folder that a running process holds
-# A folder that its file system cannot sync (some network and FUSE mounts), or that may be written and not read.
+LOCK = ".lock"  # lock file in a run folder
+# Errors of folders that cannot be synced: some network and FUSE mounts, or a folder that is writable but not readable.
 UNSYNCABLE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM}
 
 
 class FolderInUseError(RuntimeError):
-    """Another process is at work in a folder. The message names the folder, the process, and what to do."""
+    """Another process uses a folder. The message names the folder, the process and the remedies."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
-    """A binary file to write, seekable, which is at `path` only once everything is written and on the disk.
+    """Open a seekable binary file that appears at `path` only after it is complete and on the disk.
 
-    It is made beside the target under a name that is nobody's, and moved there at the end; after any error the target
-    is what it was, and nothing else is left. A link at `path` is replaced, not followed.
+    It is written next to the target under a unique temporary name and renamed at the end; after an error the target is
+    unchanged and nothing else is left. A link at `path` is replaced, not followed.
 
     Args:
-        sync: false does not wait for the disk (some milliseconds, twice): for what is written again and again, and made
-            anew from something else. A killed process leaves it whole all the same, a power cut may leave it empty.
+        sync: False does not wait for the disk (some milliseconds, twice), for files that are rewritten often and can be
+            recomputed. They survive a killed process; after a power cut they may be empty.
 
     Raises:
-        OSError: the system refuses, or `path` is a device, a pipe or a folder; its `filename` is `path`.
+        OSError: the system reports an error, or `path` is a device, a pipe or a folder; its `filename` is `path`.
     """
     path = os.fspath(path)
     folder, name = os.path.split(path)
-    # In the target's folder, because a rename is whole or not at all only within one file system. A file's name has
-    # 255 bytes at most.
+    # In the target's folder, because a rename is atomic only within one file system. A file name has at most 255
+    # bytes.
     start = os.fsdecode(os.fsencode(name)[:200])
     temporary = os.path.join(folder, f".{start}.{secrets.token_hex(8)}.tmp")
     with _named(path, temporary):
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, "is no plain file, and is not replaced by one", path)
+            raise OSError(errno.EINVAL, "is not a regular file, so it is not replaced", path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(temporary, flags, 0o666)
         try:
@@ -71,22 +71,22 @@ def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryI
 
 @contextlib.contextmanager
 def _named(path: str, *unknown: str) -> Iterator[None]:
-    """An error that names no file, or one that the caller does not know, names `path`."""
+    """Within this context, set the file name of errors that have none, or one of `unknown`, to `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename in (None, *unknown):  # that of a full disk knows no file
+        if error.errno and error.filename in (None, *unknown):  # the error of a full disk has no file name
             raise OSError(error.errno, error.strerror, path) from None
         raise
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Wait until the names in a folder are on the disk, where the system can say so.
+    """Wait until a folder's entries are on the disk, where the system supports that.
 
     Raises:
-        OSError: the disk fails.
+        OSError: a disk error.
     """
-    if os.name == "nt":  # a folder cannot be opened there
+    if os.name == "nt":  # Windows cannot open a folder
         return
     with _named(os.fspath(folder)):
         try:
@@ -101,41 +101,41 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str, sync: bool = True) -> Path:
-    """Write text as UTF-8, whole or not at all, into a folder that is made where it is missing; the path.
+    """Write text as UTF-8, atomically; create the folder if it is missing; return the path.
 
     Args:
         sync: as for `atomic_write`.
 
     Raises:
-        OSError: the system refuses; its `filename` is `path`.
+        OSError: the system reports an error; its `filename` is `path`.
     """
     path = Path(path)
     make_folder(path.parent)
     with atomic_write(path, sync) as file:
-        # A folder name that is not UTF-8 reaches Python as lone surrogates, which no encoder takes.
+        # A folder name that is not UTF-8 reaches Python as lone surrogates, which cannot be encoded.
         file.write(text.encode("utf-8", "backslashreplace"))
     return path
 
 
 def write_json(path: str | os.PathLike, content, sync: bool = True) -> Path:
-    """Write plain data as JSON, whole or not at all; the path.
+    """Write plain data as JSON, atomically; return the path.
 
     Args:
         sync: as for `atomic_write`.
 
     Raises:
-        ValueError: a number that JSON does not have (infinity, not a number).
-        OSError: the system refuses; its `filename` is `path`.
+        ValueError: a number that JSON does not have (infinity, NaN).
+        OSError: the system reports an error; its `filename` is `path`.
     """
     return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", sync)
 
 
 def make_folder(folder: str | os.PathLike, exist_ok: bool = True) -> None:
-    """Make a folder and those above it, on the disk before the call returns.
+    """Create a folder and its parents; they are on the disk when the call returns.
 
     Raises:
-        FileExistsError: it is a file, or `exist_ok` is false and it is there: no other process can have made it too.
-        OSError: the system refuses.
+        FileExistsError: it is a file, or it exists and `exist_ok` is False: no other process can have created it, too.
+        OSError: the system reports an error.
     """
     folder = Path(folder)
     while True:
@@ -148,17 +148,17 @@ def make_folder(folder: str | os.PathLike, exist_ok: bool = True) -> None:
                 folder.mkdir(exist_ok=exist_ok)
                 sync_folder(folder.parent)
             return
-        except FileNotFoundError:  # another process has removed one that it had made, empty
+        except FileNotFoundError:  # another process has removed an empty parent that it had created
             if folder.parent.exists():
                 raise
 
 
 def new_folder(names: Iterable[str | os.PathLike]) -> Path:
-    """Make the first of some folders that is free: each is given to one process, however many ask at once.
+    """Create the first of some folders that does not exist; concurrent processes get different ones.
 
     Raises:
-        FileExistsError: none is free.
-        OSError: the system refuses.
+        FileExistsError: all exist.
+        OSError: the system reports an error.
     """
     for name in names:
         try:
@@ -166,31 +166,31 @@ def new_folder(names: Iterable[str | os.PathLike]) -> Path:
         except FileExistsError:
             continue
         return Path(name)
-    raise FileExistsError(errno.EEXIST, "no name for a new folder is free", os.fspath(name))
+    raise FileExistsError(errno.EEXIST, "all names for a new folder are taken", os.fspath(name))
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Remove a file that may be gone already.
+    """Remove a file; a missing file is no error.
 
     Raises:
-        OSError: the system refuses.
+        OSError: the system reports an error.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_temp_files(folder: Path, name: str) -> None:
-    """Remove what a killed process left of files that it was writing; for the process that holds the folder.
+    """Remove the temporary files of a killed process; to be called by the process that holds the folder's lock.
 
     Args:
-        name: of the files, a shell pattern such as "step-*".
+        name: shell pattern of the files' final names, such as "step-*".
     """
     for path in folder.glob(f".{name}.*.tmp"):
         remove(path)
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The sha256 of a file's bytes, in hexadecimal.
+    """Return the sha256 of a file's bytes, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
@@ -201,27 +201,27 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
+    """Lock a folder for this process. The system releases the lock when the process ends, for whatever reason.
 
-    Where the file system knows no locks (some network mounts) and on Windows nothing is held.
+    File systems without locks (some network mounts) and Windows do not lock.
 
     Raises:
-        FolderInUseError: another process, or an earlier call in this one, holds it.
-        OSError: the folder is not there, or cannot be written.
+        FolderInUseError: another process, or an earlier call in this one, holds the lock.
+        OSError: the folder does not exist or cannot be written.
     """
     path = folder / LOCK
     file = _lock(path)
     try:
         yield
     finally:
-        # Removed while it is held: who opened it before gets a lock of a file that is no longer there, and looks again.
+        # Removed while locked: a process that opened it before locks a deleted file, detects that, and retries.
         remove(path)
         if file:
             file.close()
 
 
 def _lock(path: Path):
-    """The open lock file, or None where there are no locks."""
+    """Return the open lock file, or None if locks are not supported."""
     if fcntl is None:
         return None
     while True:
@@ -240,11 +240,11 @@ def _lock(path: Path):
             if len(holder) > 1 and holder[1] != socket.gethostname():
                 who += f" on {holder[1]}"
             raise FolderInUseError(
-                f"{path.parent} is in use by {who}, which has not ended: wait for it, stop it (kill saves the run), or "
-                "take another folder"
+                f"{path.parent} is in use by {who}, which is still running: wait for it, stop it (kill saves the run), "
+                "or use another folder"
             ) from None
         except FileNotFoundError:
-            pass  # removed by the process that held it
+            pass  # removed by the process that held the lock
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                 file.close()

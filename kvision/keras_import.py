@@ -1,8 +1,8 @@
-"""Prepares Keras at the moment it is imported, so that `import kvision` need not import it.
+"""Hooks into the import of Keras, so that `import kvision` need not import it.
 
-Two things happen then. Where the backend that Keras is about to take is not installed and `KERAS_BACKEND` does not name
-it, an installed one is taken in its place. And Keras is told the names of the library's layers, initializers and
-optimizers, so that a `.keras` file that holds them loads without a further import.
+On that import two things are done. If the backend that Keras selects is not installed and `KERAS_BACKEND` does not name
+it, an installed one is selected instead. And the library's layers, initializers and optimizers are registered with
+Keras, so that a `.keras` file that uses them loads without further imports.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from types import ModuleType
 
 BACKENDS = ("jax", "tensorflow", "torch")
 
-# The classes that a `.keras` file may name, by their modules: what `register_keras_serializable("kvision")` decorates.
+# The classes that a `.keras` file may contain, by module: those decorated by `register_keras_serializable("kvision")`.
 SERIALIZABLE = {
     "kvision.layers.conv": ("ConstantPad2D",),
     "kvision.layers.initializers": ("Constant", "Dirac", "VarianceScaling"),
@@ -45,16 +45,17 @@ class BackendError(ImportError):
 
 
 def installed(backend: str) -> bool:
-    """Whether a backend is installed; nothing is imported to find out. A bare folder of that name does not count."""
+    """Return whether a backend is installed, without importing it. A folder of that name without a package does not
+    count."""
     spec = importlib.util.find_spec(backend)
     return spec is not None and spec.origin is not None
 
 
 def choose(default: str) -> str:
-    """The backend to run on, where Keras would take `default` (from `KERAS_BACKEND`, `keras.json` or its own default).
+    """Return the backend to use if Keras selects `default` (from `KERAS_BACKEND`, `keras.json` or its own default).
 
-    That one, unless it is one of `BACKENDS` and missing, and `KERAS_BACKEND` is unset; then the first of `BACKENDS`
-    that is installed.
+    It is `default`, unless that is a missing one of `BACKENDS` and `KERAS_BACKEND` is unset; then it is the first
+    installed one of `BACKENDS`.
 
     Raises:
         BackendError: none is installed, or not the one that `KERAS_BACKEND` names.
@@ -76,7 +77,7 @@ def choose(default: str) -> str:
 
 
 def announce(prog: str) -> None:
-    """Say in a line on stderr which backend a command runs on, where `KERAS_BACKEND` does not and Keras is loaded."""
+    """Print a line with the backend to stderr, if `KERAS_BACKEND` is unset and Keras is loaded."""
     if os.environ.get("KERAS_BACKEND") or "keras" not in sys.modules:
         return
     name = sys.modules["keras"].config.backend()
@@ -86,12 +87,12 @@ def announce(prog: str) -> None:
 
 
 def _set_backend(config: ModuleType) -> None:
-    """Correct Keras's choice; Keras has no public name for it that works before the backend has been imported."""
+    """Replace Keras's choice; Keras has no public function for that before the backend is imported."""
     config._BACKEND = choose(config._BACKEND)
 
 
 def _placeholder(module: str, name: str) -> type:
-    """What stands in Keras's table for a class until its module is imported, which replaces it there."""
+    """Return a class that stands for another one in Keras's registry until its module is imported and replaces it."""
 
     def real():
         return getattr(importlib.import_module(module), name)
@@ -102,7 +103,7 @@ def _placeholder(module: str, name: str) -> type:
     def from_config(cls, config, **options):
         return real().from_config(config, **options)
 
-    def get_config(self):  # Keras takes no class without it
+    def get_config(self):  # required by Keras
         raise NotImplementedError
 
     body = {"__new__": make, "from_config": classmethod(from_config), "get_config": get_config, "__module__": module}
@@ -117,16 +118,16 @@ def _register(keras: ModuleType) -> None:
 
 
 class _Watch:
-    """A finder of modules that follows the import of Keras and finds none itself."""
+    """A module finder that observes the import of Keras and finds nothing itself."""
 
     def __init__(self):
         self.chosen = False
 
     def find_spec(self, name, path, target=None):
         config = sys.modules.get("keras.src.backend.config")
-        # Its function `backend` is there as soon as the choice is made; the next import acts on it.
+        # The function `backend` is defined right after Keras has made its choice, and before it imports the backend.
         if not self.chosen and hasattr(config, "backend"):
-            self.chosen = True  # at once: choosing looks for modules too
+            self.chosen = True  # set first, because `choose` looks up modules, too
             try:
                 _set_backend(config)
             except BackendError:
@@ -148,8 +149,8 @@ class _Watch:
 
 
 def prepare() -> None:
-    """Do the above when Keras is imported, or what is left of it now where it has been."""
+    """Install the hooks; if Keras is already imported, register the classes now."""
     if "keras" in sys.modules:
-        _register(importlib.import_module("keras"))  # which waits for another thread that is importing it
+        _register(importlib.import_module("keras"))  # waits if another thread is importing it
     else:
         sys.meta_path.insert(0, _Watch())

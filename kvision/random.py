@@ -1,19 +1,19 @@
-"""The random numbers of a run, keyed by what they are for.
+"""Random numbers of a run, keyed by what they are for.
 
-`keras.random` gives other numbers on every backend, and a shared generator gives other numbers as soon as somebody
-draws once more. Here a number depends on the run's seed and on its purpose alone: the initial kernel of `stage1_conv`,
-the order of epoch 7. So every backend starts from the same weights and sees the same images, and a run that was stopped
-draws the same numbers when it goes on.
+`keras.random` gives different numbers on every backend, and a shared generator gives different numbers as soon as one
+more is sampled anywhere. Here a number depends only on the run's seed and its key: the initial kernel of `stage1_conv`,
+the order of epoch 7. So every backend starts from the same weights and sees the same images, and a resumed run samples
+the same numbers.
 
-`rng` draws in NumPy. `bits`, `uniform`, `bernoulli` and `normal` draw on the device, eagerly or inside a compiled
-step: a counter-based generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), which holds no state but
-hashes where a number stands. Keras is imported when one of these is called, as data and command lines do without it.
+`rng` samples in NumPy. `bits`, `uniform`, `bernoulli` and `normal` sample on the device, eagerly or inside a compiled
+step, with a counter-based generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405): it has no state and
+hashes a number's position. They import Keras when called, because data and command lines work without it.
 
-The hash is lowbias32 (Wellons, https://github.com/skeeto/hash-prospector): two rounds of xor-shift and multiply, whose
-avalanche bias, measured over all 2**32 inputs, is the least of its form bar slight later gains. A number is
-`h(h(place ^ a) ^ h(example ^ b))`, with a and b two words hashed from (key, step): four rounds lie between every input
-and the bits, where three make a hash that cannot be told from a random permutation (ibid.). The inner hashes are made
-once for a row and a column, so a number costs two rounds. It is for dropping units, not for secrets.
+The hash is lowbias32 (Wellons, https://github.com/skeeto/hash-prospector): two rounds of xor-shift and multiply. Its
+avalanche bias, measured over all 2**32 inputs, is the lowest known of this form up to slight later gains. A number is
+`h(h(place ^ a) ^ h(example ^ b))`, with two words a and b hashed from (key, step): four rounds between every input and
+the bits, while three already give a hash indistinguishable from a random permutation (ibid.). The inner hashes are
+computed once per row and column, so a number costs two rounds. It is for dropping units, not for secrets.
 """
 
 import hashlib
@@ -22,36 +22,36 @@ import math
 import numpy as np
 
 
-def _digest(*purpose: str | int) -> int:
-    text = "\0".join(str(part) for part in purpose)
+def _digest(*key: str | int) -> int:
+    text = "\0".join(str(part) for part in key)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
-def rng(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A NumPy generator for one purpose: `rng(seed, "order", epoch)`.
+def rng(seed: int, *key: str | int) -> np.random.Generator:
+    """Create a NumPy generator for one key: `rng(seed, "order", epoch)`.
 
-    Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) takes its key from the SHA-256 of seed and
-    purpose, so streams of different purposes are independent.
+    Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), keyed by the SHA-256 of seed and key, so that
+    generators of different keys are independent.
     """
-    return np.random.Generator(np.random.Philox(key=_digest(seed, *purpose)))
+    return np.random.Generator(np.random.Philox(key=_digest(seed, *key)))
 
 
-def key(seed: int, *purpose: str | int) -> int:
-    """A key for `bits` and its kin, from 0 to 2**31 - 1, for one purpose: `key(seed, "mixup")`."""
-    return _digest(seed, *purpose) % 2**31
+def key(seed: int, *parts: str | int) -> int:
+    """Return a key from 0 to 2**31 - 1 for `bits` and the functions below: `key(seed, "mixup")`."""
+    return _digest(seed, *parts) % 2**31
 
 
 def _signed(word: int) -> int:
-    """The int32 with the bits of a 32-bit word."""
+    """Return the int32 with the bits of a 32-bit word."""
     return (word + 2**31) % 2**32 - 2**31
 
 
-# The first 32 bits after the point of the golden ratio and of pi, which part the two words of a (key, step).
+# The first 32 fractional bits of the golden ratio and of pi, which distinguish the two words of a (key, step).
 GOLDEN, PI = 0x9E3779B9, 0x243F6A88
 
 
 def _mix(x):
-    """lowbias32 of an int32 tensor."""
+    """Hash an int32 tensor by lowbias32."""
     from keras import ops
 
     def fold(x, shift):  # x ^= x >> shift of unsigned words
@@ -59,7 +59,7 @@ def _mix(x):
         shifted &= 2 ** (32 - shift) - 1
         return shifted
 
-    # PyTorch does these in place, in the memory of the first line's result; the others bind the name anew.
+    # PyTorch works in place, in the memory of the first line's result; the other backends rebind the name.
     x = x ^ fold(x, 16)
     x *= _signed(0x7FEB352D)
     x ^= fold(x, 15)
@@ -69,14 +69,14 @@ def _mix(x):
 
 
 def bits(key, step, shape):
-    """32 random bits for each value, the same on every backend and device.
+    """Return 32 random bits for each value, the same on every backend and device.
 
-    The bits of value [i, ...] depend on key, step, i and the place within the example alone: the first 4 examples of a
-    batch of 8 get what a batch of 4 gets.
+    The bits of value [i, ...] depend on key, step, i and the position within the example alone: the first 4 examples of
+    a batch of 8 get the bits of a batch of 4.
 
     Args:
-        key: int or integer scalar tensor, of which 32 bits count: what the numbers are for.
-        step: likewise: which draw it is.
+        key: int or integer scalar tensor, of which 32 bits are used: what the numbers are for.
+        step: likewise; the number of the call.
         shape: (examples, ...); the number of examples may be a tensor, the others are integers.
 
     Returns:
@@ -88,7 +88,7 @@ def bits(key, step, shape):
     from keras import ops
 
     if not len(shape):
-        raise ValueError("random numbers are drawn for examples: shape must have at least one axis, got ()")
+        raise ValueError("random numbers are sampled per example: shape must have at least one axis, got ()")
     key, step = (
         ops.convert_to_tensor(_signed(word) if isinstance(word, int) else word, dtype="int32") for word in (key, step)
     )
@@ -100,13 +100,13 @@ def bits(key, step, shape):
 
 
 def uniform(key, step, shape, dtype: str | None = None):
-    """Uniform numbers from 0 to less than 1 in steps of 2**-24, exactly the same on every backend.
+    """Return uniform numbers from 0 to less than 1 in steps of 2**-24, exactly equal on every backend.
 
-    The upper 24 of `bits` as a signed integer, times 2**-24, plus 1/2: all of it exact in float32.
+    The upper 24 of `bits` as a signed integer, times 2**-24, plus 1/2: all exact in float32.
 
     Args:
         key, step, shape: as for `bits`.
-        dtype: "float32" or "float64"; the default is float64 where that is Keras's `floatx`, float32 elsewhere.
+        dtype: "float32" or "float64"; the default is float64 if that is Keras's `floatx`, else float32.
 
     Raises:
         ValueError: a dtype that cannot hold the numbers: they would round up to 1.
@@ -123,7 +123,7 @@ def uniform(key, step, shape, dtype: str | None = None):
 
 
 def bernoulli(key, step, shape, probability: float):
-    """A boolean tensor, True with `probability`: what `uniform(key, step, shape) < probability` gives, at less cost.
+    """Return a boolean tensor, True with `probability`: equals `uniform(key, step, shape) < probability`, at less cost.
 
     Raises:
         ValueError: `probability` is not from 0 to 1.
@@ -136,10 +136,10 @@ def bernoulli(key, step, shape, probability: float):
 
 
 def normal(key, step, shape, dtype: str | None = None):
-    """Normal numbers of mean 0 and deviation 1, by the inverse of the distribution function, within 5.42.
+    """Return normal numbers of mean 0 and standard deviation 1, by the inverse distribution function, within 5.42.
 
-    The uniform numbers beneath are the same on every backend. What is made of them differs by the rounding of each
-    backend's inverse error function: over all 2**24 of them float32 parts from the true value by at most 1.1e-6 on
+    The underlying uniform numbers are the same on every backend. The results differ by the rounding of each backend's
+    inverse error function: over all 2**24 of them, float32 deviates from the exact value by at most 1.1e-6 on
     TensorFlow and PyTorch, 2.2e-5 on JAX.
 
     Args:
@@ -149,5 +149,5 @@ def normal(key, step, shape, dtype: str | None = None):
 
     # The middle of each step of 2**-24 is symmetric about 1/2 and never 0 or 1; from -1 to 1 it is exact in float32.
     place = 2 * uniform(key, step, shape, dtype) - (1 - 2**-24)
-    # TensorFlow's inverse loses the upper tail, where it rounds (1 + place) / 2; all three are good below 0.
+    # TensorFlow's inverse loses the upper tail, because it rounds (1 + place) / 2; all three are accurate below 0.
     return -math.sqrt(2) * ops.sign(place) * ops.erfinv(-ops.abs(place))

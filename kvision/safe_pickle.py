@@ -1,10 +1,10 @@
-"""Reading pickles without unpickling them.
+"""Safe interpreter of a subset of pickle.
 
-A pickle is a program. The files that are read here use a small part of its language: dictionaries, lists, strings,
-numbers, and calls of a few functions by name. So no unpickler runs. This file interprets that part itself, on the
-opcodes that `pickletools` has parsed, and refuses every other one; what a named function stands for, the caller says.
-Nothing is ever imported or called by name. Each object is taken from a budget by the file's size before it is made, and
-the opcodes are counted, so that memory and time are bounded.
+A pickle is a program. The files read here use a small part of its language: dictionaries, lists, strings, numbers, and
+calls of a few named functions. No unpickler runs: this module interprets that part itself, on the opcodes parsed by
+`pickletools`, and rejects all others; the caller defines what a named function stands for. Nothing is imported or
+called by name. Each object is taken from a budget set by the file's size before it is made, and opcodes are counted, so
+that memory and time are bounded.
 """
 
 import pickletools
@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from kvision.untrusted import MALFORMED, Budget
+from kvision.untrusted import Budget
 
 MAX_OPCODES = 1_000_000  # about two seconds; a state_dict takes 40 for each tensor, CIFAR's batches 50,000
-_OBJECT = 64  # bytes that an opcode's object takes, with its place on the stack
+_OBJECT = 64  # bytes of an opcode's object, including its slot on the stack
 _STRINGS = """
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
     BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
@@ -31,18 +31,16 @@ _PUSH_NEW = {
 }
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-BROKEN = MALFORMED  # what a broken pickle makes an interpreter stumble over
-
 
 @dataclass(frozen=True)
 class Named:
-    """A function or class that a pickle names, by the kind of thing that it stands for."""
+    """A function or class named in a pickle, with its kind."""
 
     kind: str
 
 
 class _Source:
-    """An open file that is asked for no more bytes than it has: Python allocates them before it reads."""
+    """An open file that never requests more bytes than it has, because Python allocates them before reading."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
@@ -52,8 +50,8 @@ class _Source:
         return self.file.read(min(size, max(0, self.size - self.file.tell())))
 
 
-class Refused(Exception):  # noqa: N818  (callers make it an error with the file's name)
-    """A pickle asks for something that its kind of file does not need; the message says for what."""
+class Refused(Exception):  # noqa: N818  (callers turn it into an error with the file's name)
+    """A pickle requests something that its kind of file does not need; the message says what."""
 
 
 def interpret(
@@ -65,21 +63,20 @@ def interpret(
     persistent: Callable[[object], object] | None = None,
     floats: bool = False,
 ) -> object:
-    """The object that a pickle describes.
+    """Return the object that a pickle describes.
 
     Args:
-        source: the pickle; of an open file what follows it is left unread.
-        names: what it may name, "module attribute", with the kind of each.
-        call: what calling a thing of a kind with a tuple of arguments gives.
-        set_state: what it does to an object to give it a state.
-        budget: what its objects are taken from. What `call` makes beyond one object, it takes itself.
-        persistent: what a persistent id stands for; None refuses them.
-        floats: whether floating-point numbers may stand in it.
+        source: the pickle; in an open file, anything after it is left unread.
+        names: allowed names, "module attribute", with the kind of each.
+        call: returns the result of calling a kind with a tuple of arguments.
+        set_state: applies a state to an object.
+        budget: charged for each object. `call` charges what it allocates beyond one object.
+        persistent: returns the object of a persistent id; None rejects them.
+        floats: allow floating-point numbers.
 
     Raises:
-        Refused: an opcode or a name beyond these.
-        ValueError, KeyError ...: any of `BROKEN`, where the pickle is no sound one, or asks for more than its size
-            explains.
+        Refused: an opcode or a name outside this subset.
+        ValueError, KeyError ...: any of `READ_ERRORS`, for a broken pickle, or one above its budget.
     """
     code = source if isinstance(source, bytes) else _Source(source, budget.size)
     stack: list = []
@@ -101,7 +98,7 @@ def interpret(
         name = opcode.name
         if count >= MAX_OPCODES:
             raise ValueError(f"a pickle of more than {MAX_OPCODES:,} opcodes")
-        # A string may take four bytes a character, which at protocol 0 is one byte of the file.
+        # A string may take four bytes per character, which at protocol 0 is one byte of the file.
         budget.take(_OBJECT + (4 * len(argument) if isinstance(argument, (str, bytes)) else 0), "its pickle's objects")
         if name in _PUSH_ARGUMENT or (floats and name == "BINFLOAT"):
             stack.append(argument)
@@ -157,7 +154,7 @@ def interpret(
 
 
 def copied(argument: object, budget: Budget) -> dict:
-    """What `dict(argument)` or `OrderedDict(argument)` gives, of a dictionary or a list of pairs."""
+    """Return what `dict(argument)` or `OrderedDict(argument)` gives, for a dictionary or a list of pairs."""
     if isinstance(argument, dict):
         budget.take(2 * _OBJECT * len(argument), "a copy of a dictionary")
         return dict(argument)
@@ -171,22 +168,22 @@ def copied(argument: object, budget: Budget) -> dict:
 def _pairs(items: list) -> dict:
     if len(items) % 2:
         raise ValueError("a key without a value")
-    # Keys that are text alone: hashing a tuple that is nested a million deep would overflow the C stack.
+    # Text keys only: hashing a tuple nested a million deep would overflow the C stack.
     return {expect(key, (str, bytes)): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
 def expect(value: object, kind: type | tuple[type, ...]):
-    """`value`, which must be of a kind; ValueError where it is not."""
+    """Return `value` if it is of a kind; else raise ValueError."""
     if not isinstance(value, kind):
         raise ValueError(f"a {type(value).__name__} in the wrong place")
     return value
 
 
 def raw(value: object) -> bytes:
-    """Bytes, which Python 2 wrote as str and `pickletools` decodes as Latin-1."""
+    """Return bytes, which Python 2 wrote as str and `pickletools` decodes as Latin-1."""
     return bytes(value) if isinstance(value, (bytes, bytearray)) else expect(value, str).encode("latin-1")
 
 
 def text(value: object) -> str:
-    """A string, which Python 2 wrote as bytes."""
+    """Return a string, which Python 2 wrote as bytes."""
     return value.decode("ascii") if isinstance(value, bytes) else expect(value, str)

@@ -1,5 +1,5 @@
-"""What every reader of a foreign file shares: which files are opened at all, how much memory one may take, what a
-malformed one raises, and how its names enter a message."""
+"""Shared by all readers of untrusted files: opening regular files only, a memory budget, error translation, printable
+names."""
 
 import os
 import stat
@@ -15,9 +15,9 @@ from typing import BinaryIO
 import numpy as np
 
 BASE = 64 << 20  # bytes that reading any file may take
-FACTOR = 8  # and so many more for each byte of the file
-# What a reader stumbles over in a malformed file: its own checks, and whatever the libraries below it raise.
-MALFORMED = (
+FACTOR = 8  # additional bytes for each byte of the file
+# Exceptions raised for malformed files: by our own checks and by the libraries below.
+READ_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -37,10 +37,10 @@ MALFORMED = (
 
 
 class Budget:
-    """The memory that reading one file may take: 64 MiB and 8 times the file's size.
+    """The memory that reading one file may take: 64 MiB plus 8 times the file's size.
 
-    A reader takes from it what it is about to allocate, before it allocates it, so that no number in a file, and no
-    repetition, asks for more than the file's own size explains.
+    A reader calls `take` before each allocation, so that no number or repetition in a file can request more than the
+    file's own size justifies.
 
     Args:
         size: of the file, in bytes.
@@ -51,44 +51,44 @@ class Budget:
         self.left = self.limit
 
     def add(self, size: int) -> None:
-        """Raise the limit by what another file of that size, which belongs to this one, explains."""
+        """Raise the limit by the allowance of another file of `size` bytes that belongs to this one."""
         self.size, self.limit, self.left = self.size + size, self.limit + FACTOR * size, self.left + FACTOR * size
 
     def take(self, count: int, what: str) -> None:
-        """Take `count` bytes; ValueError, which names `what` they are for, where they are not left."""
+        """Take `count` bytes for `what`; ValueError, with `what`, if they exceed the limit."""
         if count < 0 or count > self.left:
             raise ValueError(
-                f"{what} would take more than the {self.limit:,} bytes that a file of {self.size:,} may ask for "
+                f"{what} would take more than the limit of {self.limit:,} bytes for a file of {self.size:,} "
                 f"(64 MiB and {FACTOR} times its size)"
             )
         self.left -= count
 
 
 @contextmanager
-def border(error: Callable[[str], Exception], kind: str, cure: str) -> Iterator[None]:
-    """Within this, what a malformed file raises becomes an error of the project.
+def translate_errors(error: Callable[[str], Exception], kind: str, remedy: str) -> Iterator[None]:
+    """Within this context, translate the exceptions of a malformed file into an error of the project.
 
     Args:
-        error: makes it of a message, such as `lambda message: DataError(f"{path} {message}")`. What it makes passes
-            through where the block raises it itself.
+        error: makes it from a message, such as `lambda message: DataError(f"{path} {message}")`. Such errors raised
+            within the context pass through.
         kind: what the file should have been: "safetensors file".
-        cure: what to do.
+        remedy: what the user can do.
     """
     try:
         yield
-    except MALFORMED as fault:
+    except READ_ERRORS as fault:
         if isinstance(fault, type(error(""))):
             raise
         if isinstance(fault, OSError) and fault.strerror:
             raise error(f"cannot be read: {fault.strerror}") from None
         reason = f"{type(fault).__name__}: {fault}" if not isinstance(fault, ValueError) else fault
-        raise error(f"is no readable {kind}: {reason}; {cure}") from None
+        raise error(f"is not a readable {kind}: {reason}; {remedy}") from None
 
 
 def read_exactly(file: BinaryIO, start: int, size: int, what: str) -> np.ndarray:
-    """`size` bytes of a file from `start`, as a writable vector of uint8; ValueError, with `what`, where it ends first.
+    """Read `size` bytes of a file from `start` into a writable uint8 vector; ValueError, with `what`, at its end.
 
-    The caller has checked the size against the file's or a `Budget`.
+    The caller must have checked the size against the file's or a `Budget`.
     """
     values = np.empty(size, np.uint8)
     file.seek(start)
@@ -98,14 +98,13 @@ def read_exactly(file: BinaryIO, start: int, size: int, what: str) -> np.ndarray
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A regular file, opened to be read in binary.
+    """Open a regular file for reading in binary.
 
-    Opening a pipe or a device may wait for ever, so the path is looked at first, and what was opened once more: in
-    between another process could have put something else there.
+    Opening a pipe or a device may block, so the path is checked first and the open file again: another process could
+    replace it in between.
 
     Raises:
-        OSError: there is no such file, it cannot be opened, or it is a folder, pipe, socket or device. `strerror` says
-            which.
+        OSError: the file does not exist, cannot be opened, or is a folder, pipe, socket or device; see `strerror`.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(0, "is not a regular file", os.fspath(path))
@@ -120,28 +119,27 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, as `object_pairs_hook`: ValueError where a key stands twice, of which `json` keeps the last."""
+    """Build a JSON object, as `object_pairs_hook`; ValueError on a repeated key (`json` keeps the last)."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice[:80]} stands there twice")
+        raise ValueError(f"{twice[:80]} occurs twice")
     return found
 
 
 def name_fault(name: str) -> str | None:
-    """What keeps a class or a network from being called so, or None: it enters files, pages and terminals."""
-    # Of a surrogate the category is Cs; line and paragraph separators end a line as a control character does.
+    """Return why a class or network may not have this name, or None: it appears in files, pages and terminals."""
+    # Surrogates have category Cs; line and paragraph separators end a line like a control character.
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        return f"{printable(name, 80)!r} is no UTF-8, or holds control characters"
+        return f"{printable(name, 80)!r} is not UTF-8, or contains control characters"
     return None
 
 
 def printable(message: str, most: int = 1_000) -> str:
-    """A message as one line without control characters, whatever the names in a hostile file hold.
+    """Return a message as one line without control characters, whatever names an untrusted file contains.
 
-    Escape sequences would reach the terminal, which obeys them; characters that are no Unicode would end in an error
-    where the message is printed.
+    Terminals interpret escape sequences, and characters that are not Unicode raise when the message is printed.
     """
     line = "".join(character if character.isprintable() else "?" for character in message)
     return line if len(line) <= most else line[: most - 3] + "..."

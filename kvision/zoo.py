@@ -1,4 +1,4 @@
-"""Every network by its name."""
+"""All networks by name."""
 
 import difflib
 import fnmatch
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import keras
 
-# The files of `kvision.models`; each has its variants. Importing them imports Keras, so it waits until somebody asks.
+# The modules of `kvision.models`, each with its variants. Importing them imports Keras, so it is deferred.
 PAPERS = (
     "mlp",
     "cnn",
@@ -41,13 +41,13 @@ def _variants() -> dict[str, partial]:
     for paper in PAPERS:
         rows = importlib.import_module(f"kvision.models.{paper}").VARIANTS
         if twice := variants.keys() & rows.keys():
-            raise RuntimeError(f"two papers name a network {sorted(twice)}")
+            raise RuntimeError(f"two papers define a network {sorted(twice)}")
         variants |= rows
     return variants
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the zoo that match a shell pattern, in the order of the papers: `list_models("resnet*")`."""
+    """Return the names of the zoo that match a shell pattern, in the order of the papers: `list_models("resnet*")`."""
     return [name for name in _variants() if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -65,7 +65,7 @@ def _row(name: str) -> partial:
 
 
 def arguments(name: str) -> dict[str, object]:
-    """The arguments of its own that a network takes, with their defaults: `{"dropout_rate": 0.25, ...}`.
+    """Return the model-specific arguments of a network with their defaults: `{"dropout_rate": 0.25, ...}`.
 
     Raises:
         UnknownModelError: the zoo has no such network.
@@ -80,38 +80,37 @@ def arguments(name: str) -> dict[str, object]:
 
 
 def module(name: str):
-    """The module of `kvision.models` that has a network."""
+    """Return the module of `kvision.models` that defines a network."""
     return importlib.import_module(_row(name).func.__module__)
 
 
 def paper(name: str):
-    """The `kvision.models.Paper` of a network."""
+    """Return the `kvision.models.Paper` of a network."""
     return module(name).PAPER
 
 
 def default_shape(name: str) -> tuple[int, int, int]:
-    """(height, width, channels) of the images that a network was published for."""
+    """Return (height, width, channels) of the images that a network was published for."""
     return paper(name).shapes.get(name, paper(name).input_shape)
 
 
 def head_maps(name: str, made_for, input_shape) -> tuple[int, int] | None:
-    """The maps that the head of weights made for images of one shape needs at another; None where those are its own."""
-    own = module(name).head_maps
-    return None if input_shape is None or own(made_for) == own(input_shape) else own(made_for)
+    """Return the head's map size that weights made for `made_for` need at `input_shape`; None if it is the default."""
+    maps = module(name).head_maps
+    return None if input_shape is None or maps(made_for) == maps(input_shape) else maps(made_for)
 
 
 def build_model(
     name: str, input_shape: tuple[int | None, int | None, int] | None = None, classes: int | None = None, **model_kwargs
 ) -> "keras.Model":
-    """Build a network of the zoo with initial values; `kvision.create_model` also loads weights.
+    """Build a network of the zoo with initial weights; `kvision.create_model` also loads weights.
 
     Args:
         name: one of `list_models()`.
         input_shape: (height, width, channels) of the images; the network reads float (n, height, width, channels). The
-            default is the size it was published for. Most networks without a head take None for height and width:
-            images of any size.
-        classes: the number of logits; 0 leaves the head off, and the network ends in its pooled features. The default
-            is the published number. An autoencoder has none: with None it gives an image, with 0 its code.
+            default is the published size. Most networks without a head accept None for height and width: any size.
+        classes: the number of logits; 0 omits the head, and the network ends in its pooled features. The default is
+            the published number. An autoencoder has no classes: with None it returns an image, with 0 its code.
         model_kwargs: model-specific arguments, see `arguments(name)`.
 
     Returns:
@@ -119,7 +118,7 @@ def build_model(
 
     Raises:
         UnknownModelError: the zoo has no such network.
-        ValueError: an unknown argument, or a size the network cannot take.
+        ValueError: an unknown argument, or an unsupported size.
     """
     row = _row(name)
     check_arguments(name, model_kwargs)
@@ -131,8 +130,8 @@ def build_model(
     if classes is not None and (not isinstance(classes, int) or classes < 0):
         raise ValueError(f"classes must be 0 or a positive integer, got {classes!r}")
     if classes and paper(name).classes is None:
-        raise ValueError(f"{name} gives images, not classes: expected classes=None, or 0 for its code, got {classes}")
-    # JSON has lists only; a manifest's arguments come back as such.
+        raise ValueError(f"{name} returns images, not logits: expected classes=None, or 0 for its code, got {classes}")
+    # JSON has only lists, so arguments from a manifest contain lists for tuples.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in model_kwargs.items()}
     try:
         return row(input_shape, classes, **options)
@@ -140,27 +139,27 @@ def build_model(
         if None in input_shape:
             head = " with a head" if classes else ""
             raise ValueError(
-                f"{row.keywords['name']}{head} must know the size of its images: expected three positive integers "
+                f"{row.keywords['name']}{head} needs a known image size: expected three positive integers "
                 f"(height, width, channels), got input_shape={input_shape}"
             ) from None
         raise
 
 
 def check_arguments(name: str, model_kwargs) -> None:
-    """Check that a network takes these model-specific arguments.
+    """Check that a network accepts these model-specific arguments.
 
     Raises:
         UnknownModelError: the zoo has no such network.
-        ValueError: it has no argument of that name; the message lists those it has.
+        ValueError: an unknown argument; the message lists the known ones.
     """
     if unknown := set(model_kwargs) - arguments(name).keys():
         raise ValueError(
-            f"{name} takes no argument {', '.join(sorted(unknown))}; it takes {', '.join(arguments(name)) or 'none'}"
+            f"{name} has no argument {', '.join(sorted(unknown))}; it has {', '.join(arguments(name)) or 'none'}"
         )
 
 
 def _flops(layer) -> int:
-    """Multiply-adds of one layer for one image."""
+    """Return the multiply-adds of one layer for one image."""
     kind = type(layer).__name__
     if kind == "Dense":
         return math.prod(layer.kernel.shape)
@@ -174,5 +173,5 @@ def _flops(layer) -> int:
 
 
 def multiply_adds(model) -> int:
-    """Multiply-adds of a model's convolutions and dense layers for one image."""
+    """Return the multiply-adds of a model's convolutions and dense layers for one image."""
     return sum(_flops(layer) for layer in model.layers)

@@ -4,7 +4,7 @@
 
 Each run has another seed, all have the same network and so the same folder name to begin with. Afterwards one process
 makes the same runs again, one after the other, each in a folder that is named. Right is a run whose weights, losses and
-score are, to the bit, those of its seed there; its checkpoints too. Exit code 1 where a run failed, shared a folder or
+score are, bit for bit, those of its seed there; its checkpoints too. Exit code 1 where a run failed, shared a folder or
 is not right. `--write` records the result in docs/measured.
 """
 
@@ -21,7 +21,7 @@ from kvision.files import sha256, write_json
 from kvision.report import environment
 from kvision.weights.archive import Archive, digest
 from kvision.weights.npz import MANIFEST
-from tests.drawn import write_shapes
+from tests.datasets import write_shapes
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [

@@ -20,8 +20,8 @@ def numpy_seed():
 
 
 @pytest.fixture
-def pictures():
-    """`pictures(n, height, width, channels)`: uint8 noise, and labels 0, 1, 2, 0 ... as int32."""
+def make_images():
+    """`make_images(n, height, width, channels)`: uint8 noise, and labels 0, 1, 2, 0 ... as int32."""
 
     def draw(n=12, height=8, width=8, channels=3, classes=3, seed=0):
         images = np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)

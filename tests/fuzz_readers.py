@@ -308,7 +308,7 @@ def _fork_hdf5() -> None:
                 pass  # the child has reported it
         return subprocess.CompletedProcess([], code, said, b"")
 
-    hdf5._ask = ask
+    hdf5._run_child = ask
 
 
 def _memory(field: str) -> int:
@@ -367,7 +367,7 @@ def fuzz_one(reader: str, seconds: int, corpus: Path, findings: Path) -> None:
 
 
 def fuzz(reader: str, seconds: int, findings: Path) -> dict:
-    """Fuzz one reader for some time in processes of its own; figures of what was done."""
+    """Fuzz one reader for some time in processes; figures of what was done."""
     figures = {"executions": 0, "seconds": 0.0, "edges": 0, "corpus": 0}
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"

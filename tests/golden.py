@@ -19,31 +19,31 @@ FILE = Path(__file__).parent / "golden.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One network of a reference: `reference` is the file of `tests.references`, `own` its and our arguments."""
+    """One network of a reference: `reference` is a module of `tests.references`."""
 
     name: str
     reference: str
     input_shape: tuple[int, int, int] = (32, 32, 3)
     classes: int = 10
-    own: dict = field(default_factory=dict)
+    model_kwargs: dict = field(default_factory=dict)
 
 
 # Sizes are the smallest that take every branch of the network.
 CASES = [
     Case("resnet20", "cifar_resnet"),
     # Maps of 8x1 pixels, averaged and repeated to 6x6.
-    Case("alexnet", "alexnet", (300, 70, 3), own={"filters": (6, 8, 10, 9, 7), "hidden": 8}),
-    Case("googlenet", "googlenet", (66, 79, 3), own={"width": 0.25, "auxiliary": True}),
-    Case("inception_v3", "inception_v3", (299, 305, 3), own={"width": 0.1, "auxiliary": True}),
+    Case("alexnet", "alexnet", (300, 70, 3), model_kwargs={"filters": (6, 8, 10, 9, 7), "hidden": 8}),
+    Case("googlenet", "googlenet", (66, 79, 3), model_kwargs={"width": 0.25, "auxiliary": True}),
+    Case("inception_v3", "inception_v3", (299, 305, 3), model_kwargs={"width": 0.1, "auxiliary": True}),
     # Maps of 7x8 and 10x7 pixels, which are averaged to 7x7.
-    Case("vgg11", "vgg", (224, 256, 3), own={"hidden": 8, "width": 4}),
-    Case("vgg11_bn", "vgg", (320, 224, 3), own={"hidden": 8, "width": 4}),
-    Case("resnet18", "resnet", (33, 40, 3), own={"width": 8}),
-    Case("resnet50", "resnet", (40, 33, 3), own={"width": 8, "blocks": (2, 2, 1, 1)}),
+    Case("vgg11", "vgg", (224, 256, 3), model_kwargs={"hidden": 8, "width": 4}),
+    Case("vgg11_bn", "vgg", (320, 224, 3), model_kwargs={"hidden": 8, "width": 4}),
+    Case("resnet18", "resnet", (33, 40, 3), model_kwargs={"width": 8}),
+    Case("resnet50", "resnet", (40, 33, 3), model_kwargs={"width": 8, "blocks": (2, 2, 1, 1)}),
     Case("squeezenet1_0", "squeezenet", (44, 60, 3)),
     Case("squeezenet1_1", "squeezenet", (44, 60, 3)),
-    Case("densenet121", "densenet", (64, 77, 3), own={"layers": (1, 2, 1, 2), "growth": 8}),
-    Case("mobilenet_v2", "mobilenet_v2", (33, 40, 3), own={"width": 0.5}),
+    Case("densenet121", "densenet", (64, 77, 3), model_kwargs={"layers": (1, 2, 1, 2), "growth": 8}),
+    Case("mobilenet_v2", "mobilenet_v2", (33, 40, 3), model_kwargs={"width": 0.5}),
     Case("mnasnet0_5", "mnasnet", (40, 33, 3)),
 ]
 
@@ -70,7 +70,9 @@ def reference(case: Case):
     """The PyTorch network of a case with its random weights, in inference mode."""
     import torch
 
-    module = importlib.import_module(f"tests.references.{case.reference}").build(case.name, case.classes, **case.own)
+    module = importlib.import_module(f"tests.references.{case.reference}").build(
+        case.name, case.classes, **case.model_kwargs
+    )
     state = {key: torch.from_numpy(draw(key, tuple(value.shape))) for key, value in module.state_dict().items()}
     module.load_state_dict(state, strict=True)
     return module.eval()

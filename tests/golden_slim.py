@@ -1,6 +1,6 @@
 """Logits and variables of TF-Slim's networks with random weights: `golden_slim.json`.
 
-TF-Slim needs a TensorFlow from before Keras 3, so this is run in an environment of its own, with tensorflow-cpu 2.15
+TF-Slim needs a TensorFlow from before Keras 3, so this is run in an environment, with tensorflow-cpu 2.15
 and tf-slim 1.1: `python -m tests.golden_slim`. The tests compare with the file on every backend.
 """
 
@@ -15,9 +15,9 @@ from kvision.random import rng
 FILE = Path(__file__).parent / "golden_slim.json"
 # By our names: the module and function there, and images of the least size that it takes.
 NETWORKS = {
-    "resnet50_tf": ("resnet_v1", "resnet_v1_50", (33, 40, 3)),
-    "inception_v1_tf": ("inception_v1", "inception_v1", (224, 224, 3)),
-    "inception_v3_tf": ("inception_v3", "inception_v3", (139, 150, 3)),
+    "resnet50_tf_slim": ("resnet_v1", "resnet_v1_50", (33, 40, 3)),
+    "inception_v1_tf_slim": ("inception_v1", "inception_v1", (224, 224, 3)),
+    "inception_v3_keras": ("inception_v3", "inception_v3", (139, 150, 3)),
 }
 CLASSES = 10
 

@@ -6,7 +6,7 @@ A small but real run (convolutions, batch norm, dropout, momentum, augmentation,
 early stopping, a Keras callback with a state) writes a checkpoint every second step. The parent follows it and sends
 SIGKILL: at a random step and a random part of a step after it, or as soon as it sees the temporary file of a
 checkpoint that is being written, and a random moment later. What is left goes on in a new process. At the end weights,
-optimizer, history and losses must be those of the run left alone, to the bit; exit code 1 where they are not.
+optimizer, history and losses must be those of the run left alone, bit for bit; exit code 1 where they are not.
 
 With KVISION_DATA set the images are CIFAR-10's, else drawn. `--write` records the result in docs/measured.
 """
@@ -27,7 +27,7 @@ import numpy as np
 
 from kvision.data import Dataset, load
 from kvision.report import environment
-from tests.drawn import real_data
+from tests.datasets import real_data
 
 ROOT = Path(__file__).parent.parent
 IMAGES, BATCH, EVERY = 240, 24, 2  # of the training, of a step; steps from checkpoint to checkpoint

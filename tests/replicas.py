@@ -1,6 +1,6 @@
 """A batch norm on two replicas of half a batch each: `python -m tests.replicas FOLDER` writes replicas.npz.
 
-The child process of `tests/test_regularizers_batch_norm.py`, one way for each backend: a JAX program on a batch that
+The child process of `tests/test_layers_norm.py`, one way for each backend: a JAX program on a batch that
 two devices share, TensorFlow's MirroredStrategy on two logical CPUs, two PyTorch processes joined by gloo.
 """
 

@@ -17,7 +17,7 @@ import numpy as np
 from kvision.compare import compare, passed
 from kvision.engine import BACKENDS
 from kvision.report.compare_report import comparison_table
-from tests.drawn import real_data, write_shapes
+from tests.datasets import real_data, write_shapes
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
-"""AlexNet and the Inceptions in plain NumPy: the rows that torchvision has no network for, and the auxiliary heads.
+"""AlexNet and the Inceptions in plain NumPy: the variants that torchvision lacks, and the auxiliary heads.
 
-The logits of torchvision's own stand in `tests.golden`."""
+The logits of torchvision's model_kwargs stand in `tests.golden`."""
 
 import math
 
@@ -17,7 +17,7 @@ from tests.arrays import noise, values
 
 
 def windows(x, size, strides, pads, fill=0.0):
-    """(n, h, w, c, *size) of (n, h, w, c), float64; `pads` is ((above, below), (left, right))."""
+    """Return windows (n, h, w, c, *size) of (n, h, w, c), float64; `pads` is ((above, below), (left, right))."""
     x = np.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
     return np.lib.stride_tricks.sliding_window_view(x, size, axis=(1, 2))[:, ::strides, ::strides]
 
@@ -27,7 +27,7 @@ def symmetrical(shape, size, strides):
 
 
 def tensorflows(shape, size, strides):
-    """As many pixels as ceil(side / strides) windows need, the odd one below and right."""
+    """Return the pads for ceil(side / strides) windows, an odd pixel below and right."""
     needs = [
         max(0, (-(-side // strides) - 1) * strides + window - side) for side, window in zip(shape, size, strict=True)
     ]
@@ -39,7 +39,7 @@ def none(shape, size, strides):
 
 
 def over_the_end(shape, size, strides):
-    """As many as the last window needs that starts on the map."""
+    """Return the pads for the last window that starts on the map."""
     return tuple(
         (0, max(0, -(-(side - window) // strides) * strides + window - side))
         for side, window in zip(shape, size, strict=True)
@@ -57,7 +57,7 @@ def avg_pool(x, size, strides, padding, counted=True):
 
 
 def adaptive_pool(x, cells):
-    """PyTorch's: cell i of n from runner(i h / n) to ceil((i + 1) h / n)."""
+    """As in PyTorch: cell i of n from floor(i h / n) to ceil((i + 1) h / n)."""
     rows, columns = (
         [slice(math.floor(i * side / n), math.ceil((i + 1) * side / n)) for i in range(n)]
         for n, side in zip(cells, x.shape[1:3], strict=True)
@@ -74,7 +74,7 @@ def local_response_norm(x, size, k, alpha, beta):
 
 
 class Network:
-    """The layers of a model by name, with its values, in NumPy."""
+    """The layers of a model by name, with its weights, in NumPy."""
 
     def __init__(self, model, epsilon=1e-3, padding=symmetrical):
         self.values = {path: array.astype(np.float64) for path, array in values(model).items()}
@@ -84,7 +84,7 @@ class Network:
         return x @ self.values[f"{name}/kernel"] + self.values[f"{name}/bias"]
 
     def unit(self, x, name, strides=1, padding=None, groups=1):
-        """Convolution, batch norm where there is one, ReLU."""
+        """Convolution, batch norm if it exists, ReLU."""
         kernel = self.values[f"{name}_conv/kernel"]
         seen = windows(x, kernel.shape[:2], strides, (padding or self.padding)(x.shape[1:3], kernel.shape[:2], strides))
         towers = zip(np.split(seen, groups, axis=3), np.split(kernel, groups, axis=3), strict=True)
@@ -98,7 +98,7 @@ class Network:
         return np.maximum(x, 0)
 
     def chain(self, x, name, strides=1):
-        """The convolutions `name`_1, `name`_2 ... as many as there are; the last has the strides."""
+        """All convolutions `name`_1, `name`_2 ...; the last has the strides."""
         count = sum(f"{name}_{i}_conv/kernel" in self.values for i in range(1, 9))
         for i in range(1, count + 1):
             x = self.unit(x, f"{name}_{i}", strides if i == count else 1)
@@ -123,10 +123,10 @@ def alexnet_2012(model, x):
 
 def inception_v1(model, x, padding=symmetrical, shrinking=over_the_end, slim=False):
     network = Network(model, padding=padding)
-    normalise = lambda x: x if slim else local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75)  # noqa: E731
+    normalize = lambda x: x if slim else local_response_norm(x, 5, 1.0, 1e-4 / 5, 0.75)  # noqa: E731
     x = network.unit(x, "stage1", 2)
-    x = network.unit(normalise(max_pool(x, 3, 2, shrinking)), "stage2_1")
-    x, heads = normalise(network.unit(x, "stage2_2")), []
+    x = network.unit(normalize(max_pool(x, 3, 2, shrinking)), "stage2_1")
+    x, heads = normalize(network.unit(x, "stage2_2")), []
     for stage, letters in ((3, "ab"), (4, "abcde"), (5, "ab")):
         x = max_pool(x, 2 if slim and stage == 5 else 3, 2, shrinking)
         for letter in letters:
@@ -139,7 +139,7 @@ def inception_v1(model, x, padding=symmetrical, shrinking=over_the_end, slim=Fal
     return [network.dense(x.mean(axis=(1, 2)), "logits"), *heads]
 
 
-def inception_v1_tf(model, x):
+def inception_v1_tf_slim(model, x):
     return inception_v1(model, x, tensorflows, tensorflows, slim=True)
 
 
@@ -149,7 +149,7 @@ def googlenet_head(network, pooled, name):
 
 
 def inception_v2(model, x, slim=False):
-    """Figure 5. On even sides Caffe's poolings reach over the end; on odd ones they are centred as convolutions are."""
+    """Figure 5. On even sides Caffe's poolings reach over the end; on odd ones they are centered like convolutions."""
     network = Network(model, 1e-3 if slim else 1e-5, tensorflows if slim else symmetrical)
     shrinking = tensorflows if slim else over_the_end
     beside = tensorflows if slim else lambda shape, *_: tuple((side % 2, 1) for side in shape)
@@ -178,7 +178,7 @@ def inception_v2(model, x, slim=False):
     return [network.dense(x.mean(axis=(1, 2)), "logits")]
 
 
-def inception_v2_tf(model, x):
+def inception_v2_tf_slim(model, x):
     return inception_v2(model, x, slim=True)
 
 
@@ -186,18 +186,18 @@ NARROW, HEADS = {"width": 0.1}, {"width": 0.1, "auxiliary": True}
 CASES = [
     (alexnet_2012, (100, 71, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 32}),
     (inception_v1, (98, 79, 3), HEADS),
-    (inception_v1_tf, (98, 65, 3), HEADS),
+    (inception_v1_tf_slim, (98, 65, 3), HEADS),
     (inception_v2, (72, 41, 3), NARROW),
-    (inception_v2_tf, (72, 41, 3), NARROW),
+    (inception_v2_tf_slim, (72, 41, 3), NARROW),
 ]
 
 
-@pytest.mark.parametrize(("reference", "shape", "own"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_every_output_is_that_of_the_paper_in_numpy(reference, shape, own):
+@pytest.mark.parametrize(("reference", "shape", "model_kwargs"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_every_output_equals_the_paper_in_numpy(reference, shape, model_kwargs):
     with skip_init():
-        model = zoo.build_model(reference.__name__, shape, 5, **own)
+        model = zoo.build_model(reference.__name__, shape, 5, **model_kwargs)
     zoo_logits.fill(model)
-    images = 20 * zoo_logits.images(model)  # so that local response normalisation is felt
+    images = 20 * zoo_logits.images(model)  # so that local response normalization is felt
     expected = reference(model, images.astype(np.float64))
     # One prediction for all heads: an engine gives the first output alone.
     outputs = keras.layers.Concatenate(name="outputs")(model.outputs) if len(model.outputs) > 1 else model.output
@@ -220,7 +220,7 @@ def test_the_auxiliary_heads_of_googlenet():
 
 
 def inception_v3_module(network, x, name, counted):
-    """A module that leaves the map's size: chains, the last of which may part in two, and an averaging branch."""
+    """A module that keeps the map's size: chains, whose last step may have two outputs, and an averaging branch."""
     branches = []
     for i in (1, 2, 3):
         y = network.chain(x, f"{name}_branch{i}")
@@ -233,9 +233,9 @@ def inception_v3_module(network, x, name, counted):
     return np.concatenate(branches, axis=-1)
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "inception_v3_tf"])
+@pytest.mark.parametrize("name", ["inception_v3", "inception_v3_keras"])
 def test_one_module_of_each_figure_and_the_head_of_inception_v3(name):
-    """The two rows differ in their averages and batch norms alone; the rest of the wiring is held by `tests.golden`."""
+    """The two variants differ only in averages and batch norms; `tests.golden` covers the rest."""
     with skip_init():
         model = zoo.build_model(name, (107, 170, 3), 5, **HEADS)
     zoo_logits.fill(model)
@@ -256,7 +256,7 @@ def test_one_module_of_each_figure_and_the_head_of_inception_v3(name):
 
 
 @pytest.mark.parametrize(("channels", "size"), [(7, 5), (3, 7), (1, 1), (6, 3)])
-def test_local_response_normalisation(channels, size):
+def test_local_response_normalization(channels, size):
     x = 30 * noise(2, 3, 2, channels)
     for options in ({"size": size}, {"size": size, "k": 1.0, "alpha": 0.3, "beta": 0.5}):
         layer = LocalResponseNorm(**options)
@@ -267,8 +267,8 @@ def test_local_response_normalisation(channels, size):
     assert layer.compute_output_shape(x.shape) == x.shape
 
 
-def test_local_response_normalisation_of_large_halves():
-    """The squares of float16's larger numbers are beyond it."""
+def test_local_response_normalization_of_large_halves():
+    """The squares of larger numbers overflow float16."""
     x = np.full((1, 1, 1, 5), 30000, np.float16)
     y = LocalResponseNorm(dtype="float16")(ops.convert_to_tensor(x))
     expected = local_response_norm(x.astype(np.float64), 5, 2.0, 1e-4, 0.75)
@@ -286,8 +286,8 @@ def test_adaptive_pooling(sides, cells):
     np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_towers_meet_at_the_third_convolution_alone():
-    """The second, fourth and fifth convolutions of a tower read its own half of the maps before them."""
+def test_the_towers_are_connected_only_at_the_third_convolution():
+    """The second, fourth and fifth convolutions of a tower read only its half of the maps."""
     with skip_init():
         model = zoo.build_model("alexnet_2012", (67, 67, 3), 0, filters=(4, 6, 8, 8, 6))
     zoo_logits.fill(model)
@@ -307,7 +307,7 @@ def test_the_towers_meet_at_the_third_convolution_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "own", "message"),
+    ("name", "shape", "model_kwargs", "message"),
     [
         ("alexnet", (63, 62, 3), {}, "alexnet needs images of at least 63x63 pixels, got 63x62"),
         ("alexnet_2012", (66, 67, 3), {}, "alexnet_2012 needs images of at least 67x67 pixels, got 66x67"),
@@ -315,40 +315,45 @@ def test_the_towers_meet_at_the_third_convolution_alone():
         ("googlenet", (14, 15, 3), {}, "googlenet needs images of at least 15x15 pixels, got 14x15"),
         ("inception_v1", (31, 30, 3), {}, "inception_v1 needs images of at least 31x31 pixels, got 31x30"),
         ("inception_v1", (78, 79, 3), {"auxiliary": True}, "inception_v1 with auxiliary heads .* 79x79 .*, got 78x79"),
-        ("inception_v1_tf", (64, 65, 3), {"auxiliary": True}, "with auxiliary heads needs .* 65x65 pixels, got 64x65"),
+        (
+            "inception_v1_tf_slim",
+            (64, 65, 3),
+            {"auxiliary": True},
+            "with auxiliary heads needs .* 65x65 pixels, got 64x65",
+        ),
         ("inception_v2", (7, 6, 3), {}, "inception_v2 needs images of at least 7x7 pixels, got 7x6"),
         ("inception_v3", (75, 74, 3), {}, "inception_v3 needs images of at least 75x75 pixels, got 75x74"),
         ("inception_v3", (107, 106, 3), {"auxiliary": True}, "with its auxiliary head .* 107x107 .*, got 107x106"),
-        ("inception_v1", None, {"wiring": "keras"}, "wiring must be one of paper, torchvision, slim, got 'keras'"),
-        ("inception_v2", None, {"wiring": "paper"}, "wiring must be one of caffe, slim, got 'paper'"),
-        ("inception_v3", None, {"wiring": "keras"}, "wiring must be one of torchvision, slim, got 'keras'"),
+        ("inception_v1", None, {"source": "keras"}, "source must be one of paper, torchvision, tf_slim, got 'keras'"),
+        ("inception_v2", None, {"source": "paper"}, "source must be one of caffe, tf_slim, got 'paper'"),
+        ("inception_v3", None, {"source": "paper"}, "source must be one of torchvision, keras, got 'paper'"),
     ],
 )
-def test_what_cannot_be_built_is_said(name, shape, own, message):
+def test_invalid_arguments_raise(name, shape, model_kwargs, message):
     with skip_init(), pytest.raises(ValueError, match=message):
-        zoo.build_model(name, shape, **own)
+        zoo.build_model(name, shape, **model_kwargs)
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "own"),
+    ("name", "side", "model_kwargs"),
     [
         ("googlenet", 15, {}),
         ("googlenet", 15, {"auxiliary": True}),
         ("inception_v1", 31, {}),
         ("inception_v1", 79, {"auxiliary": True}),
-        ("inception_v1_tf", 1, {}),
-        ("inception_v1_tf", 65, {"auxiliary": True}),
+        ("inception_v1_tf_slim", 1, {}),
+        ("inception_v1_tf_slim", 65, {"auxiliary": True}),
         ("inception_v2", 7, {}),
-        ("inception_v2_tf", 1, {}),
+        ("inception_v2_tf_slim", 1, {}),
         ("inception_v3", 75, {}),
-        ("inception_v3_tf", 107, {"auxiliary": True}),
+        ("inception_v3_keras", 107, {"auxiliary": True}),
     ],
 )
-def test_the_smallest_images_that_fit(name, side, own):
+def test_the_smallest_images(name, side, model_kwargs):
     with skip_init():
-        model = zoo.build_model(name, (side, side, 1), 4, width=0.05, **own)
+        model = zoo.build_model(name, (side, side, 1), 4, width=0.05, **model_kwargs)
     shape = (None, 4)
-    assert model.output_shape == ([shape] * (2 if "v3" in name else 3) if own else shape)
+    assert model.output_shape == ([shape] * (2 if "v3" in name else 3) if model_kwargs else shape)
     assert min(model.get_layer("stage5").output.shape[1:3]) >= 1
 
 
@@ -358,7 +363,7 @@ def test_the_smallest_images_that_fit(name, side, own):
         ("googlenet", 13_004_888),  # torchvision's documentation
         ("inception_v1", 6_998_552 + sum((c + 1) * 128 + 2049 * 1024 + 1025 * 1000 for c in (512, 528))),
         ("inception_v3", 27_161_264),  # torchvision's documentation
-        ("inception_v3_tf", 27_161_264 - 17_216 - 128 - 768),  # no scales in the batch norms
+        ("inception_v3_keras", 27_161_264 - 17_216 - 128 - 768),  # no scales in the batch norms
     ],
 )
 def test_parameters_with_auxiliary_heads(name, published):
@@ -369,7 +374,7 @@ def test_parameters_with_auxiliary_heads(name, published):
 
 @pytest.mark.parametrize(("name", "size", "resized"), [("googlenet", 224, 256), ("inception_v3", 299, 342)])
 def test_transform_input_is_preprocessing(name, size, resized):
-    """torchvision whitens by ImageNet's statistics; its network then undoes that for a mean and deviation of 1/2."""
+    """torchvision standardizes by ImageNet's statistics; its network replaces that by a mean and deviation of 1/2."""
     prepare = torchvision.preprocessing(name)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""`kvision.applications` takes what `keras.applications` takes. `test_keras_applications` compares logits."""
+"""Compatibility of `kvision.applications` with `keras.applications`. `test_keras_applications` compares logits."""
 
 import inspect
 
@@ -22,14 +22,14 @@ def no_values():
 
 
 @pytest.mark.parametrize("name", KERAS)
-def test_arguments_have_kerass_names_and_order(name):
+def test_signatures_equal_those_of_keras(name):
     theirs = list(inspect.signature(getattr(keras.applications, name)).parameters)
     ours = list(inspect.signature(getattr(applications, name).__call__).parameters)
     assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_have_kerass_names(module):
+def test_modules_equal_those_of_keras(module):
     theirs = {name for name in dir(getattr(keras.applications, module)) if not name.startswith("_")}
     assert theirs - {"ResNet50V2"} <= set(dir(getattr(applications, module)))
     image = np.full((2, 3, 3), 100.0, np.float32)
@@ -44,21 +44,21 @@ def test_images_of_any_size(name):
     make = getattr(applications, name)
     model = make(include_top=False, weights=None, input_shape=(None, None, 3))
     assert model.input_shape == (None, None, None, 3) and model.output_shape[:3] == (None, None, None)
-    with pytest.raises(ValueError, match="with include_top the size must be known"):
+    with pytest.raises(ValueError, match="include_top requires a known size"):
         make(input_shape=(None, None, 3))
 
 
 @pytest.mark.parametrize("name", KERAS)
-def test_the_smallest_images_are_kerass(name):
+def test_minimum_sizes_equal_those_of_keras(name):
     least = 75 if name == "InceptionV3" else 32
     make = getattr(applications, name)
     if name in ("VGG16", "ResNet50", "DenseNet121", "MobileNetV2", "InceptionV3"):  # the others are built alike
         assert make(include_top=False, input_shape=(least, least, 3), pooling="avg").output_shape[0] is None
-    with pytest.raises(ValueError, match=f"{name} takes images of at least {least}x{least} pixels"):
+    with pytest.raises(ValueError, match=f"{name} needs images of at least {least}x{least} pixels"):
         make(include_top=False, input_shape=(least, least - 1, 3))
 
 
-def test_a_tensor_is_where_the_model_begins():
+def test_the_model_starts_at_the_input_tensor():
     image = keras.Input((40, 36, 3), name="photo")
     tensor = keras.layers.Rescaling(1 / 255, name="scale")(image)
     model = applications.ResNet20(input_tensor=tensor, include_top=False, pooling="avg", name="features")
@@ -79,27 +79,27 @@ def test_a_tensor_is_where_the_model_begins():
     ("arguments", "message"),
     [
         ({"input_tensor": np.zeros((1, 32, 32, 3))}, "input_tensor must be a Keras tensor of images"),
-        ({"input_tensor": keras.Input((32, 32, 3)), "input_shape": (64, 64, 3)}, r"of shape \(32, 32, 3\), and input"),
+        ({"input_tensor": keras.Input((32, 32, 3)), "input_shape": (64, 64, 3)}, r"of shape \(32, 32, 3\), but input"),
         ({"alpha": 0.0}, "alpha must be a positive number"),
         ({"input_shape": (32, 32)}, r"input_shape must be \(height, width, channels\)"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         applications.MobileNetV2(**arguments)
 
 
-def test_alpha_is_kerass():
+def test_alpha_equals_that_of_keras():
     ours = applications.MobileNetV2((32, 32, 3), 0.5, classes=7)
     theirs = keras.applications.MobileNetV2((32, 32, 3), 0.5, weights=None, classes=7)
     assert ours.count_params() == theirs.count_params()
 
 
 @pytest.mark.parametrize("name", ["alexnet", "squeezenet1_1"])
-def test_a_network_that_needs_a_size_says_so(name):
+def test_an_unknown_size_raises(name):
     try:
         model = kvision.create_model(name, (None, None, 3), classes=0)
     except ValueError as error:
-        assert "must know the size of its images" in str(error)
+        assert "needs a known image size" in str(error)
     else:
         assert model.input_shape == (None, None, None, 3)

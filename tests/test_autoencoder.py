@@ -80,10 +80,10 @@ def test_images_of_any_size_with_even_halves():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("unet_denoiser", {"classes": 10}, "unet_denoiser gives images, not classes: expected classes=None, or 0"),
+        ("unet_denoiser", {"classes": 10}, "unet_denoiser returns images, not logits: expected classes=None, or 0"),
         ("unet_denoiser", {"input_shape": (28, 30, 1)}, r"multiples of 4, got \(28, 30\)"),
         ("conv_autoencoder", {"input_shape": (30, 28, 1)}, r"multiples of 4, got \(30, 28\)"),
-        ("conv_autoencoder", {"input_shape": (None, None, 1)}, "must know the size of its images"),
+        ("conv_autoencoder", {"input_shape": (None, None, 1)}, "needs a known image size"),
     ],
 )
 def test_what_cannot_be_built_is_said(name, options, message):
@@ -110,5 +110,5 @@ def test_a_transposed_convolution_without_overlap():
 def test_a_transposed_convolution_keeps_the_scale():
     layer = up_conv(64, name="up")
     layer.build((None, 8, 8, 128))
-    kernel = layer.kernel_initializer.draw((2, 2, 64, 128), np.random.default_rng(0))
+    kernel = layer.kernel_initializer.sample((2, 2, 64, 128), np.random.default_rng(0))
     assert abs(kernel.std() / np.sqrt(2 / 128) - 1) < 0.01

@@ -1,4 +1,4 @@
-"""Files that come in or go out in ways of their own: prefixes, no head, another size, a sister network."""
+"""Special cases of conversion: prefixes, no head, another image size, a related network."""
 
 import zipfile
 
@@ -18,7 +18,7 @@ torch_alone = pytest.mark.skipif(BACKEND != "torch", reason="needs PyTorch")
 
 
 def filled(name, *shape, **options):
-    """A network with values that differ from each other."""
+    """Return a network with distinct values."""
     with skip_init():
         model = zoo.build_model(name, *shape, **options)
     for variable in model.weights:
@@ -39,7 +39,7 @@ def same(one, two):
 @pytest.mark.backend_free
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "net.backbone.", "_orig_mod."])
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
-def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, source):
+def test_prefixes_are_removed(tmp_path, prefix, source):
     model = filled("mobilenet_v2", (32, 32, 3), 3)
     arrays = {f"{prefix}{key}": array for key, array in export_arrays(model, source).items()}
     pth.write(tmp_path / "wrapped.pth", arrays)
@@ -50,12 +50,12 @@ def test_what_is_around_a_network_is_taken_off(tmp_path, prefix, source):
     same(create_model("mobilenet_v2", weights=tmp_path / "ours.npz"), model)
 
 
-def test_what_is_no_part_of_the_network_is_still_named(tmp_path):
-    """Lightning saves what a metric or a loss owns beside the model."""
+def test_unexpected_arrays_raise_despite_a_prefix(tmp_path):
+    """Lightning saves the state of metrics and losses next to the model."""
     arrays = {f"model.{key}": array for key, array in export_arrays(filled("resnet20"), "torchvision").items()}
     arrays["criterion.weight"] = np.ones(10, np.float32)
     pth.write(tmp_path / "run.ckpt", arrays)
-    with pytest.raises(WeightsError, match=r"1 of \d+ arrays find no place: criterion.weight"):
+    with pytest.raises(WeightsError, match=r"1 of \d+ arrays are unexpected: criterion.weight"):
         convert(tmp_path / "run.ckpt", tmp_path / "ours.npz", "resnet20", compare=False)
     report = convert(tmp_path / "run.ckpt", tmp_path / "ours.npz", "resnet20", skip="criterion.*", compare=False)
     assert report.skipped == ["criterion.weight"]
@@ -65,10 +65,10 @@ def test_what_is_no_part_of_the_network_is_still_named(tmp_path):
     ("name", "asked", "hint"),
     [
         ("resnet20", "resnet32", r"they fit resnet20 \(torchvision\): --model resnet20$"),
-        ("mobilenet_v2_tf", "mobilenet_v2", r"they fit mobilenet_v2_tf \(keras\): --model mobilenet_v2_tf$"),
+        ("mobilenet_v2_keras", "mobilenet_v2", r"they fit mobilenet_v2_keras \(keras\): --model mobilenet_v2_keras$"),
     ],
 )
-def test_a_file_of_a_sister_network_names_it(tmp_path, name, asked, hint):
+def test_a_file_of_a_related_network_raises_with_its_name(tmp_path, name, asked, hint):
     model = filled(name)
     if name == "resnet20":
         pth.write(tmp_path / "file.pth", export_arrays(model, "torchvision"))
@@ -79,14 +79,14 @@ def test_a_file_of_a_sister_network_names_it(tmp_path, name, asked, hint):
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenet_v2_tf", pytest.param("densenet121_tf", marks=pytest.mark.backend_free), "vgg16"]
+    "name", ["mobilenet_v2_keras", pytest.param("densenet121_keras", marks=pytest.mark.backend_free), "vgg16"]
 )
-def test_kerass_file_without_a_top(tmp_path, name, monkeypatch):
+def test_a_keras_file_without_top(tmp_path, name, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
     model = filled(name, (32, 32, 3), 0)
     hdf5.write(tmp_path / "notop.h5", export_arrays(model, "keras"))
-    proof = name == "mobilenet_v2_tf" or BACKEND != "jax"  # JAX compiles a program for each layer
+    proof = name == "mobilenet_v2_keras" or BACKEND != "jax"  # JAX compiles a program for each layer
     report = convert(tmp_path / "notop.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=proof)
     assert not report.skipped and (report.difference < 1e-5 if proof else report.difference is None)
     again = create_model(name, weights=tmp_path / "ours.npz")
@@ -94,7 +94,7 @@ def test_kerass_file_without_a_top(tmp_path, name, monkeypatch):
     same(again, model)
 
 
-def test_a_head_that_may_be_missing_is_still_built(tmp_path):
+def test_a_skipped_head_is_still_built(tmp_path):
     arrays = export_arrays(filled("resnet20"), "torchvision")
     pth.write(tmp_path / "x.pth", {key: array for key, array in arrays.items() if not key.startswith("linear")})
     report = convert(tmp_path / "x.pth", tmp_path / "ours.npz", "resnet20", skip="logits/.*", compare=False)
@@ -102,8 +102,8 @@ def test_a_head_that_may_be_missing_is_still_built(tmp_path):
 
 
 @pytest.mark.backend_free
-def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
-    """A file that is read without `by_name` is read in the order of its layers."""
+def test_inception_is_exported_in_the_order_of_keras(monkeypatch):
+    """Without `by_name`, Keras reads a file in the order of its layers."""
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
     keras.utils.clear_session()
@@ -111,14 +111,14 @@ def test_inceptions_layers_go_out_in_kerass_order(monkeypatch):
     names = keras_applications.renumbered(layer.name for layer in peer.layers)
     theirs = [names.get(layer.name, layer.name) for layer in peer.layers if layer.weights]
     with skip_init():
-        model = zoo.build_model("inception_v3_tf", (75, 75, 3), 3)
+        model = zoo.build_model("inception_v3_keras", (75, 75, 3), 3)
     ours = list(dict.fromkeys(key.rpartition("/")[0] for key in export_arrays(model, "keras")))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 @pytest.mark.parametrize("name", ["resnet20", "airbench_small", "mnist_cnn"])
-def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
+def test_our_networks_saved_by_keras_3(tmp_path, name, suffix):
     model = filled(name)
     model.compile("adam", "mse")  # whose state is left out
     path = tmp_path / f"model{suffix}"
@@ -130,14 +130,14 @@ def test_what_keras_3_saved_of_ours(tmp_path, name, suffix):
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("top", [True, False])
-def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
+def test_keras_networks_saved_by_keras_3(tmp_path, top, monkeypatch):
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
     theirs = keras.applications.MobileNetV2((32, 32, 3), weights=None, classes=3, include_top=top)
     for variable in theirs.weights:
         variable.assign(np.abs(rng(0, variable.path).standard_normal(variable.shape, np.float32)))
     theirs.save_weights(tmp_path / "keras.weights.h5")
-    name = "mobilenet_v2_tf"
+    name = "mobilenet_v2_keras"
     report = convert(tmp_path / "keras.weights.h5", tmp_path / "ours.npz", name, input_shape=(32, 32, 3), compare=False)
     assert report.source == "keras" and not report.skipped
     again = export_arrays(create_model(name, weights=tmp_path / "ours.npz"), "keras")
@@ -147,7 +147,7 @@ def test_what_keras_3_saved_of_its_own(tmp_path, top, monkeypatch):
             np.testing.assert_array_equal(again[f"{layer.name}/{variable.name}"], value)
 
 
-def test_a_damaged_keras_file_ends_in_one_line(tmp_path):
+def test_a_damaged_keras_file_raises_a_one_line_error(tmp_path):
     filled("mnist_cnn").save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as source, zipfile.ZipFile(tmp_path / "bad.keras", "w") as file:
         for entry in source.namelist():
@@ -160,7 +160,7 @@ def test_a_damaged_keras_file_ends_in_one_line(tmp_path):
 
 @torch_alone
 def test_mnasnet_states_its_version(tmp_path):
-    """torchvision's module refuses a `state_dict` without one."""
+    """torchvision's module requires it."""
     import torch
 
     model = filled("mnasnet0_5", (32, 32, 3), 3)
@@ -174,7 +174,7 @@ def test_mnasnet_states_its_version(tmp_path):
 
 
 @torch_alone
-def test_vgg_at_another_size_is_torchvisions(tmp_path):
+def test_vgg_at_another_size_equals_torchvision(tmp_path):
     import torch
 
     from tests.references import vgg as reference
@@ -187,9 +187,9 @@ def test_vgg_at_another_size_is_torchvisions(tmp_path):
     }
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in arrays.items()})
     pth.write(tmp_path / "vgg.pth", arrays)
-    own = {"hidden": 8, "width": 4}
-    convert(tmp_path / "vgg.pth", tmp_path / "at224.npz", "vgg11", arguments=own, compare=False)
-    convert(tmp_path / "vgg.pth", tmp_path / "at128.npz", "vgg11", arguments=own, input_shape=(128, 96, 3))
+    model_kwargs = {"hidden": 8, "width": 4}
+    convert(tmp_path / "vgg.pth", tmp_path / "at224.npz", "vgg11", arguments=model_kwargs, compare=False)
+    convert(tmp_path / "vgg.pth", tmp_path / "at128.npz", "vgg11", arguments=model_kwargs, input_shape=(128, 96, 3))
     images = generator.standard_normal((2, 128, 96, 3)).astype(np.float32)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
@@ -204,8 +204,8 @@ def test_vgg_at_another_size_is_torchvisions(tmp_path):
 
 @torch_alone
 @pytest.mark.filterwarnings("ignore")  # the tracer is deprecated, and says that it makes a constant of a size
-def test_adaptive_pooling_computes_its_cells_beforehand():
-    """Where its cells are computed within PyTorch's tracer, ONNX divides them otherwise: wrong by whole pixels."""
+def test_adaptive_pooling_computes_its_cells_outside_the_tracer():
+    """Computed within PyTorch's tracer, ONNX would divide differently, wrong by whole pixels."""
     import torch
 
     layer = AdaptiveAveragePooling2D((3, 3))

@@ -1,4 +1,4 @@
-"""CIFAR's layouts, from small files written as the publisher writes them; bad ones are refused."""
+"""CIFAR's layouts, from small files written as the publisher writes them; invalid ones are rejected."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def expected(classes):
 
 
 def write_python(folder, classes=10, protocol=2, text=str.encode):
-    """The Python version; `text` makes its strings, bytes by default, as Python 2 wrote them."""
+    """The Python version; `text` makes its strings: bytes by default, as in Python 2."""
     folder.mkdir(parents=True)
     (x_train, x_test), (y_train, y_test) = expected(classes)
 
@@ -100,7 +100,7 @@ def check(dataset, name, classes):
     np.testing.assert_array_equal(dataset.x_test, x_test)
     np.testing.assert_array_equal(dataset.y_train, y_train)
     np.testing.assert_array_equal(dataset.y_test, y_test)
-    # torch warns of arrays that are read-only.
+    # torch warns about read-only arrays.
     assert dataset.x_train.flags.writeable and dataset.x_train.flags.c_contiguous
 
 
@@ -140,8 +140,8 @@ def test_every_pickle_protocol_is_read(tmp_path, protocol, text):
     )
 
 
-def test_a_batch_as_python_2_wrote_it_is_read():
-    # By hand, as the published files are: protocol 2, byte strings, NumPy's old module, its version 1 state.
+def test_a_python_2_pickle_is_read():
+    # Written by hand like the published files: protocol 2, byte strings, NumPy's old module, its version 1 state.
     content = bytes(range(6))
     blob = (
         b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85"
@@ -156,7 +156,7 @@ def test_a_batch_as_python_2_wrote_it_is_read():
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("protocol", range(6))
-def test_arrays_come_out_as_pickle_itself_reads_them(order, protocol):
+def test_arrays_equal_those_of_pickle(order, protocol):
     array = np.asarray(np.arange(12, dtype=np.uint8).reshape(3, 4), order=order)
     found = unpickle(pickle.dumps({"data": array, "labels": np.arange(3)}, protocol), "x")
     np.testing.assert_array_equal(found["data"], array)
@@ -173,7 +173,7 @@ class Exploit:
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("function", [os.system, eval, exec, getattr, bytearray, np.load, np.frombuffer])
-def test_a_pickle_that_calls_anything_is_refused_and_not_run(tmp_path, protocol, function):
+def test_a_pickle_with_a_call_is_rejected_and_not_executed(tmp_path, protocol, function):
     folder = write_python(tmp_path / "cifar-10-batches-py")
     proof = tmp_path / "ran"
     argument = f"touch {proof}" if function is os.system else f"open({str(proof)!r}, 'w')"
@@ -196,7 +196,7 @@ BAD_PICKLES = {
     "text": b"hello world",
     "nothing": b"",
     "no end": pickle.dumps({"data": 1})[:-1],
-    "cut short": pickle.dumps({"data": np.zeros((5, 3072), np.uint8)}, 2)[:4000],
+    "truncated": pickle.dumps({"data": np.zeros((5, 3072), np.uint8)}, 2)[:4000],
     "an empty stack": b"s.",
     "a missing mark": b"t.",
     "an unknown memo": b"h\x07.",
@@ -215,7 +215,7 @@ BAD_PICKLES = {
 
 
 @pytest.mark.parametrize("blob", BAD_PICKLES.values(), ids=BAD_PICKLES.keys())
-def test_a_bad_pickle_is_refused_in_one_line(blob):
+def test_an_invalid_pickle_raises_a_one_line_error(blob):
     with pytest.raises(DataError, match="some file") as caught:
         unpickle(blob, "some file")
     assert "\n" not in str(caught.value)
@@ -223,7 +223,7 @@ def test_a_bad_pickle_is_refused_in_one_line(blob):
 
 
 def rewrite(change):
-    """A fault in one batch: the dictionary of data_batch_2 after `change`."""
+    """Damage one batch: write the dictionary of data_batch_2 after `change`."""
 
     def fault(folder):
         batch = pickle.loads((folder / "data_batch_2").read_bytes())
@@ -253,19 +253,19 @@ FAULTS = {
     "another width": (rewrite(lambda b: b.update({b"data": b[b"data"][:, :3000]})), r"shape \(n, 3072\)"),
     "other labels": (rewrite(lambda b: b.update({b"labels": [10] * 10})), "expected labels 0 to 9, got 10"),
     "negative labels": (rewrite(lambda b: b.update({b"labels": [-1] * 10})), "got -1"),
-    "labels of text": (rewrite(lambda b: b.update({b"labels": ["1"] * 10})), "list of whole numbers"),
+    "labels of text": (rewrite(lambda b: b.update({b"labels": ["1"] * 10})), "list of integers"),
     "too few labels": (rewrite(lambda b: b[b"labels"].pop()), "10 images but 9 labels"),
     "no data": (rewrite(lambda b: b.pop(b"data")), "expected under 'data'"),
     "no labels": (rewrite(lambda b: b.pop(b"labels")), "expected under 'labels'"),
     "other classes": (
         lambda folder: (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")})),
-        "does not name the classes of cifar10",
+        "does not list the classes of cifar10",
     ),
 }
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_broken_folder_is_an_error_that_names_it(tmp_path, fault, message):
+def test_a_broken_folder_raises_an_error_with_its_name(tmp_path, fault, message):
     folder = write_python(tmp_path / "cifar-10-batches-py")
     fault(folder)
     with pytest.raises(DataError, match=message) as caught:
@@ -275,17 +275,17 @@ def test_a_broken_folder_is_an_error_that_names_it(tmp_path, fault, message):
 
 
 @pytest.mark.parametrize("size", [0, 100, 3073 * 9 + 5, 3073 * 9])
-def test_a_truncated_binary_batch_is_an_error(tmp_path, size):
+def test_a_truncated_binary_batch_raises(tmp_path, size):
     folder = write_binary(tmp_path / "cifar-10-batches-bin")
     cut("data_batch_5.bin", size)(folder)
-    with pytest.raises(DataError, match=r"whole records|got 49"):
+    with pytest.raises(DataError, match=r"complete records|got 49"):
         load("cifar10", folder)
 
 
-def test_a_file_larger_than_any_of_cifars_is_not_read(tmp_path, monkeypatch):
+def test_a_file_larger_than_cifars_is_not_read(tmp_path, monkeypatch):
     folder = write_python(tmp_path / "cifar-10-batches-py")
     monkeypatch.setattr(cifar, "MAX_FILE", 1000)
-    with pytest.raises(DataError, match="more than any of CIFAR's files"):
+    with pytest.raises(DataError, match="more than any CIFAR file"):
         load("cifar10", folder)
 
 
@@ -333,7 +333,7 @@ BAD_TARS = {
 
 
 @pytest.mark.parametrize("members", BAD_TARS.values(), ids=BAD_TARS.keys())
-def test_a_hostile_archive_is_unpacked_not_at_all(tmp_path, monkeypatch, members):
+def test_a_hostile_archive_is_not_unpacked(tmp_path, monkeypatch, members):
     monkeypatch.setattr(tar, "MAX_UNPACKED", 100_000)
     monkeypatch.setattr(tar, "MAX_MEMBERS", 20)
     cache = tmp_path / "deep" / "cache"
@@ -345,7 +345,7 @@ def test_a_hostile_archive_is_unpacked_not_at_all(tmp_path, monkeypatch, members
     assert sorted(item.name for item in tmp_path.rglob("*")) == ["bad.tar.gz", "cache", "deep"]
 
 
-def test_a_good_archive_replaces_a_broken_folder_and_keeps_the_same(tmp_path):
+def test_an_archive_replaces_a_broken_folder_and_keeps_an_equal_one(tmp_path):
     path = tmp_path / "good.tar.gz"
     path.write_bytes(tar_of(("data", link(tarfile.DIRTYPE, "")), ("data/a", b"1"), ("data/b", b"2")))
     target = tmp_path / "data"
@@ -362,17 +362,17 @@ def test_a_good_archive_replaces_a_broken_folder_and_keeps_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar_of(("something/else.txt", b"1")), "holds none of CIFAR's layouts"),
+        (tar_of(("something/else.txt", b"1")), "contains none of CIFAR's layouts"),
         (tar_of(("cifar-10-batches-py/data_batch_1", b"1")), "lacks data_batch_2"),
-        (tar_of(("x/data_batch_1", bytes(200_000)), ("x/test_batch", b""))[:100], "no readable tar archive"),
+        (tar_of(("x/data_batch_1", bytes(200_000)), ("x/test_batch", b""))[:100], "not a readable tar archive"),
         (tar_of(("x/data_batch_1", bytes(200_000))), "unpacks to more than"),
-        (b"\x1f\x8bnonsense", "no readable tar archive"),
-        (b"", "is no data set"),
-        (b"just text", "is no data set"),
+        (b"\x1f\x8bnonsense", "not a readable tar archive"),
+        (b"", "is not a data set"),
+        (b"just text", "is not a data set"),
     ],
-    ids=["other files", "incomplete", "cut short", "bomb", "not gzip", "empty", "text"],
+    ids=["other files", "incomplete", "truncated", "bomb", "not gzip", "empty", "text"],
 )
-def test_a_bad_archive_given_as_path_is_an_error(tmp_path, monkeypatch, content, message):
+def test_an_invalid_archive_given_as_path_raises(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(tar, "MAX_UNPACKED", 100_000)
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(content)
@@ -381,7 +381,7 @@ def test_a_bad_archive_given_as_path_is_an_error(tmp_path, monkeypatch, content,
     assert str(path) in str(caught.value)
 
 
-def test_a_link_in_an_archive_is_passed_over_when_it_is_read_in_place(tmp_path):
+def test_a_link_in_an_archive_is_skipped_without_unpacking(tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     path = tmp_path / "x.tar.gz"

@@ -1,4 +1,4 @@
-"""A Dataset checks itself, and its parts are what they say."""
+"""Validation of a Dataset, and its subsets."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def make(train=60, test=30, classes=3):
         ("x_train", np.zeros((60, 4, 5), np.uint8), r"got shape \(60, 4, 5\)"),
         ("x_train", np.zeros((60, 4, 5, 4), np.uint8), "1 or 3"),
         ("x_train", np.zeros((59, 4, 5, 3), np.uint8), "59 images but 60 labels"),
-        ("x_test", np.zeros((30, 5, 5, 3), np.uint8), "test images of another"),
+        ("x_test", np.zeros((30, 5, 5, 3), np.uint8), r"have shape \(4, 5, 3\), test images \(5, 5, 3\)"),
         ("x_train", np.zeros((60, 0, 5, 3), np.uint8), "empty"),
         ("y_train", np.zeros(60, np.int64), "vector of int32, got int64"),
         ("y_train", np.zeros((60, 1), np.int32), "vector of int32"),
@@ -37,14 +37,14 @@ def make(train=60, test=30, classes=3):
         ("y_test", np.full(30, -1, np.int32), "got -1 to -1"),
     ],
 )
-def test_a_wrong_array_is_refused_in_one_line(field, value, message):
+def test_an_invalid_array_raises_a_one_line_error(field, value, message):
     with pytest.raises(DataError, match=message) as caught:
         replace(make(), **{field: value})
     assert "\n" not in str(caught.value)
     assert "made (a test)" in str(caught.value)
 
 
-def test_an_empty_split_is_refused():
+def test_an_empty_split_raises():
     with pytest.raises(DataError, match="empty"):
         make(test=0)
 
@@ -53,7 +53,7 @@ def test_input_shape():
     assert make().input_shape == (4, 5, 3)
 
 
-def test_select_keeps_those_classes_and_renumbers_in_the_order_given():
+def test_select_keeps_classes_and_renumbers_them_in_the_given_order():
     whole = make()
     part = whole.select(["c", "a"])
     assert part.classes == ("c", "a")
@@ -64,12 +64,12 @@ def test_select_keeps_those_classes_and_renumbers_in_the_order_given():
 
 
 @pytest.mark.parametrize("classes", [[], ["a", "a"], ["a", "z"]])
-def test_select_refuses_what_is_not_a_set_of_classes(classes):
+def test_select_raises_on_invalid_classes(classes):
     with pytest.raises(DataError, match="distinct classes among a, b, c"):
         make().select(classes)
 
 
-def test_a_subset_is_balanced_sorted_and_made_by_its_seed():
+def test_a_subset_is_balanced_sorted_and_reproducible():
     whole = make()
     part = whole.subset(train=20, test=9, seed=1)
     assert sorted(np.bincount(part.y_train)) == [6, 7, 7]
@@ -82,26 +82,26 @@ def test_a_subset_is_balanced_sorted_and_made_by_its_seed():
     assert "20 of 60" in part.source
 
 
-def test_a_class_that_runs_out_leaves_its_share_to_the_others():
+def test_other_classes_replace_an_exhausted_class():
     whole = make()
     labels = np.where(np.arange(60) < 2, 0, 1 + np.arange(60) % 2).astype(np.int32)
     part = replace(whole, y_train=labels).subset(train=20)
     assert np.bincount(part.y_train).tolist() == [2, 9, 9]
 
 
-def test_a_subset_of_everything_is_the_whole():
+def test_a_subset_of_all_images_is_the_data_set():
     whole = make()
     assert whole.subset() is whole
     assert whole.subset(train=600, test=300) is whole
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_an_empty_subset_is_refused(count):
+def test_an_empty_subset_raises(count):
     with pytest.raises(DataError, match="at least 1"):
         make().subset(train=count)
 
 
-def test_per_class_takes_as_many_of_each_and_leaves_the_test_images():
+def test_per_class_selects_equal_counts_and_keeps_the_test_images():
     whole = make()
     part = whole.per_class(4, seed=3)
     assert np.bincount(part.y_train).tolist() == [4, 4, 4]
@@ -109,6 +109,6 @@ def test_per_class_takes_as_many_of_each_and_leaves_the_test_images():
 
 
 @pytest.mark.parametrize("count", [0, 21])
-def test_per_class_refuses_more_than_there_are(count):
+def test_per_class_raises_on_too_large_a_count(count):
     with pytest.raises(DataError, match=f"expected 1 to 20 per class, got {count}"):
         make().per_class(count)

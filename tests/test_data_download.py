@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that breaks off, lies and forgets, as servers do."""
+"""Downloads from a local server that truncates, sends wrong headers and ignores ranges."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; `cut` of the next answers break off after that many bytes; `ranges` is whether it resumes."""
+    """Serves `files`; the next responses are truncated to `cut` bytes; `ranges`: whether it supports resuming."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -31,8 +31,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.cut: list[int] = []
         self.ranges = True
         self.pause = 0.0
-        self.drip = None  # "header" or "body": sent byte by byte, for ever
-        self.length: str | None = None  # what the header says of it
+        self.drip = None  # "header" or "body": sent byte by byte without end
+        self.length: str | None = None  # overrides the Content-Length header
         self.ended = threading.Event()
         self.asked: list[str | None] = []
 
@@ -121,7 +121,7 @@ def left(cache):
     return sorted(path.name for path in cache.iterdir())
 
 
-def test_a_whole_download(server, one_file, cache, capsys):
+def test_a_complete_download(server, one_file, cache, capsys):
     said = []
     path = download.download("mnist", cache, log=said.append)
     assert path == cache / "mnist.npz"
@@ -131,28 +131,28 @@ def test_a_whole_download(server, one_file, cache, capsys):
     assert "mnist.npz: 0.3 of 0.3 MB (100 %)" in capsys.readouterr().err
 
 
-def test_a_file_that_is_there_and_right_is_not_fetched_again(server, one_file, cache):
+def test_a_verified_file_is_not_downloaded_again(server, one_file, cache):
     fetch(cache)
     fetch(cache)
     assert server.asked == [None]
 
 
-def test_a_file_that_is_there_and_wrong_is_replaced(server, one_file, cache):
+def test_a_wrong_file_is_replaced(server, one_file, cache):
     cache.mkdir(parents=True)
     (cache / "mnist.npz").write_bytes(CONTENT[:-1])
     assert fetch(cache).read_bytes() == CONTENT
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_was(server, one_file, cache):
+def test_a_broken_transfer_is_resumed(server, one_file, cache):
     server.cut = [100_000, 50_000]
     assert fetch(cache).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
     assert left(cache) == ["mnist.npz"]
 
 
-def test_the_next_call_goes_on_where_the_last_gave_up(server, one_file, cache):
+def test_the_next_call_resumes_an_abandoned_download(server, one_file, cache):
     server.cut = [100_000, 0]
-    with pytest.raises(DataUnavailable, match="100000 bytes are kept, run again to go on"):
+    with pytest.raises(DataUnavailable, match="100000 bytes are kept, run again to resume"):
         fetch(cache)
     assert left(cache) == ["mnist.npz.part"]
     server.asked.clear()
@@ -160,7 +160,7 @@ def test_the_next_call_goes_on_where_the_last_gave_up(server, one_file, cache):
     assert server.asked == ["bytes=100000-"]
 
 
-def test_a_server_without_ranges_starts_anew(server, one_file, cache):
+def test_a_server_without_ranges_restarts_the_transfer(server, one_file, cache):
     server.ranges = False
     server.cut = [100_000]
     assert fetch(cache).read_bytes() == CONTENT
@@ -172,7 +172,7 @@ def test_a_server_without_ranges_starts_anew(server, one_file, cache):
     ids=["older", "complete", "longer", "as long"],
 )
 @pytest.mark.parametrize("ranges", [True, False])
-def test_any_leftover_part_ends_as_the_published_file(server, one_file, cache, part, ranges):
+def test_any_partial_file_becomes_the_published_file(server, one_file, cache, part, ranges):
     server.ranges = ranges
     cache.mkdir(parents=True)
     (cache / "mnist.npz.part").write_bytes(part)
@@ -181,7 +181,7 @@ def test_any_leftover_part_ends_as_the_published_file(server, one_file, cache, p
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_a_wrong_checksum_is_an_error_and_leaves_nothing(server, cache, monkeypatch, algorithm):
+def test_a_wrong_checksum_raises_and_leaves_nothing(server, cache, monkeypatch, algorithm):
     publish(monkeypatch, server, "mnist", "mnist.npz", CONTENT, algorithm)
     server.files["mnist.npz"] = CONTENT[:-1] + b"?"
     with pytest.raises(DataError, match=f"is not the published file: expected {algorithm}:") as caught:
@@ -192,7 +192,7 @@ def test_a_wrong_checksum_is_an_error_and_leaves_nothing(server, cache, monkeypa
 
 def test_a_missing_file_on_the_server(server, one_file, cache):
     server.files.clear()
-    with pytest.raises(DataUnavailable, match=r"mnist\.npz answers 404"):
+    with pytest.raises(DataUnavailable, match=r"mnist\.npz returned 404"):
         fetch(cache)
     assert left(cache) == []
 
@@ -206,13 +206,13 @@ def test_no_server(server, cache, monkeypatch):
         load("mnist")
     assert time.monotonic() - began < 5
     message = str(caught.value)
-    assert message.startswith("mnist is neither here nor to be had: http://127.0.0.1")
+    assert message.startswith("mnist is neither on disk nor downloadable: http://127.0.0.1")
     assert message.endswith(f"give a path to it, or put mnist.npz into {cache}")
     assert "\n" not in message
     assert left(cache) == []
 
 
-def test_a_server_that_falls_silent_is_given_up(server, one_file, cache, monkeypatch):
+def test_a_stalled_transfer_times_out(server, one_file, cache, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     server.pause = 0.5
     with pytest.raises(DataUnavailable, match="timed out"):
@@ -220,21 +220,21 @@ def test_a_server_that_falls_silent_is_given_up(server, one_file, cache, monkeyp
 
 
 @pytest.mark.parametrize("drip", ["header", "body"])
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up(server, one_file, cache, monkeypatch, drip):
+def test_a_slow_transfer_times_out(server, one_file, cache, monkeypatch, drip):
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     monkeypatch.setattr(download, "SPAN", 0.2)
     monkeypatch.setattr(download, "ATTEMPTS", 2)
     server.drip = drip
     began = time.monotonic()
-    said = {"header": "no whole answer in 0.5 s", "body": "bytes a second for 0.2 s"}[drip]
+    said = {"header": "no complete response header in 0.5 s", "body": "bytes/s over 0.2 s"}[drip]
     with pytest.raises(DataUnavailable, match=said):
         fetch(cache)
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("length", ["9" * 5000, "²", "-1", "1e3", "0x10"])
-def test_a_length_that_is_none_is_not_believed(server, one_file, cache, length):
-    """The server sends bytes that latin-1 reads so; the checksum tells whether all have come."""
+def test_an_invalid_content_length_is_ignored(server, one_file, cache, length):
+    """The header's bytes are decoded as latin-1; the checksum decides whether the file is complete."""
     server.length = length
     try:
         assert fetch(cache).read_bytes() == CONTENT
@@ -242,8 +242,8 @@ def test_a_length_that_is_none_is_not_believed(server, one_file, cache, length):
         assert "cannot be fetched" in str(error)
 
 
-def test_without_a_home_data_lie_where_keras_puts_them(monkeypatch):
-    """A container's user that the system does not know: "~" leads nowhere."""
+def test_without_a_home_directory_the_cache_is_that_of_keras(monkeypatch):
+    """As for a container's user without an entry in the system: "~" is not expanded."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("KERAS_HOME", raising=False)
 
@@ -260,15 +260,15 @@ def test_time_to_connect_is_bounded():
     assert download.TIMEOUT <= 15
 
 
-def test_more_bytes_than_any_data_set_has_are_refused(server, one_file, cache, monkeypatch):
+def test_a_file_above_the_size_limit_raises(server, one_file, cache, monkeypatch):
     monkeypatch.setattr(download, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="has 300000 bytes, more than the 1000"):
         fetch(cache)
 
 
-def test_a_folder_that_cannot_be_written(server, one_file, tmp_path):
+def test_an_unwritable_folder_raises(server, one_file, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataUnavailable, match="cannot be fetched into"):
+    with pytest.raises(DataUnavailable, match="cannot be downloaded into"):
         fetch(tmp_path / "file" / "cache")
 
 
@@ -283,7 +283,7 @@ def archive(folder, **files):
 
 
 def cifar10_archive(monkeypatch):
-    """The binary version, with one image a batch."""
+    """The binary version, with one image per batch."""
     monkeypatch.setitem(cifar.COUNTS, "cifar10", (5, 1))
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     return archive("cifar-10-batches-bin", **{name: bytes([i]) * 3073 for i, name in enumerate(names)})
@@ -300,7 +300,7 @@ def test_an_archive_is_downloaded_unpacked_and_then_found(server, cache, monkeyp
     assert len(server.asked) == 1
 
 
-def test_a_broken_folder_in_the_cache_is_passed_over_and_replaced(server, cache, monkeypatch):
+def test_a_broken_folder_in_the_cache_is_skipped_and_replaced(server, cache, monkeypatch):
     content = cifar10_archive(monkeypatch)
     server.files["cifar.tar.gz"] = content
     publish(monkeypatch, server, "cifar10", "cifar.tar.gz", content, "md5", "cifar-10-batches-bin")
@@ -309,7 +309,7 @@ def test_a_broken_folder_in_the_cache_is_passed_over_and_replaced(server, cache,
     (broken / "data_batch_1.bin").write_bytes(b"1")
     said = []
     assert load("cifar10", log=said.append).name == "cifar10"
-    assert said[0].startswith(f"passing over {broken}: ")
+    assert said[0].startswith(f"skipping {broken}: ")
     assert left(cache) == ["cifar-10-batches-bin"]
 
 
@@ -323,7 +323,7 @@ def test_a_hostile_archive_with_the_right_checksum_leaves_nothing(server, cache,
     assert not (cache / "cifar-10-batches-bin").exists()
 
 
-def test_fashion_mnist_comes_in_four_files(server, cache, monkeypatch):
+def test_fashion_mnist_has_four_files(server, cache, monkeypatch):
     monkeypatch.setitem(mnist.COUNTS, "fashion_mnist", (2, 1))
     remotes = []
     for name, count in zip(mnist.FILES, (2, 2, 1, 1), strict=True):
@@ -345,7 +345,7 @@ def _fetch_in_a_process(remotes, cache, results):
     results.put(sorted((item.name, item.stat().st_size) for item in path.iterdir()))
 
 
-def test_processes_that_download_at_once_do_not_disturb_each_other(server, cache, monkeypatch):
+def test_concurrent_downloads_do_not_interfere(server, cache, monkeypatch):
     content = cifar10_archive(monkeypatch)
     server.files["cifar.tar.gz"] = content
     server.pause = 0.3
@@ -366,7 +366,7 @@ def test_processes_that_download_at_once_do_not_disturb_each_other(server, cache
 
 
 def test_the_published_checksums():
-    # As the publishers and Keras state them; a typing error here would make every download fail.
+    # As the publishers and Keras state them; a typo here would make every download fail.
     found = {name: [remote.checksum for remote in remotes] for name, remotes in download.REMOTES.items()}
     assert found["cifar10"] == ["md5:c58f30108f718f92721af3b95e74349a"]
     assert found["cifar100"] == ["md5:eb9058c3a382ffc7106e4002c42a8d85"]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.backend_free
 
 
 def write(path, value, size=(6, 4), mode="RGB"):
-    """An image of one color; `size` is (width, height), as Pillow has it."""
+    """An image of one color; `size` is (width, height), as in Pillow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path)
 
@@ -39,17 +39,17 @@ def test_train_and_test_folders(splits):
     np.testing.assert_array_equal(dataset.x_test[..., 2], np.broadcast_to(dataset.y_test[:, None, None], (4, 4, 6)))
 
 
-def test_a_val_folder_serves_as_test(splits):
+def test_a_val_folder_is_the_test_split(splits):
     (splits / "test").rename(splits / "val")
     assert len(load("cifar10", splits).y_test) == 4
 
 
-def test_the_one_folder_within_a_folder(splits):
+def test_a_folder_with_a_single_subfolder(splits):
     assert load("cifar10", splits.parent).name == "pets"
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
-def test_without_a_test_folder_a_fifth_of_each_class_is_split_off_by_the_seed(tmp_path, inside):
+def test_without_a_test_folder_a_fifth_of_each_class_is_sampled(tmp_path, inside):
     root = tmp_path / "pets"
     for name, count in (("cat", 10), ("dog", 5), ("eel", 2)):
         for i in range(count):
@@ -65,7 +65,7 @@ def test_without_a_test_folder_a_fifth_of_each_class_is_split_off_by_the_seed(tm
 
 
 @pytest.mark.parametrize(
-    ("mode", "value", "rgb", "grey"),
+    ("mode", "value", "rgb", "gray"),
     [
         ("L", 100, (100, 100, 100), 100),
         ("RGBA", (10, 20, 30, 40), (10, 20, 30), 18),
@@ -75,7 +75,7 @@ def test_without_a_test_folder_a_fifth_of_each_class_is_split_off_by_the_seed(tm
         ("P", 3, None, None),
     ],
 )
-def test_every_mode_becomes_rgb_or_grey(tmp_path, mode, value, rgb, grey):
+def test_every_mode_becomes_rgb_or_gray(tmp_path, mode, value, rgb, gray):
     suffix = "tif" if mode == "CMYK" else "png"
     for name in "ab":
         for i in range(2):
@@ -85,11 +85,11 @@ def test_every_mode_becomes_rgb_or_grey(tmp_path, mode, value, rgb, grey):
     assert (color.input_shape, black.input_shape) == ((4, 6, 3), (4, 6, 1))
     if rgb:
         assert tuple(color.x_train[0, 0, 0]) == rgb
-        assert black.x_train[0, 0, 0].item() == grey
+        assert black.x_train[0, 0, 0].item() == gray
 
 
-def test_images_of_several_sizes_need_the_size_that_they_are_brought_to(splits):
-    """Never the first one's without a word."""
+def test_images_of_several_sizes_require_a_size(splits):
+    """The first image's size is never used silently."""
     write(splits / "train" / "cat" / "9.jpg", (200, 0, 0), size=(50, 20))
     with pytest.raises(
         DataError, match=r"images of several sizes, such as 0\.png of 4x6 and 9\.jpg of 20x50; give the"
@@ -110,8 +110,8 @@ def noise(height, width, seed=0):
 @pytest.mark.parametrize("shape", [(40, 60), (61, 40), (40, 40), (8, 9), (300, 400)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_an_image_is_fitted_as_preprocessing_does(tmp_path, shape, suffix, orientation):
-    """The shorter side resized, the centre cut out, upright: training sees what `Preprocessing.images` shows later. A
+def test_read_fitted_equals_preprocessing(tmp_path, shape, suffix, orientation):
+    """The shorter side resized, the center cut out, upright: training sees what `Preprocessing.images` shows later. A
     JPEG that is decoded at a part of its size differs a little."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -122,12 +122,12 @@ def test_an_image_is_fitted_as_preprocessing_does(tmp_path, shape, suffix, orien
     expected = Preprocessing(size=(16, 24), scale=1.0).images([upright])[0]
     found = read_fitted(path, (16, 24))
     assert found.dtype == np.uint8 and np.abs(found - expected).mean() < (2 if suffix == "jpg" else 0.3)
-    grey = read_fitted(path, (16, 24), grey=True)
-    assert grey.shape == (16, 24, 1)
-    assert np.abs(grey[..., 0] - expected @ [0.299, 0.587, 0.114]).mean() < 2
+    gray = read_fitted(path, (16, 24), gray=True)
+    assert gray.shape == (16, 24, 1)
+    assert np.abs(gray[..., 0] - expected @ [0.299, 0.587, 0.114]).mean() < 2
 
 
-def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path):
+def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
     noise(1200, 1600).save(tmp_path / "a.jpg", quality=95)
     sizes, load_ = [], ImageFile.ImageFile.load
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +136,7 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path):
     assert sizes[0] == (200, 150)
 
 
-def test_memory_is_told_before_it_is_taken_and_refused_above_a_bound(splits, monkeypatch):
+def test_memory_is_logged_before_decoding_and_limited(splits, monkeypatch):
     told = []
     load("cifar10", splits, size=(64, 64), log=told.append)
     assert told == [f"decoding {splits}: 10 images of 64x64 pixels take 0 MiB of memory"]
@@ -147,7 +147,7 @@ def test_memory_is_told_before_it_is_taken_and_refused_above_a_bound(splits, mon
         load("cifar10", splits, size=(64, 64), memory=100_000)
 
 
-def test_a_limit_reads_the_images_of_the_subset_and_no_others(splits):
+def test_a_limit_reads_only_the_images_of_the_subset(splits):
     whole, part = load("cifar10", splits), load("cifar10", splits, limit=(4, 3))
     expected = whole.subset(train=4, test=3, seed=0)
     for name in ("x_train", "y_train", "x_test", "y_test", "classes", "source", "name"):
@@ -160,8 +160,8 @@ def test_a_limit_reads_the_images_of_the_subset_and_no_others(splits):
 
 @pytest.mark.parametrize("name", [b"d\xe9j\xe0", b"two\nlines", b"\x1b[2J", b"tab\there", "line\u2028".encode()])
 @pytest.mark.skipif(os.name == "nt", reason="such names there are none")
-def test_class_names_that_nothing_can_hold_are_refused_when_they_are_read(splits, name, monkeypatch):
-    """Not after the training, when they are to be written."""
+def test_unprintable_class_names_raise_on_reading(splits, name, monkeypatch):
+    """Not only after the training, when they are written."""
     try:
         os.rename(os.fsencode(splits / "train" / "dog"), os.path.join(os.fsencode(splits), b"train", name))
     except OSError:
@@ -175,13 +175,13 @@ def test_class_names_that_nothing_can_hold_are_refused_when_they_are_read(splits
     assert str(caught.value).isprintable()
 
 
-def test_class_names_of_other_scripts_are_names(splits):
+def test_class_names_may_be_of_any_script(splits):
     for split in ("train", "test"):
         (splits / split / "dog").rename(splits / split / "собака 犬 \U0001f415")
     assert load("cifar10", splits).classes[1] == "собака 犬 \U0001f415"
 
 
-def test_a_folder_whose_name_is_no_unicode_has_a_name_that_can_be_written(splits):
+def test_a_non_unicode_folder_name_becomes_printable(splits):
     root = os.path.join(os.fsencode(splits.parent), b"p\xe9ts")
     try:
         os.rename(splits, root)
@@ -191,7 +191,7 @@ def test_a_folder_whose_name_is_no_unicode_has_a_name_that_can_be_written(splits
     assert dataset.name == "p?ts" and dataset.source.encode().endswith(b"p?ts")
 
 
-def test_what_is_no_image_is_passed_over(splits):
+def test_other_files_are_skipped(splits):
     (splits / "train" / "cat" / "notes.txt").write_text("x")
     (splits / "train" / "cat" / ".hidden.png").write_text("x")
     (splits / "train" / "empty").mkdir()
@@ -209,7 +209,7 @@ def broken(folder):
 
 
 def bomb(folder):
-    # The header alone claims 60,000 x 60,000 pixels.
+    # Only a header, which claims 60,000 x 60,000 pixels.
     path = folder / "train" / "dog" / "1.png"
     content = path.read_bytes()
     side = (60_000).to_bytes(4, "big")
@@ -245,15 +245,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_bad_folder_is_an_error_that_says_what_was_expected(splits, fault, message):
+def test_an_invalid_folder_raises_with_what_was_expected(splits, fault, message):
     fault(splits)
     with pytest.raises(DataError, match=message) as caught:
         load("cifar10", splits)
     assert "\n" not in str(caught.value)
 
 
-def test_too_many_pixels_are_refused_before_they_are_read(splits):
-    with pytest.raises(DataError, match="take 286,102 MiB of memory, more than the 384 MiB that are allowed"):
+def test_too_many_pixels_raise_before_decoding(splits):
+    with pytest.raises(DataError, match="take 286,102 MiB of memory, more than the limit of 384 MiB"):
         read_image_folder(splits, size=(100_000, 100_000))
     with pytest.raises(DataError, match="expected at least 1x1"):
         read_image_folder(splits, size=(0, 4))

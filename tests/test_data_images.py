@@ -1,4 +1,4 @@
-"""Single images: what opens, how, and within how much memory."""
+"""Single images: accepted formats, decoding, memory limits."""
 
 import os
 import struct
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.backend_free
 
 
 def png(path, width, height):
-    """A gray PNG of zeros, packed a thousandfold, written without its pixels ever being in memory."""
+    """Write a gray PNG of zeros, compressed a thousandfold, without holding its pixels in memory."""
     packer, rows = zlib.compressobj(9), []
     for _ in range(height):
         rows.append(packer.compress(bytes(width + 1)))
@@ -29,7 +29,7 @@ def png(path, width, height):
     return path
 
 
-def test_a_png_of_more_pixels_than_its_bytes_explain_is_refused(tmp_path):
+def test_a_png_with_more_pixels_than_its_size_allows_raises(tmp_path):
     path = png(tmp_path / "bomb.png", 9_000, 9_000)  # below Pillow's own limit
     assert path.stat().st_size < 100_000
     with pytest.raises(DataError, match=r"9000 x 9000 pixels; resize it first.*64 MiB"):
@@ -37,18 +37,18 @@ def test_a_png_of_more_pixels_than_its_bytes_explain_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_photo_of_a_large_camera_opens_reduced(tmp_path, progressive):
+def test_a_large_photo_is_decoded_at_reduced_size(tmp_path, progressive):
     path = tmp_path / "photo.jpg"
     values = np.arange(8_000, dtype=np.uint8).repeat(3).reshape(1, -1, 3)
     Image.fromarray(np.broadcast_to(values, (6_000, 8_000, 3))).save(path, progressive=progressive, quality=5)
-    if progressive:  # its coefficients are kept whole, at any scale
+    if progressive:  # the decoder keeps all coefficients at any scale
         with pytest.raises(DataError, match="resize it first"):
             read_image(path)
     else:
         assert read_image(path).size == (4_000, 3_000)
 
 
-def test_a_webp_counts_what_its_decoder_takes(tmp_path):
+def test_a_webp_counts_its_decoders_memory(tmp_path):
     Image.new("RGB", (2_100, 2_100)).save(tmp_path / "x.webp", method=0)
     with pytest.raises(DataError, match="resize it first"):
         read_image(tmp_path / "x.webp")
@@ -56,37 +56,37 @@ def test_a_webp_counts_what_its_decoder_takes(tmp_path):
     assert read_image(tmp_path / "x.webp").size == (2_000, 2_000)
 
 
-def test_an_ordinary_photo_opens_whole(tmp_path):
+def test_an_ordinary_photo_is_decoded_at_full_size(tmp_path):
     path = tmp_path / "photo.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (374, 500, 3), np.uint8)
     Image.fromarray(pixels).save(path, exif=(lambda exif: (exif.__setitem__(0x0112, 6), exif)[1])(Image.Exif()))
-    assert read_image(path).size == (374, 500)  # turned by its orientation
+    assert read_image(path).size == (374, 500)  # rotated by its EXIF tag
     with open_image(path) as image:
         assert image.size == (500, 374)
 
 
-def test_sixteen_bits_of_gray_keep_their_high_byte(tmp_path):
+def test_16_bit_gray_keeps_its_high_byte(tmp_path):
     Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / "x.png")
-    assert np.asarray(read_image(tmp_path / "x.png", grey=True)).tolist() == [[0, 1, 255]]
+    assert np.asarray(read_image(tmp_path / "x.png", gray=True)).tolist() == [[0, 1, 255]]
 
 
-def test_postscript_by_the_name_of_a_png_starts_no_program(tmp_path, monkeypatch):
+def test_postscript_named_png_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
     monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("a program was started"))
     (tmp_path / "x.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n0 0 4 4 rectfill\nshowpage\n"
     )
-    with pytest.raises(DataError, match="none of PNG, JPEG"):
+    with pytest.raises(DataError, match="not one of PNG, JPEG"):
         read_image(tmp_path / "x.png")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(DataError, match="not a regular file"):
         read_image(tmp_path / "x.png")
 
 
-def test_no_escape_sequence_of_a_name_reaches_the_terminal(tmp_path):
+def test_escape_sequences_in_names_are_removed(tmp_path):
     path = tmp_path / "\x1b]0;owned\x07\u202e.png"
     path.write_bytes(b"nothing")
     with pytest.raises(DataError) as caught:

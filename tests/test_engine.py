@@ -1,4 +1,4 @@
-"""The runners: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
+"""The engines: one step against NumPy in float64, and every layer they treat their own way against Keras's."""
 
 import os
 
@@ -137,7 +137,7 @@ def test_value_and_grad_is_that_of_the_closed_form_and_updates_nothing():
 
 
 def test_evaluate_is_inference_and_sees_the_last_step():
-    model = normalised()
+    model = normalized()
     runner, x, labels = (
         build_engine(model, keras.optimizers.SGD(0.1)),
         noise(7, 6, 5, 4),
@@ -171,7 +171,7 @@ def test_accumulated_parts_make_the_step_of_the_whole():
 
 
 def test_each_accumulated_part_has_its_own_statistics():
-    model = normalised()
+    model = normalized()
     bn, x, labels = model.get_layer("bn"), 2 * noise(8, 6, 5, 4) + 3, np.zeros(8, np.int32)
     mean = value(bn.moving_mean).astype(np.float64)
     optimizer = keras.optimizers.SGD(0.1)
@@ -228,7 +228,7 @@ BN_OPTIONS = [
 ]
 
 
-def normalised(shape=(6, 5, 4), **options):
+def normalized(shape=(6, 5, 4), **options):
     inputs = keras.Input(shape)
     x = batch_norm(name="bn", **options)(inputs)
     x = layers.Flatten(name="flatten")(x)
@@ -239,7 +239,7 @@ def normalised(shape=(6, 5, 4), **options):
 @pytest.mark.parametrize("options", BN_OPTIONS, ids=str)
 def test_running_statistics_of_one_step(options, shape):
     """`momentum` of the old and the rest of the batch's mean and biased variance."""
-    model = normalised(shape, **options)
+    model = normalized(shape, **options)
     bn, x = model.get_layer("bn"), 2 * noise(7, *shape) + 3
     mean, variance = value(bn.moving_mean).astype(np.float64), value(bn.moving_variance).astype(np.float64)
     runner = build_engine(model, keras.optimizers.SGD(0.1))
@@ -251,7 +251,7 @@ def test_running_statistics_of_one_step(options, shape):
 
 
 def test_a_batch_norm_called_twice_moves_twice():
-    """By the statistics of its input, then by those of its own output."""
+    """By the statistics of its input, then by those output."""
     inputs = keras.Input((6, 5, 4))
     twice = batch_norm(name="bn")
     model = fill(keras.Model(inputs, logits(3)(layers.Flatten(name="flatten")(twice(twice(inputs))))))
@@ -269,8 +269,8 @@ def test_a_batch_norm_called_twice_moves_twice():
 
 
 def test_a_frozen_batch_norm_stays_as_it_is():
-    """It normalises with its running statistics in training too, so the loss is that of inference."""
-    model = normalised()
+    """It normalizes with its running statistics in training too, so the loss is that of inference."""
+    model = normalized()
     model.get_layer("bn").trainable = False
     before = values(model)
     runner, x, labels = (
@@ -382,10 +382,10 @@ def test_a_training_step_is_kerass():
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (6, 3), (2, 500), (1, 1)])
-def test_predict_pads_the_last_batch(pictures, count, batch_size):
+def test_predict_pads_the_last_batch(make_images, count, batch_size):
     inputs = keras.Input((8, 8, 3))
     model = fill(keras.Model(inputs, logits(3)(layers.Flatten()(batch_norm(name="bn")(inputs)))))
-    images, preprocessing = pictures(count)[0], Preprocessing(mean=(0.5,), std=(0.2,))
+    images, preprocessing = make_images(count)[0], Preprocessing(mean=(0.5,), std=(0.2,))
     runner, sizes = engine.create(model), []
     once = runner.predict
     runner.predict = lambda batch: sizes.append(len(batch)) or once(batch)
@@ -453,7 +453,7 @@ def test_float64_is_double_all_the_way(computed_in):
     computed_in("float64")
     x = np.random.default_rng(0).standard_normal((8, 3, 3, 4)) + 3
     labels = np.arange(8, dtype=np.int32) % 3
-    model = normalised((3, 3, 4))
+    model = normalized((3, 3, 4))
     bn, kernel = model.get_layer("bn"), model.get_layer("logits").kernel
     assert {variable.dtype for variable in model.weights} == {"float64"}
     gamma, beta = value(bn.gamma), value(bn.beta)
@@ -478,6 +478,28 @@ def test_float64_is_double_all_the_way(computed_in):
     normal = (x - mean) / np.sqrt(variance + 1e-5) * value(bn.gamma) + value(bn.beta)
     expected = normal.reshape(8, -1) @ value(kernel) + value(model.get_layer("logits").bias)
     np.testing.assert_allclose(inferred, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_adam_is_double_all_the_way(computed_in):
+    """Two steps in float64 against NumPy (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, section 2, end)."""
+    computed_in("float64")
+    x, labels = np.random.default_rng(0).standard_normal((8, 5)), np.arange(8, dtype=np.int32) % 3
+    model = softmax_regression()
+    kernel, bias = (value(variable) for variable in model.trainable_variables)
+    runner, first, second = build_engine(model, make_optimizer("adam", 0.5)), 0, 0
+    for t in (1, 2):
+        shares = np.exp(x @ kernel + bias)
+        error = (shares / shares.sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 8
+        gradient = np.concatenate([x.T @ error, error.sum(axis=0, keepdims=True)])
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        rate = 0.5 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        change = -rate * first / (np.sqrt(second) + 1e-7)
+        kernel, bias = kernel + change[:-1], bias + change[-1]
+        take_step(runner, x, labels)
+    runner.sync_variables()
+    found = [value(variable) for variable in model.trainable_variables]
+    np.testing.assert_allclose(found[0], kernel, rtol=1e-12)
+    np.testing.assert_allclose(found[1], bias, rtol=1e-12)
 
 
 def test_float64_of_every_layer_is_float32_but_for_rounding(computed_in):
@@ -535,7 +557,7 @@ def test_compiled_programs_are_kept(programs):
     engine.configure("float32", compile_cache=programs)
     counts = []
     for _ in range(2):
-        runner = build_engine(normalised(), keras.optimizers.SGD(0.1))
+        runner = build_engine(normalized(), keras.optimizers.SGD(0.1))
         take_step(runner, noise(7, 6, 5, 4), np.zeros(7, np.int32))
         counts.append(len(list(programs.glob("*-cache"))))
     assert counts[0] == counts[1]
@@ -553,7 +575,7 @@ def test_the_programs_unused_for_longest_are_removed(programs, monkeypatch):
     assert {path.name for path in programs.iterdir()} == {"a-cache", "c-cache", "notes.txt"}
 
 
-def test_kerass_own_step_is_the_floors():
+def test_kerass_own_step_is_the_engines():
     x, labels = noise(18, 13, 12, 3), np.arange(18, dtype=np.int32) % 4
     found = []
     for kind in engine.ENGINES:
@@ -580,7 +602,7 @@ def test_floors():
     assert engine.backend_module().__name__ == f"kvision.engine.{keras.backend.backend()}"
 
 
-def test_another_backend_of_keras_has_no_floor(monkeypatch):
+def test_another_backend_of_keras_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "numpy")
     with pytest.raises(RuntimeError, match=r"trains on jax, tensorflow, torch, and KERAS_BACKEND is 'numpy': set it"):
         engine.backend_module()

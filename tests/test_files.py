@@ -1,4 +1,4 @@
-"""Files are whole or not at all: whatever call of the system fails, and wherever the power is cut."""
+"""Atomic file writes: every failing system call, and a simulated power cut at every point."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ ARRAYS = {"a/kernel": np.arange(60_000, dtype=np.float32).reshape(300, 200), "a/
 
 
 class Disk:
-    """Stands for `os` in `kvision.files`: records what reaches the disk, and lets one call fail.
+    """Replaces `os` in `kvision.files`: records what reaches the disk, and makes one call fail.
 
     Attributes:
         calls: the operations so far: (name, what it was of).
@@ -72,7 +72,9 @@ class Disk:
         os.replace(source, target)
 
     def unlink(self, path):
-        if os.path.lexists(path) and not os.fspath(path).endswith(".tmp"):  # tidying up after an error may not fail too
+        if os.path.lexists(path) and not os.fspath(path).endswith(
+            ".tmp"
+        ):  # the cleanup after an error must not fail, too
             self._call("unlink", os.fspath(path))
         os.unlink(path)
 
@@ -114,7 +116,7 @@ def test_each_call_fails_in_turn(tmp_path, monkeypatch, kind, error):
     ((path, new),) = content(tmp_path).items()
     names = [call[0] for call in disk.calls if call[1].startswith(str((tmp_path / path).parent))]
     assert {"create", "write", "fsync", "rename"} <= set(names)
-    assert names[-2:] == ["rename", "fsync"]  # the name is on the disk too
+    assert names[-2:] == ["rename", "fsync"]  # the name is on the disk, too
     former = path.with_name("step-00000000.npz") if kind == "checkpoint" else path
     for failing in range(1000):
         (tmp_path / path).unlink()
@@ -140,15 +142,15 @@ def test_each_call_fails_in_turn(tmp_path, monkeypatch, kind, error):
 
 
 def cut(calls, after, lost, start):
-    """What may be on the disk when the power is cut after some calls: folder entries and contents by path.
+    """Yield possible states of the disk after a power cut: folder entries and contents by path.
 
     Args:
         lost: which of the changes of names that no fsync of their folder followed are lost (a bool for each).
     """
-    data = {name: bytearray(start[name]) for name in start}  # contents in memory, by the inode: the name it began with
-    disk = {name: bytes(start[name]) for name in start}  # what of them was synced
-    inode = {name: name for name in start}  # as the running system sees the names
-    names, pending = dict(inode), []  # as the disk has them, and the changes on their way
+    data = {name: bytearray(start[name]) for name in start}  # contents in memory, by inode (its first name)
+    disk = {name: bytes(start[name]) for name in start}  # synced contents
+    inode = {name: name for name in start}  # names in memory
+    names, pending = dict(inode), []  # names on the disk, and pending changes
     for number, (kind, path, *rest) in enumerate(calls[:after]):
         if kind == "create":
             inode[path] = f"{path} {number}"
@@ -177,7 +179,7 @@ def cut(calls, after, lost, start):
 
 
 def every_cut(calls, start):
-    """Every state of the disk: after each call, with each choice of the changes that were on their way."""
+    """Yield every state of the disk: after each call, with each subset of the pending changes."""
     for after in range(len(calls) + 1):
         _, count = cut(calls, after, (), start)
         for lost in itertools.product((False, True), repeat=count):
@@ -198,8 +200,8 @@ def test_a_power_cut_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, kind)
     assert set(found) == {old, new} and found[-1] == new
 
 
-def test_a_power_cut_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
-    """Three checkpoints of which one is kept: whenever the power is cut, there is one that can be read."""
+def test_a_power_cut_leaves_a_valid_checkpoint(tmp_path, monkeypatch):
+    """Three checkpoints, of which one is kept: after a power cut at any point one can be read."""
     folder = tmp_path / "checkpoints"
     write_checkpoint(tmp_path, 1)
     ((path, first),) = content(tmp_path).items()
@@ -212,18 +214,18 @@ def test_a_power_cut_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
     sound = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert list(sound) == ["step-00000003.npz"]
     whole = {first} | {bytes(piece) for state in every_cut(disk.calls, start) for piece in state.values()} - {b""}
-    assert len(whole) == 3  # no content that is half of one
+    assert len(whole) == 3  # no partial content
     steps = [
         [int(Path(name).stem[5:]) for name, piece in state.items() if not name.endswith(".tmp") and piece]
         for state in every_cut(disk.calls, start)
     ]
     assert all(steps) and steps[0] == [1] and steps[-1][-1] == 3
     empty = [name for state in every_cut(disk.calls, start) for name, piece in state.items() if not piece]
-    assert all(name.endswith(".tmp") for name in empty)  # a name that counts has its content
+    assert all(name.endswith(".tmp") for name in empty)  # final names have their content
 
 
-def test_the_model_of_a_power_cut_finds_what_is_missing(tmp_path):
-    """Without either fsync a cut leaves an empty file, or neither of two."""
+def test_the_simulation_detects_missing_syncs(tmp_path):
+    """Without either fsync, a power cut leaves an empty file, or neither of two."""
     new, old, part = (str(tmp_path / name) for name in ("new", "old", ".new.tmp"))
     calls = [("create", part), ("write", part, 0, b"x"), ("rename", part, new), ("unlink", old)]
     states = list(every_cut(calls, {old: b"o"}))
@@ -235,7 +237,7 @@ def test_the_model_of_a_power_cut_finds_what_is_missing(tmp_path):
 
 
 def test_the_bytes_of_an_h5_do_not_depend_on_the_time(tmp_path):
-    """HDF5 keeps the time of a group that keeps its order, to the second."""
+    """HDF5 stores the time of groups that track their order, in seconds."""
     hdf5.write(tmp_path / "a.h5", ARRAYS)
     first = int(time.time())
     while int(time.time()) == first:
@@ -244,12 +246,12 @@ def test_the_bytes_of_an_h5_do_not_depend_on_the_time(tmp_path):
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-# Neighbours
+# Other files
 
 
 @pytest.mark.parametrize("kind", ["npz", "pth", "h5", "safetensors", "json"])
-def test_nobody_elses_file_is_touched(tmp_path, kind):
-    """Neither a file with a likely temporary name, nor what a link there or at the target leads to."""
+def test_other_files_are_not_touched(tmp_path, kind):
+    """Neither a file with a likely temporary name, nor the target of a link at that name or at the path."""
     write, _ = WRITERS[kind]
     write(tmp_path)
     (name,) = content(tmp_path)
@@ -268,13 +270,13 @@ def test_a_pipe_or_a_folder_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(OSError, match="is no plain file") as raised:
+        with pytest.raises(OSError, match="is not a regular file") as raised:
             files.write_text(tmp_path / name, "x")
         assert raised.value.filename == str(tmp_path / name)
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
 
 
-def test_names_as_long_as_they_may_be(tmp_path):
+def test_names_of_maximal_length(tmp_path):
     path = tmp_path / ("ü" * 125 + ".json")
     files.write_json(path, 1)
     assert path.read_text() == "1\n"
@@ -295,8 +297,8 @@ with multiprocessing.get_context("fork").Pool(8) as pool:
 """
 
 
-def test_a_name_is_given_once(tmp_path):
-    """In a process of its own, as a backend's threads are not to be forked."""
+def test_new_folders_are_unique(tmp_path):
+    """In a separate process, because a process with a backend's threads must not be forked."""
     words = [sys.executable, "-c", FOLDERS, str(tmp_path / "runs")]
     found = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert sorted(found) == sorted(str(tmp_path / "runs" / f"run-{number}") for number in range(40))
@@ -311,8 +313,8 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_held_until_its_process_ends(tmp_path):
-    """The message names the process; SIGKILL frees the folder, and what it left of the lock is no obstacle."""
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    """The message names the process; SIGKILL releases the lock, and its leftover file is no obstacle."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -328,8 +330,8 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_was_removed_is_not_held(tmp_path, monkeypatch):
-    """Between the opening of the lock file and the lock its holder ends: the file is no longer there."""
+def test_a_removed_lock_file_is_not_locked(tmp_path, monkeypatch):
+    """The holder ends between the opening of the lock file and the lock: the file no longer exists."""
     flock, first = files.fcntl.flock, []
 
     def late(file, how):

@@ -1,4 +1,4 @@
-"""Weights of `keras.applications` mean the same here: logits against Keras's own networks, and back."""
+"""Weights of `keras.applications`: logits against Keras's networks, and export."""
 
 import keras
 import numpy as np
@@ -12,16 +12,16 @@ from kvision.layers import skip_init
 from kvision.random import rng
 
 # The least sizes that Keras takes with its top.
-SIZES = {"vgg16": 32, "resnet50_v1": 32, "densenet121_tf": 32, "mobilenet_v2_tf": 32, "inception_v3_tf": 75}
+SIZES = {"vgg16": 32, "resnet50_keras": 32, "densenet121_keras": 32, "mobilenet_v2_keras": 32, "inception_v3_keras": 75}
 # Logits of one network are compared on every backend: `test_zoo` compares the backends' logits of all.
-EVERYWHERE = "mobilenet_v2_tf"
+EVERYWHERE = "mobilenet_v2_keras"
 OTHERS = [name for name in SIZES if name != EVERYWHERE]
 
 
 @pytest.fixture
 def peer(monkeypatch):
-    """`peer(name)`: Keras's network of seven classes, and random arrays in it by "layer/variable"."""
-    # Its own initialisers take JAX 10 to 20 s, and all values are set here.
+    """Return `peer(name)`: Keras's network with seven classes, and its random arrays by "layer/variable"."""
+    # Its own initializers take JAX 10 to 20 s, and all values are set here.
     zeros = lambda self, shape, dtype=None: ops.convert_to_tensor(np.zeros(shape, np.float32))  # noqa: E731
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", zeros)
 
@@ -50,7 +50,7 @@ def peer(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [EVERYWHERE, *(pytest.param(name, marks=pytest.mark.backend_free) for name in OTHERS)])
-def test_logits_are_kerass(name, peer, tmp_path):
+def test_logits_equal_those_of_keras(name, peer, tmp_path):
     network, arrays = peer(name)
     hdf5.write(tmp_path / "keras.h5", arrays)
     report = convert.convert(
@@ -69,7 +69,7 @@ def test_logits_are_kerass(name, peer, tmp_path):
     import_arrays(again, back, "keras")
     for one, two in zip(model.weights, again.weights, strict=True):
         assert np.array_equal(ops.convert_to_numpy(one.value), ops.convert_to_numpy(two.value)), one.path
-    if name == "resnet50_v1":
+    if name == "resnet50_keras":
         assert back.keys() == arrays.keys()
     else:
         names = renumbered(key.rpartition("/")[0] for key in arrays)
@@ -81,11 +81,11 @@ def test_logits_are_kerass(name, peer, tmp_path):
         assert all(back[key].tobytes() == arrays[theirs].tobytes() for key, theirs in given.items())
 
 
-def test_keras_reads_what_goes_out(peer, tmp_path):
-    network, arrays = peer("mobilenet_v2_tf")
+def test_keras_reads_exported_files(peer, tmp_path):
+    network, arrays = peer("mobilenet_v2_keras")
     hdf5.write(tmp_path / "keras.h5", arrays)
     convert.convert(
-        tmp_path / "keras.h5", tmp_path / "ours.npz", "mobilenet_v2_tf", input_shape=(32, 32, 3), compare=False
+        tmp_path / "keras.h5", tmp_path / "ours.npz", "mobilenet_v2_keras", input_shape=(32, 32, 3), compare=False
     )
     convert.convert(tmp_path / "ours.npz", tmp_path / "back.h5", compare=False)
     for variable in network.weights:
@@ -106,13 +106,13 @@ def test_numbered_layers():
 
 
 @pytest.mark.parametrize(("name", "mode"), [("VGG16", "caffe"), ("DenseNet121", "torch"), ("InceptionV3", "tf")])
-def test_images_are_prepared_as_keras_does(name, mode):
+def test_preprocessing_equals_that_of_keras(name, mode):
     images = rng(0, "pixels").integers(0, 256, (2, 5, 4, 3)).astype(np.float32)
     expected = keras.applications.imagenet_utils.preprocess_input(images.copy(), mode=mode, data_format="channels_last")
     np.testing.assert_allclose(getattr(applications, name).preprocess_input(images), expected, atol=1e-4)
 
 
-def test_the_familiar_door():
+def test_constructors():
     top = applications.ResNet20(classes=4, input_shape=(9, 8, 3))
     images = rng(0, "images").standard_normal((2, 9, 8, 3), np.float32)
     probabilities = ops.convert_to_numpy(top(images))
@@ -121,14 +121,14 @@ def test_the_familiar_door():
     assert applications.ResNet20(classes=4, classifier_activation=None).output_shape == (None, 4)
     assert applications.ResNet20(include_top=False).output_shape == (None, 8, 8, 64)
     assert applications.ResNet20(include_top=False, pooling="max").output_shape == (None, 64)
-    assert applications.ResNet50.architecture == "resnet50_v1"
+    assert applications.ResNet50.architecture == "resnet50_keras"
     named = applications.ResNet20.decode_predictions(probabilities, top=2, classes="abcd")
     assert [[name for _, name, _ in row] for row in named] == [
         ["abcd"[i] for i in np.argsort(-row)[:2]] for row in probabilities
     ]
     for arguments, message in (
-        ({"weights": "imagenet"}, "no ImageNet weights ship"),
-        ({"weights": "softmax.mnist"}, "a file of softmax, which is none of the networks of VGG16"),
+        ({"weights": "imagenet"}, "no ImageNet weights are included"),
+        ({"weights": "softmax.mnist"}, "a file of softmax, which is not one of the networks of VGG16"),
         ({"pooling": "min"}, "pooling must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from kvision.training.schedules import WarmupSchedule
 from tests.test_zoo import build, classes_of, short_form
 
 ROOT = Path(__file__).parent.parent
-# Every file of the zoo, and every option that adds a class; each network in its short form.
+# Every module of the zoo, and every option that adds a class; each network in its short form.
 NETWORKS = {
     "softmax": {},
     "mnist_cnn": {},
@@ -29,7 +29,7 @@ NETWORKS = {
     "alexnet_2012": {},
     "vgg11_bn": {},
     "googlenet": {},
-    "inception_v2_tf": {},
+    "inception_v2_tf_slim": {},
     "inception_v3": {},
     "resnet18": {},
     "squeezenet1_1": {},
@@ -111,7 +111,7 @@ def test_a_keras_file_loads_in_a_fresh_process(loaded, name):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_file_of_the_zoo_is_tried():
+def test_every_module_of_the_zoo_is_covered():
     assert {zoo.paper(name).title for name in NETWORKS} >= {
         zoo.paper(name).title for name in zoo.list_models() if not name.startswith(("mlp", "softmax"))
     }

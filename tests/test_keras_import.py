@@ -1,4 +1,4 @@
-"""What `import kvision` sets up for Keras's own import: the backend, and the classes that a `.keras` file names."""
+"""The hooks into the import of Keras: the choice of backend, and the classes of `.keras` files."""
 
 import importlib
 import os
@@ -39,10 +39,10 @@ def run_alone(tmp_path, *words, present=(BACKEND,), **variables):
         ("jax", "tensorflow", "", "jax"),
         ("torch", "torch", "", "torch"),
         ("jax tensorflow torch", "tensorflow", "", "tensorflow"),
-        ("jax tensorflow torch", "torch", "", "torch"),  # keras.json says so
+        ("jax tensorflow torch", "torch", "", "torch"),  # keras.json selects it
         ("jax torch", "tensorflow", "", "jax"),
-        ("torch", "jax", "", "torch"),  # keras.json names one that is gone
-        ("torch", "numpy", "numpy", "numpy"),  # Keras knows more of them
+        ("torch", "jax", "", "torch"),  # keras.json names a missing one
+        ("torch", "numpy", "numpy", "numpy"),  # Keras has more backends
     ],
 )
 def test_an_installed_backend_is_chosen(monkeypatch, present, default, variable, chosen):
@@ -58,15 +58,15 @@ def test_an_installed_backend_is_chosen(monkeypatch, present, default, variable,
         ("torch", "jax", "KERAS_BACKEND is 'jax', which is not installed: set it to torch, or install it with pip"),
     ],
 )
-def test_a_missing_backend_is_named(monkeypatch, present, default, message):
+def test_a_missing_backend_raises(monkeypatch, present, default, message):
     monkeypatch.setattr(keras_import, "installed", present.split().__contains__)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     with pytest.raises(keras_import.BackendError, match=message):
         keras_import.choose(default)
 
 
-def test_a_bare_folder_is_no_backend(tmp_path, monkeypatch):
-    """What is left of a package may be a folder without code, which Python takes for a namespace."""
+def test_a_folder_without_code_is_not_a_backend(tmp_path, monkeypatch):
+    """An uninstalled package may leave a folder without code, which Python imports as a namespace."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "kvision_no_backend").mkdir()
     assert not keras_import.installed("kvision_no_backend") and not keras_import.installed("kvision_none_at_all")
@@ -82,34 +82,34 @@ def test_a_bare_folder_is_no_backend(tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else "",
 )
-def test_a_command_runs_on_the_only_backend(tmp_path, words, output, line):
+def test_a_command_runs_on_the_only_installed_backend(tmp_path, words, output, line):
     done = run_alone(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert output in done.stdout
     assert f"{line}{BACKEND if line.endswith('on ') else ''}" in done.stderr and "only backend" in done.stderr
 
 
-def test_a_command_without_a_backend_ends_in_one_line(tmp_path):
+def test_a_command_without_a_backend_prints_one_line(tmp_path):
     done = run_alone(tmp_path, "kvision", "info", "softmax", present=())
     assert done.returncode == 2
     assert done.stderr.startswith("kvision: no backend is installed") and done.stderr.count("\n") == 1
 
 
-def test_a_variable_that_names_a_missing_backend_ends_in_one_line(tmp_path):
+def test_a_variable_with_a_missing_backend_prints_one_line(tmp_path):
     missing = next(name for name in keras_import.BACKENDS if name != BACKEND)
     done = run_alone(tmp_path, "kvision", "info", "softmax", KERAS_BACKEND=missing)
     assert done.returncode == 2
     assert f"KERAS_BACKEND is '{missing}', which is not installed: set it to {BACKEND}" in done.stderr
 
 
-def test_a_program_of_ones_own_runs_on_the_only_backend(tmp_path):
+def test_a_user_program_runs_on_the_only_installed_backend(tmp_path):
     (tmp_path / "program.py").write_text("import kvision\nprint(kvision.create_model('softmax').count_params())\n")
     done = run_alone(tmp_path, "program")
     assert done.stdout.strip() == "7850", done.stderr
 
 
-def test_every_registered_class_is_known_to_keras_beforehand():
-    for module in ("layers", "training.optimizers", "training.muon", "tasks.classification"):
+def test_every_serializable_class_is_registered_in_advance():
+    for module in ("layers", "training.averaging", "training.muon", "training.schedules", "tasks.classification"):
         importlib.import_module(f"kvision.{module}")
     importlib.import_module("kvision.zoo").list_models()
     registered = {
@@ -121,7 +121,7 @@ def test_every_registered_class_is_known_to_keras_beforehand():
     assert registered == listed
 
 
-def test_a_placeholder_becomes_the_class():
+def test_a_placeholder_is_replaced_by_the_class():
     made = keras_import._placeholder("kvision.layers.initializers", "Constant")
     assert made.from_config({"value": 2.0}).value == 2.0
     assert type(made(3.0)) is importlib.import_module("kvision.layers").Constant

@@ -124,11 +124,48 @@ def test_other_methods_on_the_same_state(wrap):
     optimizer.build(model.trainable_variables)
     before = type(inner), set(vars(inner)), type(optimizer), set(vars(optimizer))
     other = keras_internals.with_methods(optimizer, lambda found: {"double": lambda self: 2 * self.momentum})
-    innermost = other if other.__class__.__name__ == inner.__class__.__name__ else other.inner_optimizer
-    innermost.momentum = 4.0
-    assert inner.momentum == 4.0 and innermost.double() == 8.0 and not hasattr(inner, "double")
+    unwrapped = other if other.__class__.__name__ == inner.__class__.__name__ else other.inner_optimizer
+    unwrapped.momentum = 4.0
+    assert inner.momentum == 4.0 and unwrapped.double() == 8.0 and not hasattr(inner, "double")
     assert isinstance(other, type(optimizer)) and other.variables == optimizer.variables
     other.learning_rate = 0.25
     assert float(value(inner._learning_rate)) == 0.25
     assert before == (type(inner), set(vars(inner)), type(optimizer), set(vars(optimizer)))
     assert keras_internals.with_methods(optimizer, lambda found: {}) is optimizer
+
+
+def test_what_a_class_writes_anew_of_the_steps_of_fit():
+    assert keras_internals.steps_of_its_own(functional()) == []
+    assert keras_internals.steps_of_its_own(functional(OwnStep)) == ["train_step"]
+    model = functional()
+    vars(model)["test_step"] = model.test_step
+    assert keras_internals.steps_of_its_own(model) == ["test_step"]
+
+
+def test_the_parts_of_a_compiled_model():
+    model = functional()
+    model.compile("sgd", "mse", metrics=["mae"])
+    tracker = keras_internals.loss_tracker(model)
+    assert tracker is model.metrics[0] and tracker.name == "loss"
+    assert not keras_internals.is_built(model)
+    before = [value(variable) for variable in model.weights]
+    keras_internals.build_compiled(model, (np.ones((4, 3), np.float32), np.ones((4, 2), np.float32), None))
+    assert keras_internals.is_built(model) and model.optimizer.built
+    assert {"loss", "mae"} <= set(model.get_metrics_result())
+    assert all((value(variable) == old).all() for variable, old in zip(model.weights, before, strict=True))
+    model.compile("sgd", "mse")
+    assert keras_internals.loss_tracker(model) is not tracker
+
+
+def test_a_mask_is_carried_on():
+    embedded = layers.Embedding(9, 3, mask_zero=True)(ops.convert_to_tensor(np.array([[1, 0]])))
+    other = keras_internals.copy_mask(embedded, ops.stop_gradient(embedded))
+    loss = keras.losses.MeanAbsoluteError(reduction="sum")
+    zeros = ops.zeros_like(embedded)
+    found, expected, whole = (float(ops.convert_to_numpy(loss(zeros, y))) for y in (other, embedded, other + 0))
+    assert found == expected != whole
+
+
+def test_what_fit_takes_as_arrays():
+    assert keras_internals.are_arrays(({"a": np.ones(2), "b": [np.ones(2)]}, None, np.ones(2)))
+    assert not keras_internals.are_arrays(((number for number in range(2)), None, None))

@@ -1,4 +1,4 @@
-"""The layers and their policies against closed forms and plain NumPy in float64."""
+"""Layers and their dtype policies against closed forms and plain NumPy in float64."""
 
 import math
 
@@ -31,7 +31,7 @@ def numbers(seed=0):
 
 
 def cut_normal_moments(limit=2.0):
-    """Second and fourth moment of a unit normal cut at `limit`, by partial integration."""
+    """Return the second and fourth moment of a unit normal truncated at `limit`, by partial integration."""
     density = math.exp(-(limit**2) / 2) / math.sqrt(2 * math.pi)
     inside = math.erf(limit / math.sqrt(2))
     second = 1 - 2 * limit * density / inside
@@ -51,7 +51,7 @@ FORMS = {
 @pytest.mark.parametrize("fan", FANS)
 @pytest.mark.parametrize("scale", [1 / 3, 2.0])
 def test_initial_values_have_the_moments_of_their_distribution(scale, fan, distribution):
-    values = VarianceScaling(scale, fan, distribution).draw(SHAPE, numbers())
+    values = VarianceScaling(scale, fan, distribution).sample(SHAPE, numbers())
     assert (values.shape, values.dtype) == (SHAPE, np.float32)
     variance, (kurtosis, largest) = scale / FANS[fan], FORMS[distribution]
     x = values.astype(np.float64).ravel() / math.sqrt(variance)
@@ -67,28 +67,28 @@ def test_initial_values_have_the_moments_of_their_distribution(scale, fan, distr
 
 @pytest.mark.parametrize("shape", [(7, 5), (11,), (2, 4, 6)])
 def test_fan_of_other_shapes(shape):
-    """A uniform draw scaled back by its limit is the generator's own."""
+    """A uniform sample divided by its limit is the generator's."""
     fan = {1: 11, 2: 7, 3: 2 * 4}[len(shape)]
-    values = VarianceScaling(3.0, "in", "uniform").draw(shape, numbers())
+    values = VarianceScaling(3.0, "in", "uniform").sample(shape, numbers())
     unit = numbers().random(shape, np.float32) * 2 - 1
     np.testing.assert_allclose(values, unit * 3 / math.sqrt(fan), rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"fan": "both"}, {"distribution": "cauchy"}])
-def test_initialiser_refuses_what_it_does_not_know(options):
+def test_unknown_initializer_options_raise(options):
     with pytest.raises(ValueError, match=r"must be 'in', 'out'|must be 'normal', 'truncated'"):
         VarianceScaling(**options)
 
 
 @pytest.mark.parametrize("initializer", [VarianceScaling(0.7, "average", "truncated"), Dirac()])
-def test_initialiser_survives_its_configuration(initializer):
+def test_initializers_are_restored_from_their_configuration(initializer):
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(initializer))
     assert type(again) is type(initializer)
     shape = (3, 3, 4, 6)
-    np.testing.assert_array_equal(again.draw(shape, numbers()), initializer.draw(shape, numbers()))
+    np.testing.assert_array_equal(again.sample(shape, numbers()), initializer.sample(shape, numbers()))
 
 
-def test_initialiser_called_by_keras_hears_numpys_seed():
+def test_an_initializer_called_by_keras_uses_numpys_seed():
     first, second = (ops.convert_to_numpy(VarianceScaling()((4, 5))) for _ in range(2))
     np.random.seed(0)
     again = ops.convert_to_numpy(VarianceScaling()((4, 5)))
@@ -96,7 +96,7 @@ def test_initialiser_called_by_keras_hears_numpys_seed():
 
 
 @pytest.mark.parametrize(("kernel_size", "inputs", "outputs"), [(3, 3, 5), (3, 6, 4), (1, 4, 4), (5, 2, 3)])
-def test_identity_passes_its_inputs_on(kernel_size, inputs, outputs):
+def test_dirac_kernels_are_the_identity(kernel_size, inputs, outputs):
     x = numbers().normal(size=(2, 7, 6, inputs)).astype(np.float32)
     layer = conv(outputs, kernel_size, name="conv", initializer=Dirac())
     y, both = ops.convert_to_numpy(layer(x)), min(inputs, outputs)
@@ -107,7 +107,7 @@ def test_identity_passes_its_inputs_on(kernel_size, inputs, outputs):
 
 
 def plain_convolution(x, kernel, strides, pad):
-    """Sums over the window, in float64."""
+    """Return sums over the window, in float64."""
     x = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     size = len(kernel)
     rows, columns = ((side - size) // strides + 1 for side in x.shape[1:3])
@@ -134,7 +134,7 @@ def plain_convolution(x, kernel, strides, pad):
         (2, 1, 5, 6, "valid"),
     ],
 )
-def test_convolution_pads_alike_on_all_sides(kernel_size, strides, height, width, padding):
+def test_convolutions_pad_symmetrically(kernel_size, strides, height, width, padding):
     x = numbers().normal(size=(2, height, width, 3)).astype(np.float32)
     inputs = keras.Input((height, width, 3))
     model = keras.Model(inputs, conv(4, kernel_size, strides, name="conv", padding=padding)(inputs))
@@ -146,12 +146,12 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, strides, height, width
     np.testing.assert_allclose(ops.convert_to_numpy(model(x)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_same_convolution_wants_a_centre():
-    with pytest.raises(ValueError, match=r"middle: symmetric padding wants an odd window, got \(2, 2\)"):
+def test_same_padding_requires_an_odd_window():
+    with pytest.raises(ValueError, match=r"middle: symmetric padding needs an odd window, got \(2, 2\)"):
         conv(4, 2, name="middle")
 
 
-def test_policies_are_bound_once():
+def test_shared_defaults():
     bn = batch_norm(name="bn")
     assert (bn.epsilon, bn.momentum) == (1e-5, 0.9)
     assert not conv(4, 3, name="conv").use_bias and dense(4, name="dense").use_bias
@@ -172,7 +172,7 @@ def test_logits_keep_full_precision_under_a_mixed_policy():
 
 
 def second_moment(images, size):
-    """The mean outer product of all patches with themselves, patch by patch."""
+    """Return the mean outer product of all patches with themselves, patch by patch."""
     n, height, width, channels = images.shape
     total = np.zeros((size * size * channels,) * 2)
     for image in images.astype(np.float64):
@@ -184,28 +184,28 @@ def second_moment(images, size):
 
 
 @pytest.fixture
-def coloured():
-    """Noise with dependent channels and neighbours, so that its covariance is far from the identity."""
+def correlated():
+    """Return noise with dependent channels and neighbors, so that its covariance is far from the identity."""
     noise = numbers().normal(size=(40, 7, 6, 3))
     mixed = noise @ np.array([[1.0, 0.5, 0.2], [0, 0.8, 0.3], [0, 0, 0.4]])
     return (mixed[:, 1:] + 0.6 * mixed[:, :-1]).astype(np.float32)
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_whitened_patches_are_uncorrelated(coloured, size):
-    kernel = whitening_kernel(coloured, size, epsilon=0.01)
+def test_whitened_patches_are_uncorrelated(correlated, size):
+    kernel = whitening_kernel(correlated, size, epsilon=0.01)
     outputs = size * size * 3
     assert (kernel.shape, kernel.dtype) == ((size, size, 3, 2 * outputs), np.float32)
     np.testing.assert_array_equal(kernel[..., outputs:], -kernel[..., :outputs])
-    half, moment = kernel[..., :outputs].reshape(outputs, outputs).astype(np.float64), second_moment(coloured, size)
+    half, moment = kernel[..., :outputs].reshape(outputs, outputs).astype(np.float64), second_moment(correlated, size)
     values = np.linalg.eigvalsh(moment)
     np.testing.assert_allclose(half.T @ moment @ half, np.diag(values / (values + 0.01)), atol=2e-5)
-    whole = whitening_kernel(coloured, size, epsilon=0.0)[..., :outputs].reshape(outputs, outputs)
+    whole = whitening_kernel(correlated, size, epsilon=0.0)[..., :outputs].reshape(outputs, outputs)
     np.testing.assert_allclose(whole.T @ moment @ whole, np.eye(outputs), atol=2e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_whitening_kernel_of_pixels_on_the_device_is_that_of_numpy(size):
+def test_the_whitening_kernel_on_the_device_equals_that_of_numpy(size):
     pixels = numbers().integers(0, 256, (40, 17, 23, 3), np.uint8)
     pixels[:, 1:] = pixels[:, 1:] // 2 + pixels[:, :-1] // 2  # neighbors are alike
     scaling = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -213,13 +213,13 @@ def test_the_whitening_kernel_of_pixels_on_the_device_is_that_of_numpy(size):
     np.testing.assert_allclose(found, whitening_kernel(scaling(pixels, "float64"), size), rtol=1e-5, atol=1e-6)
 
 
-def test_patches_that_cannot_be_summed_exactly_are_refused():
-    with pytest.raises(ValueError, match="patches of 4x300 pixels are too many to be summed exactly"):
+def test_patches_without_an_exact_sum_raise():
+    with pytest.raises(ValueError, match="patches of 4x300 pixels are too many for an exact sum"):
         whitening_kernel_on_device(ops.zeros((1, 4, 300, 3), "uint8"), np.ones(3), np.zeros(3))
 
 
-def test_the_sign_of_a_whitening_filter_is_fixed(coloured, monkeypatch):
-    kernel = whitening_kernel(coloured)
+def test_the_sign_of_a_whitening_filter_is_fixed(correlated, monkeypatch):
+    kernel = whitening_kernel(correlated)
     half = kernel[..., :12].reshape(12, 12)
     assert (half[abs(half).argmax(axis=0), range(12)] > 0).all()
     # A library that answers with the other signs gives the same kernel.
@@ -227,4 +227,4 @@ def test_the_sign_of_a_whitening_filter_is_fixed(coloured, monkeypatch):
     assert {-1.0, 1.0} == set(signs)
     solve = np.linalg.eigh
     monkeypatch.setattr(np.linalg, "eigh", lambda matrix: (solve(matrix)[0], solve(matrix)[1] * signs))
-    np.testing.assert_array_equal(whitening_kernel(coloured), kernel)
+    np.testing.assert_array_equal(whitening_kernel(correlated), kernel)

@@ -407,7 +407,7 @@ def test_a_file_computes_in_the_dtype_of_the_spec(tmp_path):
     ("spec", "expected"),
     [
         (Spec("resnet21"), "did you mean .*resnet20"),
-        (Spec("resnet20", model_kwargs={"depth_rate": 1}), "takes no argument depth_rate"),
+        (Spec("resnet20", model_kwargs={"depth_rate": 1}), "has no argument depth_rate"),
         (Spec("tests.nowhere:small"), "cannot import tests.nowhere"),
         (Spec("tests.parity_models:large"), "has no large"),
         (Spec("tests.parity_models:nothing"), "returned a NoneType; expected a keras.Model"),

@@ -14,7 +14,7 @@ from PIL import Image
 from apps import cifar10, mnist, transfer
 from kvision import flags, memory, zoo
 from kvision.config import Config, arguments_of, public
-from kvision.convert import shipped
+from kvision.convert import pretrained_weights
 from kvision.data import Dataset
 from kvision.data.preprocessing import Preprocessing
 from kvision.experiment import build, build_schedule, command, learning_rates
@@ -47,7 +47,7 @@ def dataset_of(height, width, classes=2, n=6) -> Dataset:
 
 
 def weights_of(name: str) -> str:
-    if name not in shipped():
+    if name not in pretrained_weights():
         pytest.skip(f"{name} does not lie here")
     return name
 
@@ -87,10 +87,10 @@ def test_a_folder_is_never_read_at_a_cameras_size(photos, model, shape):
         (["--image-size", "0"], "--image-size must be from 1 to 4096 pixels"),
         (
             ["--model", "mlp", "--image-size", "300"],
-            "numbers, more than 67,108,864, as it grows with the image; it was",
+            "numbers, more than 67,108,864, as it grows with the image; its default image size is 28x28",
         ),
-        (["--model", "mnist_cnn", "--image-size", "400"], "published for images of 28x28: --image-size 28"),
-        (["--new-head"], "--new-head is of --weights"),
+        (["--model", "mnist_cnn", "--image-size", "400"], "its default image size is 28x28: --image-size 28"),
+        (["--new-head"], "--new-head requires --weights"),
     ],
 )
 def test_what_would_not_fit_ends_in_one_line_with_the_cure(photos, tmp_path, monkeypatch, capsys, argv, expected):
@@ -103,7 +103,7 @@ def test_what_would_not_fit_ends_in_one_line_with_the_cure(photos, tmp_path, mon
 def test_image_size_is_of_folders(tmp_path):
     x, y = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    with pytest.raises(flags.UsageError, match="--image-size is of folders of images; those of a are 8x8"):
+    with pytest.raises(flags.UsageError, match="--image-size applies to folders of images; those of a are 8x8"):
         read_data(Config(data=str(tmp_path / "a.npz"), image_size=9), ("cifar10",))
     assert read_data(Config(data=str(tmp_path / "a.npz"), image_size=8), ("cifar10",))[0].input_shape == (8, 8, 3)
 
@@ -133,7 +133,7 @@ def test_a_batch_of_large_images_fits_the_memory(shape, batch, expected):
     told = []
     config = fit_batch(Config(batch_size=batch, learning_rate=0.4), model, 10**9, told.append)
     assert config.batch_size == expected and config.learning_rate == pytest.approx(0.4 * expected / batch)
-    assert bool(told) is (expected != batch) and all(f"--batch-size {batch} takes them all" in line for line in told)
+    assert bool(told) is (expected != batch) and all(f"give --batch-size {batch} to use it" in line for line in told)
     for left in ({"fit_batch": False}, {"gradient_accumulation_steps": 2}):
         assert fit_batch(Config(batch_size=batch, **left), model, 10**9).batch_size == batch
     assert memory.batch_within(model, batch, budget=1) in (1, batch)
@@ -239,10 +239,10 @@ def test_public_names_what_ships_and_hides_what_does_not():
         data="/home/a", weights="/home/b.npz", output_dir="/home/c", compile_cache="/home/d", model="resnet20"
     )
     assert {key: value for key, value in public(config).items() if value == "..."} == dict.fromkeys(
-        ("data", "weights", "out", "compile_cache"), "..."
+        ("data", "weights", "output_dir", "compile_cache"), "..."
     )
     assert arguments_of(config) == ["--model", "resnet20", "--data", "...", "--weights", "..."]
-    if "resnet20.cifar10" in shipped():
+    if "resnet20.cifar10" in pretrained_weights():
         config = Config(weights="resnet20.cifar10", model="resnet20")
         assert arguments_of(config) == ["--model", "resnet20", "--weights", "resnet20.cifar10"]
     assert public(Config())["data"] is None and public(Config())["compile_cache"] == "auto"
@@ -257,7 +257,7 @@ def test_weights_by_name_ask_for_a_new_head_of_other_classes(photos, tmp_path, c
     assert command(cifar10.main, cifar10.RECIPES, "", [*argv[:-1], str(tmp_path / "new"), "--new-head"]) == 0
     metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert f"--weights {weights} --new-head" in metrics["command"]
-    with np.load(shipped()[weights]) as old, np.load(tmp_path / "new" / "weights.npz") as new:
+    with np.load(pretrained_weights()[weights]) as old, np.load(tmp_path / "new" / "weights.npz") as new:
         assert new["logits/kernel"].shape[-1] == 2
         for name in set(old.files) - {"__manifest__", "logits/kernel"}:
             np.testing.assert_array_equal(old[name], new[name])
@@ -275,12 +275,14 @@ def test_transfer_takes_two_classes(photos, tmp_path, capsys):
     )
     assert run() == 2
     error = capsys.readouterr().err
-    assert "has 2 classes, too few to learn some first and then others: give --weights" in error and weights in error
+    assert (
+        "has 2 classes, too few to split into source and target classes: give --weights" in error and weights in error
+    )
     assert run("--weights", weights) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["margin"] == metrics["head_accuracy"] - metrics["scratch_accuracy"]
-    assert "transfer to 2 classes of home of somebody from 5 images each" in capsys.readouterr().out
-    with np.load(shipped()[weights]) as old, np.load(tmp_path / "run" / "head" / "weights.npz") as new:
+    assert "Transfer to 2 classes of home of somebody from 5 images each" in capsys.readouterr().out
+    with np.load(pretrained_weights()[weights]) as old, np.load(tmp_path / "run" / "head" / "weights.npz") as new:
         assert all(np.array_equal(old[name], new[name]) for name in old.files if name.startswith("stage"))
 
 
@@ -303,13 +305,13 @@ def test_every_flag_of_every_run_is_in_one_group(config, capsys):
     known = {item.name for item in fields(Config) if "help" in item.metadata}
     assert set(grouped) == known
     with pytest.raises(SystemExit):
-        flags.parse(config, ["--help"], prog="x", description="", more={"model": "such as these"})
+        flags.parse(config, ["--help", "all"], prog="x", description="", more={"model": "such as these"})
     text = capsys.readouterr().out
     for title in config.GROUPS:
         assert f"\n{title}:\n" in text
-    assert ("\nof this app:\n" in text) is (config is not Config)
+    assert ("--per-class" in text) is (config is not Config)
     words = " ".join(text.split())
-    assert "one of sgd, adam, adamw (default: sgd)" in words and "one of zero, reflect" in words
+    assert "optimizer: sgd, adam, adamw (default: sgd)" in words and "how crops are padded: zero, reflect" in words
     assert "such as these (default: softmax)" in words and "usage: x [--flag VALUE ...]" in words
 
 

@@ -33,7 +33,7 @@ def lowbias32(x):
 
 
 def reference_bits(key, step, shape):
-    """What `bits` gives, as uint32."""
+    """Return `bits` as uint32."""
     key, step = np.array([key], WORD), np.array([step], WORD)
     a, b = (lowbias32(lowbias32(key ^ WORD(part)) ^ step) for part in (0x9E3779B9, 0x243F6A88))
     places = lowbias32(np.arange(math.prod(shape[1:]), dtype=WORD) ^ a)
@@ -55,12 +55,12 @@ def words(key, step, shape):
 
 
 def bound(tests=1, level=LEVEL):
-    """|z| of a unit normal is beyond this with probability `level` in any of `tests` tests (Bonferroni)."""
+    """Return the bound of |z| of a unit normal in `tests` tests at probability `level` (Bonferroni)."""
     return NormalDist().inv_cdf(1 - level / tests / 2)
 
 
 def chi_square(counts):
-    """The counts' distance from equal ones as a unit normal (Wilson and Hilferty 1931)."""
+    """Return the counts' deviation from equal ones as a unit normal (Wilson and Hilferty 1931)."""
     expected, freedom = counts.sum() / counts.size, counts.size - 1
     assert expected >= 100
     statistic = ((counts - expected) ** 2 / expected).sum()
@@ -80,7 +80,7 @@ def bit_scores(words):
 
 
 def test_golden_bits():
-    """Frozen for good: runs are repeated by them."""
+    """Frozen, so that runs stay reproducible."""
     assert words(0, 0, (2, 2)).tolist() == GOLDEN[0]
     assert words(key(7, "dropout"), 12345, (2, 2)).tolist() == GOLDEN[1]
 
@@ -89,7 +89,7 @@ def test_golden_bits():
     ("key", "step"),
     [(0, 0), (1, 2), (2**31 - 1, 2**31 - 1), (2**31, 2**32 - 1), (-1, -5), (3, 2**32 + 9)],
 )
-def test_bits_are_those_of_unsigned_arithmetic(key, step):
+def test_bits_equal_unsigned_arithmetic(key, step):
     np.testing.assert_array_equal(words(key, step, (5, 3, 4)), reference_bits(key % 2**32, step % 2**32, (5, 3, 4)))
 
 
@@ -101,7 +101,7 @@ def test_shapes():
 
 
 def test_keys_and_steps_may_be_tensors():
-    """As the state of a SeedGenerator, whose dtype is another on each backend."""
+    """Like the state of a SeedGenerator, whose dtype differs by backend."""
     state = keras.random.SeedGenerator(2**31 - 2).next()
     np.testing.assert_array_equal(words(state[0], state[1], (5, 3, 4)), reference_bits(2**31 - 2, 0, (5, 3, 4)))
     for dtype in ("int32", "uint8"):
@@ -142,7 +142,7 @@ def block():
 def test_uniformity(block):
     assert abs(bit_scores(block)).max() < bound(32)
     assert max(map(abs, byte_scores(block))) < bound(4)
-    # 2**20 draws of 2**32 words: 128 expected pairs of equals, Poisson. (A permutation of counters would have none.)
+    # 2**20 samples of 2**32 words: 128 expected pairs of equals, Poisson. (A permutation of counters would have none.)
     repeats = block.size - np.unique(block).size
     assert abs(repeats - 128) / math.sqrt(128) < bound()
 
@@ -158,7 +158,7 @@ RELATIONS = {
     "places": lambda block: [block[:, 0::2], block[:, 1::2]],
     "far places": lambda block: [block[:, :2048], block[:, 2048:]],
     "example and place": lambda block: [block[:, :256], block[:, :256].T],
-    # Example and place meet in an exclusive or, whose four corners cancel; the last hash must hide that.
+    # Example and place are combined by an exclusive or, whose four corners cancel; the last hash must hide that.
     "corners": lambda block: [block[i::2, j::2] for i in (0, 1) for j in (0, 1)],
 }
 
@@ -181,7 +181,7 @@ def test_independence(relation, block):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_serial_pairs(axis, block):
-    """Upper and lower four bits of neighbours: all 256 pairs are equally frequent."""
+    """Upper and lower four bits of neighbors: all 256 pairs are equally frequent."""
     rolled = np.moveaxis(block, axis, -1)
     first, second = rolled[..., 0::2].ravel(), rolled[..., 1::2].ravel()
     for shift in (0, 28):
@@ -191,7 +191,7 @@ def test_serial_pairs(axis, block):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_runs(axis, block):
-    """How often the sign changes along places, and along examples (Wald and Wolfowitz 1940)."""
+    """The number of sign changes along places and along examples (Wald and Wolfowitz 1940)."""
     changes = np.count_nonzero(np.diff((block >> WORD(31)).astype(np.int8), axis=axis))
     n = block.size - block.shape[1 - axis]
     assert abs(changes - n / 2) / math.sqrt(n / 4) < bound(2)
@@ -230,7 +230,7 @@ def test_uniform():
 
 @pytest.fixture
 def float64():
-    """Keras computes in float64; JAX needs its own switch for that."""
+    """Compute in float64, which JAX must enable separately."""
     switch = contextlib.nullcontext()
     if keras.backend.backend() == "jax":
         import jax
@@ -279,7 +279,7 @@ def test_normal():
 
 
 def test_the_tails_of_the_normal_numbers():
-    """The ends are where a backend's inverse error function fails first: the words next to 0 and to 1 are in here."""
+    """A backend's inverse error function fails first at the ends: the words next to 0 and to 1 are included."""
     place = np.array([1, 3, 5, 2**20 + 1, 2**23 - 1], np.float64) / 2**24  # half of it is a distance from 0 or from 1
     exact = normal_quantile(place / 2)
     numbers = ops.convert_to_numpy(math.sqrt(2) * ops.erfinv(ops.convert_to_tensor((place - 1).astype(np.float32))))
@@ -295,6 +295,6 @@ def test_keys():
     assert all(isinstance(value, int) for value in drawn)
 
 
-def test_streams():
+def test_rng():
     assert rng(1, "order", 2).integers(1000, size=4).tolist() == STREAM
     assert rng(1, "order", 2).random() != rng(1, "order", 3).random()

@@ -712,7 +712,7 @@ def test_bar_falls_back_to_ascii(clock, encoding):
 
 @pytest.mark.parametrize("name, value, color", [("NO_COLOR", "1", False), ("NO_COLOR", "", True)])
 @pytest.mark.skipif(os.name == "nt", reason="a Windows console is asked differently")
-def test_bar_honours_no_color(clock, monkeypatch, name, value, color):
+def test_bar_honors_no_color(clock, monkeypatch, name, value, color):
     monkeypatch.setenv(name, value)
     stream = Terminal()
     drive(Progress(4, "epoch", stream), clock, 2)

@@ -33,7 +33,7 @@ from kvision.weights import WeightsError
 from kvision.weights.archive import write
 from kvision.weights.initialization import initialize
 from tests import kills
-from tests.drawn import write_few
+from tests.datasets import write_few
 from tests.test_training import KilledError, everything, run, same, without_times
 
 callbacks = keras.callbacks
@@ -66,19 +66,19 @@ def softmax(seed=0):
     return model
 
 
-def noise(pictures, classes=3):
+def noise(make_images, classes=3):
     """Batches of noise, 3 in an epoch, and other noise to validate on."""
-    images, labels = pictures(12, 6, 6, classes=classes)
-    return Batches(images, labels, 4, 1, Preprocessing(mean=(0.5,), std=(0.25,))), pictures(9, 6, 6, seed=2)
+    images, labels = make_images(12, 6, 6, classes=classes)
+    return Batches(images, labels, 4, 1, Preprocessing(mean=(0.5,), std=(0.25,))), make_images(9, 6, 6, seed=2)
 
 
 # Any step
 
 
-def mixed(pictures, seed):
+def mixed(make_images, seed):
     """What has a state: dropout, batch norm, momentum, an average, mixed samples, the best epoch."""
-    model, optimizer, batches = run(pictures, seed=seed)
-    images, labels = pictures(13, 6, 6)
+    model, optimizer, batches = run(make_images, seed=seed)
+    images, labels = make_images(13, 6, 6)
     held = images, (labels + 1) % 3  # the loss there soon rises, so that the best epoch is not the last
     options = {"evaluations": {"validation": held, "test": held}, "early_stopping": EarlyStopping(9)}
     return model, EMA(optimizer, 0.9), MixedBatches(batches, 3, [Mixup()], RandomErasing()), options
@@ -106,10 +106,10 @@ class Shy(callbacks.Callback):
         self.count = int(state["told"][0])
 
 
-def heard(pictures, seed):
+def heard(make_images, seed):
     """Callbacks with a state, at a rate that they can set; the validation loss rises, so that they do."""
-    model, batches = softmax(seed), noise(pictures)[0]
-    images, labels = pictures(12, 6, 6)
+    model, batches = softmax(seed), noise(make_images)[0]
+    images, labels = make_images(12, 6, 6)
     told = [
         callbacks.ReduceLROnPlateau(factor=0.5, patience=2, min_delta=0.01),
         callbacks.EarlyStopping(patience=3, restore_best_weights=True),
@@ -120,17 +120,17 @@ def heard(pictures, seed):
     return model, keras.optimizers.Adam(0.01), batches, options
 
 
-def shy(pictures, seed):
-    model, (batches, _) = softmax(seed), noise(pictures)
+def shy(make_images, seed):
+    model, (batches, _) = softmax(seed), noise(make_images)
     return model, keras.optimizers.SGD(0.05, momentum=0.9), batches, {"callbacks": [Shy()]}
 
 
 @pytest.mark.parametrize("make", [mixed, heard, shy])
-def test_a_run_goes_on_from_any_step(pictures, tmp_path, make):
-    """Killed before some of its twelve steps, again and again; to the bit, callbacks and losses included."""
+def test_a_run_goes_on_from_any_step(make_images, tmp_path, make):
+    """Killed before some of its twelve steps, again and again; bit for bit, callbacks and losses included."""
 
     def train(seed=0, stop=None, folder=None, every=None):
-        model, optimizer, batches, options = make(pictures, seed)
+        model, optimizer, batches, options = make(make_images, seed)
         batches = at_step(batches, stop, killed) if stop else batches
         options |= {"checkpoint": folder, "schedule": Schedule(eval_every=1, save_every=every)}
         history = fit(model, Classification(), optimizer, batches, epochs=4, **options)
@@ -154,7 +154,7 @@ def test_a_run_goes_on_from_any_step(pictures, tmp_path, make):
             assert same(found[0], whole[0]) and found[1:] == whole[1:], every
 
 
-def test_where_checkpoints_are_written(pictures, tmp_path):
+def test_where_checkpoints_are_written(make_images, tmp_path):
     steps = lambda folder: sorted(int(path.stem[5:]) for path in folder.iterdir())  # noqa: E731
     for name, options, expected in (
         ("epochs", {}, [9, 12, 15]),
@@ -162,7 +162,7 @@ def test_where_checkpoints_are_written(pictures, tmp_path):
         ("all", {"save_every": 1}, list(range(1, 16))),
         ("end", {"save_every": 100}, [15]),
     ):
-        model, (batches, _) = softmax(), noise(pictures)
+        model, (batches, _) = softmax(), noise(make_images)
         folder = tmp_path / name
         checkpoints = Checkpoints(folder, keep={"two": 4, "all": 99}.get(name, 3))
         optimizer, plan = make_optimizer("sgd", 0.1), Schedule(**options)
@@ -171,9 +171,9 @@ def test_where_checkpoints_are_written(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Adam", "RMSprop", "Lion", "Muon"])
-def test_kerass_optimizers_and_losses_go_on(pictures, tmp_path, kind):
+def test_kerass_optimizers_and_losses_go_on(make_images, tmp_path, kind):
     def train(stop=None, folder=None):
-        model, (batches, _), optimizer = softmax(), noise(pictures), getattr(keras.optimizers, kind)(0.01)
+        model, (batches, _), optimizer = softmax(), noise(make_images), getattr(keras.optimizers, kind)(0.01)
         batches = at_step(batches, stop, killed) if stop else batches
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         history = fit(
@@ -198,9 +198,9 @@ def test_kerass_optimizers_and_losses_go_on(pictures, tmp_path, kind):
 
 
 @pytest.fixture
-def checkpoint(pictures, tmp_path):
+def checkpoint(make_images, tmp_path):
     """A checkpoint as a run would write it, what is in it, and its state."""
-    model, optimizer, batches = run(pictures)
+    model, optimizer, batches = run(make_images)
     optimizer.build(model.trainable_variables)
     for i, variable in enumerate((*model.variables, *optimizer.variables)):
         variable.assign(ops.full(variable.shape, i + 1, dtype=variable.dtype))
@@ -216,9 +216,9 @@ def checkpoint(pictures, tmp_path):
     return Checkpoints(tmp_path / "run").write(model, optimizer, state), everything(model, optimizer), state
 
 
-def test_a_checkpoint_comes_back(pictures, checkpoint):
+def test_a_checkpoint_comes_back(make_images, checkpoint):
     path, expected, state = checkpoint
-    model, optimizer, _ = run(pictures, seed=5)
+    model, optimizer, _ = run(make_images, seed=5)
     optimizer.build(model.trainable_variables)
     checkpoints = Checkpoints(path.parent)
     read = checkpoints.read(model, optimizer, ["Shy"], (3, 4))
@@ -298,14 +298,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_checkpoint_is_passed_over(pictures, checkpoint, kind):
+def test_a_broken_checkpoint_is_passed_over(make_images, checkpoint, kind):
     """For the one before it, with a warning that names both; it goes when the next is written."""
     newest, expected, state = checkpoint
     damage, message = BROKEN[kind]
     before = newest.with_name("step-00000002.npz")
     shutil.copy(newest, before)
     damage(newest)
-    model, optimizer, _ = run(pictures, seed=5)
+    model, optimizer, _ = run(make_images, seed=5)
     optimizer.build(model.trainable_variables)
     checkpoints = Checkpoints(newest.parent, keep=2)
     with pytest.warns(RuntimeWarning, match=f"{newest}: .*{message}.*; passed over, the run goes on from {before}"):
@@ -316,12 +316,12 @@ def test_a_broken_checkpoint_is_passed_over(pictures, checkpoint, kind):
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_nothing_goes_on_from_broken_checkpoints_alone(pictures, checkpoint, kind):
+def test_nothing_goes_on_from_broken_checkpoints_alone(make_images, checkpoint, kind):
     newest, _, _ = checkpoint
     damage, message = BROKEN[kind]
     damage(newest)
     shutil.copy(newest, newest.with_name("step-00000002.npz"))
-    refused(pictures, newest, {}, rf"{message}.*\(nor can step-00000002.npz\)", {})
+    refused(make_images, newest, {}, rf"{message}.*\(nor can step-00000002.npz\)", {})
 
 
 @pytest.mark.parametrize(
@@ -334,26 +334,26 @@ def test_nothing_goes_on_from_broken_checkpoints_alone(pictures, checkpoint, kin
     ],
     ids=["optimizer", "width", "batches", "callbacks"],
 )
-def test_a_foreign_checkpoint_is_refused(pictures, checkpoint, network, options, message):
-    refused(pictures, checkpoint[0], options, message, network)
+def test_a_foreign_checkpoint_is_refused(make_images, checkpoint, network, options, message):
+    refused(make_images, checkpoint[0], options, message, network)
 
 
-def refused(pictures, newest, options, message, network):
+def refused(make_images, newest, options, message, network):
     """`fit` ends before anything has changed."""
-    model, optimizer, batches = run(pictures, **network)
+    model, optimizer, batches = run(make_images, **network)
     optimizer.build(model.trainable_variables)
     before, kept, options = everything(model, optimizer), newest.read_bytes(), {"callbacks": [Shy()], **options}
     if size := options.pop("size", None):
-        batches = Batches(*pictures(13, 6, 6), size, 1, Preprocessing())
+        batches = Batches(*make_images(13, 6, 6), size, 1, Preprocessing())
     with pytest.raises(WeightsError, match=f"^{newest}: .*{message}") as error:
         fit(model, Classification(), optimizer, batches, epochs=2, checkpoint=newest.parent, **options)
     assert "no run can go on from it" in str(error.value) and "start a new one in another folder" in str(error.value)
     assert same(everything(model, optimizer), before) and newest.read_bytes() == kept
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(pictures, tmp_path):
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(make_images, tmp_path):
     def train(folder=None):
-        model, optimizer, batches = run(pictures, width=0)
+        model, optimizer, batches = run(make_images, width=0)
         fit(model, Classification(), optimizer, batches, epochs=2, checkpoint=folder, schedule=Schedule(save_every=2))
         return everything(model, optimizer)
 
@@ -364,10 +364,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(pictures, tmp_pat
     assert same(train(tmp_path), whole)
 
 
-def test_what_a_killed_write_left_is_removed(pictures, tmp_path):
+def test_what_a_killed_write_left_is_removed(make_images, tmp_path):
     (tmp_path / ".step-00000003.npz.0a1b2c3d.tmp").write_bytes(b"PK")
     (tmp_path / "notes.txt").write_text("mine")
-    model, optimizer, batches = run(pictures, width=0)
+    model, optimizer, batches = run(make_images, width=0)
     fit(model, Classification(), optimizer, batches, epochs=1, checkpoint=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000003.npz", "notes.txt"}
 
@@ -380,10 +380,10 @@ def test_what_a_killed_write_left_is_removed(pictures, tmp_path):
         (lambda: {"checkpoint": "file"}, WeightsError, "file: is a file; checkpoints want a folder"),
     ],
 )
-def test_bad_requests_are_named(pictures, tmp_path, monkeypatch, options, error, message):
+def test_bad_requests_are_named(make_images, tmp_path, monkeypatch, options, error, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    model, optimizer, batches = run(pictures, width=0)
+    model, optimizer, batches = run(make_images, width=0)
     with pytest.raises(error, match=message):
         fit(model, Classification(), optimizer, batches, epochs=1, **{"checkpoint": tmp_path / "run", **options()})
 
@@ -393,12 +393,12 @@ def test_bad_requests_are_named(pictures, tmp_path, monkeypatch, options, error,
 
 @pytest.mark.parametrize("step", [1, 5, 6])
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_saves_first(pictures, tmp_path, number, name, step):
+def test_a_signal_saves_first(make_images, tmp_path, number, name, step):
     former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     send = lambda: os.kill(os.getpid(), number)  # noqa: E731
 
     def train(stop=None, folder=None):
-        model, optimizer, batches = run(pictures, width=0)
+        model, optimizer, batches = run(make_images, width=0)
         batches = at_step(batches, stop, send) if stop else batches
         fit(
             model,
@@ -407,7 +407,7 @@ def test_a_signal_saves_first(pictures, tmp_path, number, name, step):
             batches,
             epochs=2,
             checkpoint=folder,
-            evaluations={"test": pictures(9, 6, 6)},
+            evaluations={"test": make_images(9, 6, 6)},
             schedule=Schedule(eval_every=1),
         )
         return everything(model, optimizer)
@@ -421,12 +421,12 @@ def test_a_signal_saves_first(pictures, tmp_path, number, name, step):
     assert same(train(None, folder), whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(pictures, tmp_path):
+def test_a_second_ctrl_c_ends_at_once(make_images, tmp_path):
     def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    model, optimizer, batches = run(pictures, width=0)
+    model, optimizer, batches = run(make_images, width=0)
     with pytest.raises(KeyboardInterrupt) as stop:
         fit(model, Classification(), optimizer, at_step(batches, 5, twice), epochs=2, checkpoint=tmp_path)
     assert type(stop.value) is KeyboardInterrupt
@@ -434,9 +434,9 @@ def test_a_second_ctrl_c_ends_at_once(pictures, tmp_path):
     assert np.isfinite(everything(model, optimizer)[0]).all()  # the model can be looked at, on every backend
 
 
-def test_a_run_without_checkpoints_leaves_signals_alone(pictures):
+def test_a_run_without_checkpoints_leaves_signals_alone(make_images):
     seen = []
-    model, optimizer, batches = run(pictures, width=0)
+    model, optimizer, batches = run(make_images, width=0)
     batches = at_step(batches, 2, lambda: seen.append(signal.getsignal(signal.SIGINT)))
     fit(model, Classification(), optimizer, batches, epochs=1)
     assert seen == [signal.getsignal(signal.SIGINT)]
@@ -480,9 +480,9 @@ def test_what_ends_an_app_is_one_line_and_a_code(capsys, error, code, line):
 # Numbers that are no longer finite
 
 
-def burst(pictures, step, **options):
+def burst(make_images, step, **options):
     """Train with gradients that are not finite in one step, whose loss is."""
-    images, labels = pictures(12, 6, 6)
+    images, labels = make_images(12, 6, 6)
     batches, plain = Batches(images, labels * 0, 4, 1, Preprocessing()), cross_entropy()
     draw = batches.epoch
 
@@ -496,7 +496,7 @@ def burst(pictures, step, **options):
         return plain(labels, scores) + ops.sqrt(ops.sum(scores * 0) + 1 - marked) - (1 - marked)
 
     batches.epoch = epoch
-    model, optimizer, _ = run(pictures, width=0)
+    model, optimizer, _ = run(make_images, width=0)
     fit(model, Classification(loss), optimizer, batches, epochs=2, **options)
 
 
@@ -511,27 +511,27 @@ def burst(pictures, step, **options):
         (5, None, "the loss is nan at step 6", 3),
     ],
 )
-def test_nothing_that_is_not_finite_is_kept(pictures, tmp_path, step, every, what, last):
+def test_nothing_that_is_not_finite_is_kept(make_images, tmp_path, step, every, what, last):
     """The loss of the step before a checkpoint is waited for, and the weights are looked at."""
     name = f"the last good checkpoint is {tmp_path}/step-0000000{last}.npz" if last else "no checkpoint was written"
     with pytest.raises(
         DivergedError, match=f"{what}; {name}.*; try a smaller --learning-rate, --clip-norm 1 or --dtype"
     ):
-        burst(pictures, step, checkpoint=tmp_path, schedule=Schedule(save_every=every))
+        burst(make_images, step, checkpoint=tmp_path, schedule=Schedule(save_every=every))
     for path in tmp_path.iterdir():
         with np.load(path) as stored:
             assert all(np.isfinite(stored[key]).all() for key in stored.files), path
         assert int(path.stem[5:]) <= (last or 0)
 
 
-def test_terminate_on_nan_ends_the_run(pictures, tmp_path):
+def test_terminate_on_nan_ends_the_run(make_images, tmp_path):
     """Without an error, as in Keras, and without a checkpoint."""
     ends = []
     told = [callbacks.TerminateOnNaN(), callbacks.LambdaCallback(on_train_end=lambda logs: ends.append("end"))]
-    burst(pictures, 4, checkpoint=tmp_path, callbacks=told)
+    burst(make_images, 4, checkpoint=tmp_path, callbacks=told)
     assert ends == ["end"] and [path.name for path in tmp_path.iterdir()] == ["step-00000003.npz"]
     with pytest.raises(RuntimeError, match="NaN or Inf loss"):
-        burst(pictures, 4, callbacks=[callbacks.TerminateOnNaN(raise_error=True)])
+        burst(make_images, 4, callbacks=[callbacks.TerminateOnNaN(raise_error=True)])
 
 
 # A full disk
@@ -640,7 +640,7 @@ def test_an_app_ends_with_75_where_it_saved(images, tmp_path, monkeypatch, capsy
     saved.unlink()
     (folder / ".metrics.jsonl.x1y2.tmp").touch()  # what SIGKILL may leave
     assert command(cifar10.main, cifar10.RECIPES, "", ["--resume", "--output-dir", str(folder)]) == 0
-    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts from its beginning" in capsys.readouterr().out
+    assert f"{folder / 'checkpoints'} has no checkpoint: the run starts at step 0" in capsys.readouterr().out
     assert same(weights(folder), weights(tmp_path / "whole")) and not list(folder.rglob(".*"))
 
 
@@ -730,9 +730,9 @@ TOLD = {
 
 
 @pytest.mark.parametrize("kind", TOLD)
-def test_callbacks_hear_what_keras_tells_them(pictures, kind):
+def test_callbacks_hear_what_keras_tells_them(make_images, kind):
     """The same calls, logs, rates and weights as in Keras's own `fit` of the same batches."""
-    images, labels = pictures(12, 6, 6)
+    images, labels = make_images(12, 6, 6)
     held, wrong = images, np.where(np.arange(12) % 2, labels, (labels + 1) % 3)  # the loss there rises soon
     prepare, found = Preprocessing(mean=(0.5,), std=(0.25,)), []
     for ours in (False, True):
@@ -765,13 +765,13 @@ def test_callbacks_hear_what_keras_tells_them(pictures, kind):
     assert ended[0] <= sum(call[0] == "epoch end" for call in our_calls) <= ended[1]
 
 
-def test_callbacks_write_files(pictures, tmp_path):
+def test_callbacks_write_files(make_images, tmp_path):
     """ModelCheckpoint, whole and weights alone, after epochs and steps; CSVLogger, which goes on after a stop."""
 
     logger = []
 
     def train(stop=None):
-        model, (batches, held) = softmax(), noise(pictures)
+        model, (batches, held) = softmax(), noise(make_images)
         batches = at_step(batches, stop, killed) if stop else batches
         told = [
             callbacks.ModelCheckpoint(str(tmp_path / "best.keras"), save_best_only=True),
@@ -798,8 +798,10 @@ def test_callbacks_write_files(pictures, tmp_path):
     assert steps == 3 * (1 + losses.index(min(losses)))
     last.load_weights(tmp_path / "3.weights.h5")
     assert same([np.array(w) for w in last.get_weights()], [np.array(w) for w in model.get_weights()])
-    scores = evaluation.predict(trainer.engines.create(best), noise(pictures)[1][0], noise(pictures)[0].preprocessing)
-    assert score(scores, noise(pictures)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
+    scores = evaluation.predict(
+        trainer.engines.create(best), noise(make_images)[1][0], noise(make_images)[0].preprocessing
+    )
+    assert score(scores, noise(make_images)[1][1])["loss"] == pytest.approx(min(losses), rel=1e-6)
     assert {path.name for path in tmp_path.glob("step*")} == {
         "step1-2.weights.h5",
         "step2-1.weights.h5",
@@ -812,9 +814,9 @@ def test_callbacks_write_files(pictures, tmp_path):
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
 
 
-def test_metrics_are_scored_with_every_image_set(pictures):
-    model, (batches, held) = softmax(), noise(pictures)
-    other = pictures(15, 6, 6, seed=3)
+def test_metrics_are_scored_with_every_image_set(make_images):
+    model, (batches, held) = softmax(), noise(make_images)
+    other = make_images(15, 6, 6, seed=3)
     top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
     history = fit(
         model,
@@ -837,11 +839,11 @@ def test_metrics_are_scored_with_every_image_set(pictures):
         fit(model, Classification(metrics=[taken]), make_optimizer("sgd", 0.1), batches, epochs=1)
 
 
-def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
+def test_metrics_of_an_epoch_survive_a_stop(make_images, tmp_path):
     """They are of all images that the epoch has shown, before and after the stop; of targets they see the largest."""
 
     def train(stop=None, **options):
-        model, (batches, held) = softmax(), noise(pictures)
+        model, (batches, held) = softmax(), noise(make_images)
         batches = at_step(batches, stop, killed) if stop else batches
         top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top")
         options |= {"evaluations": {"test": held}, "schedule": Schedule(eval_every=1, save_every=1)}
@@ -852,7 +854,7 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
     again, whole = train(checkpoint=tmp_path), train()
     keys = "top", "test_top", "accuracy", "loss"
     assert [[row[key] for key in keys] for row in again.epochs] == [[row[key] for key in keys] for row in whole.epochs]
-    model, (batches, _) = softmax(), noise(pictures)
+    model, (batches, _) = softmax(), noise(make_images)
     mean = keras.metrics.SparseCategoricalAccuracy(name="mean")
     mixed = MixedBatches(batches, 3, [Mixup()])
     history = fit(model, Classification(metrics=[mean]), make_optimizer("sgd", 0.1), mixed, epochs=1)
@@ -860,8 +862,8 @@ def test_metrics_of_an_epoch_survive_a_stop(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["native", "keras"])
-def test_metrics_are_those_of_the_steps(pictures, kind):
-    model, (batches, _) = softmax(), noise(pictures)
+def test_metrics_are_those_of_the_steps(make_images, kind):
+    model, (batches, _) = softmax(), noise(make_images)
     accuracy = keras.metrics.SparseCategoricalAccuracy(name="measured")
     task, execution = Classification(metrics=[accuracy]), Execution(engine=kind)
     history = fit(model, task, make_optimizer("sgd", 0.1), batches, epochs=2, execution=execution)
@@ -877,34 +879,34 @@ class Halved(keras.Model):
         return super().train_step(*arguments[:-1], (0.5 * x, y, *rest))
 
 
-def test_a_step_of_its_own_is_kerass_to_take(pictures):
+def test_a_step_of_its_own_is_kerass_to_take(make_images):
     """With a warning, and the same as Keras's engine asked for by name."""
     found = []
     for kind in ("native", "keras"):
         model = softmax()
         model = Halved(model.inputs[0], model.outputs[0])
-        batches, _ = noise(pictures)
+        batches, _ = noise(make_images)
         with pytest.warns(HandedToKeras, match="its class overrides train_step") if kind == "native" else nullcontext():
             history = fit(
                 model, Classification(), make_optimizer("sgd", 0.1), batches, epochs=2, execution=Execution(engine=kind)
             )
         found.append(([row["loss"] for row in history.epochs], model.get_weights()[0]))
     assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
-    plain, (batches, _) = softmax(), noise(pictures)
+    plain, (batches, _) = softmax(), noise(make_images)
     fit(plain, Classification(), make_optimizer("sgd", 0.1), batches, epochs=2)
     assert abs(plain.get_weights()[0] - found[0][1]).max() > 1e-3
 
 
-def test_keras_s_backup_is_refused(pictures, tmp_path):
-    model, (batches, _) = softmax(), noise(pictures)
+def test_keras_s_backup_is_refused(make_images, tmp_path):
+    model, (batches, _) = softmax(), noise(make_images)
     with pytest.raises(ValueError, match=r"give fit\(checkpoint=FOLDER\) instead"):
         told = [callbacks.BackupAndRestore(str(tmp_path))]
         fit(model, Classification(), make_optimizer("sgd", 0.1), batches, epochs=1, callbacks=told)
 
 
-def test_an_average_is_no_matter_of_the_callbacks(pictures):
+def test_an_average_is_no_matter_of_the_callbacks(make_images):
     """They see the weights in training, and at the end the average."""
-    model, (batches, held) = softmax(), noise(pictures)
+    model, (batches, held) = softmax(), noise(make_images)
     optimizer, seen = EMA(make_optimizer("sgd", 0.1), 0.9), []
     look = lambda: seen.append(np.array(model.get_weights()[0]))  # noqa: E731
     told = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: look(), on_train_end=lambda logs: look())

@@ -21,7 +21,7 @@ from kvision.files import FolderInUseError, locked
 from kvision.flags import UsageError
 from kvision.training.checkpoints import Checkpoints, OtherRunError, State
 from kvision.weights import save
-from tests.drawn import write_shapes
+from tests.datasets import write_shapes
 from tests.test_files import HOLDER, tiny_model
 from tests.test_resume import act_in_app
 

@@ -22,7 +22,7 @@ from tests.arrays import figures
 
 layers, initializers = keras.layers, keras.initializers
 
-# JAX, TensorFlow and PyTorch agreed on these to 4e-7 on a CPU, and on the hashes below to the bit.
+# JAX, TensorFlow and PyTorch agreed on these to 4e-7 on a CPU, and on the hashes below bit for bit.
 FIRST_BATCHES = "e8cf770d84ff996c6a016150104c5c164ee168107f0b5ecbb7dbb9896d13ee7b"
 FIRST_LOGITS = [-1.529171, 0.00753382, 0.1522478, -0.2758502, -0.68691]
 LOSSES = [1.8456519, 1.9119622, 1.8892135, 1.803825, 1.7780173]
@@ -56,7 +56,7 @@ def sha256(*parts):
 
 
 def kerass_own():
-    """A layer for each of Keras's initialisers that `initialize` draws in NumPy."""
+    """A layer for each of Keras's initializers that `initialize` draws in NumPy."""
     own = {
         "glorot": initializers.GlorotUniform(),
         "he": initializers.HeNormal(),
@@ -119,7 +119,7 @@ def test_initial_weights_hang_on_seed_and_name_alone():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_kerass_initialisers_keep_their_moments(initializer, moments):
+def test_kerass_initializers_keep_their_moments(initializer, moments):
     inputs = keras.Input((200,))
     model = keras.Model(inputs, layers.Dense(300, kernel_initializer=initializer, name="dense")(inputs))
     initialize(model, 0)
@@ -131,7 +131,7 @@ def test_kerass_initialisers_keep_their_moments(initializer, moments):
 def test_an_initialiser_that_numpy_cannot_draw_is_named():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(4, kernel_initializer="orthogonal", name="turn")(inputs))
-    with pytest.raises(ValueError, match=r"cannot draw turn/kernel in NumPy: its initializer is Orthogonal"):
+    with pytest.raises(ValueError, match=r"cannot initialize turn/kernel in NumPy: its initializer is Orthogonal"):
         initialize(model, 0)
 
 
@@ -147,22 +147,22 @@ def tiny():
     return keras.Model(inputs, logits(5)(x), name="tiny")
 
 
-def tiny_batches(pictures):
-    images, labels = pictures(64, 12, 12, classes=5)
+def tiny_batches(make_images):
+    images, labels = make_images(64, 12, 12, classes=5)
     images[:, :6] //= 1 + labels[:, None, None, None].astype(np.uint8)  # something to learn
     preprocessing = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     return Batches(images, labels, 16, 3, preprocessing, Augmentation(True, 2, "reflect", 3))
 
 
-def test_augmented_batches(pictures):
-    batches = tiny_batches(pictures)
+def test_augmented_batches(make_images):
+    batches = tiny_batches(make_images)
     assert (
         sha256(*(part for epoch in (0, 1) for batch in batches.epoch(epoch) for part in batch.values()))
         == FIRST_BATCHES
     )
 
 
-def test_first_losses_and_what_they_leave(pictures):
+def test_first_losses_and_what_they_leave(make_images):
     model = tiny()
     initialize(model, 0)
     regularizers.add_regularizer(model, keras.regularizers.L2(1e-2))
@@ -170,7 +170,7 @@ def test_first_losses_and_what_they_leave(pictures):
     optimizer = LearningRateMultipliers(inner, {r".*_bn/beta": 8.0, "logits/.*": 0.5})
     optimizer.build(model.trainable_variables)
     runner = engine.create(model, Classification(label_smoothing=0.2), optimizer)
-    batches = tiny_batches(pictures)
+    batches = tiny_batches(make_images)
     before = runner.predict(next(batches.epoch(0))["image"])
     steps = [figures(runner.train_step(batch)) for epoch in (0, 1) for batch in batches.epoch(epoch)][:5]
     runner.sync_variables()

@@ -1,4 +1,4 @@
-"""TF-Slim's checkpoints mean the same here: logits against tf_slim's own, variables by name, and back to the bit."""
+"""TF-Slim's checkpoints: logits against tf_slim, variables by name, and bit-exact round trips."""
 
 import json
 
@@ -17,28 +17,28 @@ EXPECTED = json.loads(golden_slim.FILE.read_text())
 
 
 @pytest.mark.parametrize("name", golden_slim.NETWORKS)
-def test_logits_and_names_are_tf_slims(name):
+def test_logits_and_names_equal_those_of_tf_slim(name):
     expected = EXPECTED[name]
     arrays = {key: golden_slim.draw(key, tuple(shape)) for key, shape in expected["variables"].items()}
-    own = {"auxiliary": True} if name == "inception_v3_tf" else {}
+    model_kwargs = {"auxiliary": True} if name == "inception_v3_keras" else {}
     with skip_init():
-        model = zoo.build_model(name, golden_slim.NETWORKS[name][2], golden_slim.CLASSES, **own)
-    count, skipped, _ = import_arrays(model, arrays | {"global_step": np.array(7)}, "slim")
+        model = zoo.build_model(name, golden_slim.NETWORKS[name][2], golden_slim.CLASSES, **model_kwargs)
+    count, skipped, _ = import_arrays(model, arrays | {"global_step": np.array(7)}, "tf_slim")
     assert (count, skipped) == (len(arrays), [])
     logits = engine.create(model).predict(golden_slim.images(model.input_shape[1:]))
     wanted = np.asarray(expected["logits"])
     assert abs(logits - wanted).max() <= 1e-4 * abs(wanted).max()
-    back = export_arrays(model, "slim")
+    back = export_arrays(model, "tf_slim")
     assert {key: array.tobytes() for key, array in back.items()} == {k: a.tobytes() for k, a in arrays.items()}
-    with pytest.raises(WeightsError, match=r"1 of \d+ variables get no array"):
-        import_arrays(model, {key: array for key, array in arrays.items() if key != next(iter(arrays))}, "slim")
+    with pytest.raises(WeightsError, match=r"1 of \d+ variables are missing"):
+        import_arrays(model, {key: array for key, array in arrays.items() if key != next(iter(arrays))}, "tf_slim")
 
 
 @pytest.mark.parametrize(
     ("source", "theirs"),
     [
         (
-            "slim",
+            "tf_slim",
             {
                 "vgg_16/conv5/conv5_3/weights": (3, 3, 32, 32),
                 "vgg_16/fc6/weights": (7, 7, 32, 8),
@@ -49,7 +49,7 @@ def test_logits_and_names_are_tf_slims(name):
         ("frossard", {"conv5_3_W": (3, 3, 32, 32), "fc6_W": (1568, 8), "fc7_b": (8,), "fc8_W": (8, 10)}),
     ],
 )
-def test_vggs_of_those_years(source, theirs, tmp_path):
+def test_early_vgg_files(source, theirs, tmp_path):
     """vgg_16.ckpt and vgg16_weights.npz: the fully connected layers read height, width, channels, as ours do."""
     with skip_init():
         model, again = (zoo.build_model("vgg16", (224, 224, 3), 10, width=4, hidden=8) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The transformer against the paper's own sums (equations 3 to 7) in float64, and against PyTorch's sampler."""
+"""The transformer against the paper's equations 3 to 7 in float64, and against PyTorch's sampler."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ IMAGE = (3, 6, 5, 2)
 SIZES = [None, (4, 9)]
 
 
-def centres(size):
+def pixel_centers(size):
     return (np.arange(size) + 0.5) / size * 2 - 1
 
 
@@ -55,14 +55,14 @@ def pixels(x, y, image_shape):
 
 
 def affine_places(theta, size):
-    """Equation 1: (n, rows, columns) of x and of y, normalised."""
-    y, x = np.meshgrid(centres(size[0]), centres(size[1]), indexing="ij")
+    """Equation 1: (n, rows, columns) of x and of y, normalized."""
+    y, x = np.meshgrid(pixel_centers(size[0]), pixel_centers(size[1]), indexing="ij")
     places = np.einsum("nij,jrc->nirc", theta.reshape(-1, 2, 3).astype(np.float64), np.stack([x, y, np.ones_like(x)]))
     return places[:, 0], places[:, 1]
 
 
 def thin_plate_places(theta, size, points):
-    """By solving for the spline's coefficients, place by place."""
+    """By solving for the spline's coefficients, one position at a time."""
     line = np.linspace(-1, 1, points)
     control = np.array([(x, y) for y in line for x in line])
 
@@ -77,15 +77,15 @@ def thin_plate_places(theta, size, points):
     right = np.concatenate([control + theta.reshape(-1, len(control), 2), np.zeros((len(theta), 3, 2))], axis=1)
     coefficients = np.linalg.solve(system[None], right)
     places = np.zeros((len(theta), *size, 2))
-    for i, y in enumerate(centres(size[0])):
-        for j, x in enumerate(centres(size[1])):
+    for i, y in enumerate(pixel_centers(size[0])):
+        for j, x in enumerate(pixel_centers(size[1])):
             row = np.array([*(bend(np.array([x, y]), b) for b in control), 1, x, y])
             places[:, i, j] = row @ coefficients
     return places[..., 0], places[..., 1]
 
 
 def thetas(kind, n=3, points=3):
-    """Transformations that reach beyond the image."""
+    """Return transformations that sample outside the image, too."""
     if kind == "affine":
         return IDENTITY + noise(n, 6, seed=4) * np.float32(0.4)
     return noise(n, 2 * points**2, seed=5) * np.float32(0.6)
@@ -102,7 +102,7 @@ def transform(layer, image, theta):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("border", ["zeros", "edge"])
 @pytest.mark.parametrize("kind", ["affine", "thin_plate"])
-def test_the_papers_sums(kind, border, size):
+def test_the_papers_equations(kind, border, size):
     image, theta = noise(*IMAGE), thetas(kind)
     layer = SpatialTransformer(kind, size, points=3, border=border)
     x, y = pixels(*places(kind, theta, size or IMAGE[1:3]), IMAGE)
@@ -116,7 +116,7 @@ def test_the_papers_sums(kind, border, size):
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the peer is PyTorch's")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("border", ["zeros", "edge"])
-def test_affine_is_pytorchs(border, size):
+def test_affine_equals_pytorch(border, size):
     """Values and both gradients."""
     import torch
 
@@ -134,7 +134,7 @@ def test_affine_is_pytorchs(border, size):
 
 
 class Given(keras.layers.Layer):
-    """A trainable tensor of its own in place of what comes in."""
+    """A layer that returns a trainable tensor instead of its input."""
 
     def __init__(self, start, **options):
         super().__init__(**options)
@@ -174,7 +174,7 @@ def test_gradients(kind, border):
     np.testing.assert_allclose(to_image, np.einsum("nrchw,nrck->nhwk", weights, coefficients), atol=1e-4)
     by_x, by_y = ((slope * coefficients).sum(axis=-1) * size / 2 for slope, size in ((slope_x, 5), (slope_y, 6)))
     if kind == "affine":
-        v, u = np.meshgrid(centres(6), centres(5), indexing="ij")
+        v, u = np.meshgrid(pixel_centers(6), pixel_centers(5), indexing="ij")
         expected = [(by * factor).sum(axis=(1, 2)) for by in (by_x, by_y) for factor in (u, v, 1)]
     else:
         unit = np.eye(18)
@@ -185,7 +185,7 @@ def test_gradients(kind, border):
 
 @pytest.mark.parametrize("size", [(6, 5), (9, 4)])
 def test_identity(size):
-    """Exact at the image's own size, and the same for both kinds at any."""
+    """Exact at the image's size, and equal for both kinds at any size."""
     image = noise(*IMAGE)
     affine = transform(SpatialTransformer("affine", size), image, np.tile(IDENTITY, (3, 1)))
     plate = transform(SpatialTransformer("thin_plate", size), image, np.zeros((3, 32), np.float32))
@@ -195,7 +195,7 @@ def test_identity(size):
 
 
 def test_known_transformations():
-    """By a whole pixel, by a mirror, by a quarter turn: pixels go where they should."""
+    """Shift by a pixel, reflection, quarter turn."""
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
     turns = {
         (1, 0, 0.5, 0, 1, 0): np.pad(image[0, :, 1:, 0], ((0, 0), (0, 1))),
@@ -210,7 +210,7 @@ def test_known_transformations():
 
 @pytest.mark.parametrize("points", [2, 3, 4])
 def test_thin_plate_basis(points):
-    """It interpolates: a control point goes where it is told; affine displacements go through unbent."""
+    """It interpolates the control points, and reproduces affine displacements exactly."""
     control = control_points(points)
     np.testing.assert_allclose(thin_plate_basis(control, points), np.eye(points**2), atol=1e-12)
     places = noise(50, 2)
@@ -219,8 +219,8 @@ def test_thin_plate_basis(points):
     np.testing.assert_allclose(thin_plate_basis(places, points) @ values, places @ plane[1:] + plane[0], atol=1e-12)
 
 
-def test_the_sampler_beyond_the_image():
-    """Zeros, or the outermost pixel, however far; a place that is none gives a value that is none."""
+def test_sampling_outside_the_image():
+    """Zeros, or the outermost pixel, at any distance; a NaN position gives NaN."""
     image = np.full((1, 2, 3, 1), 5, np.float32)
     x = np.array([[[-1.0, -0.5, 2.5, 3.0, 1e30, -np.inf, 1]]], np.float32)
     sample = lambda border, x: ops.convert_to_numpy(bilinear(*map(ops.convert_to_tensor, (image, x, 0 * x)), border))  # noqa: E731
@@ -231,7 +231,7 @@ def test_the_sampler_beyond_the_image():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision(dtype):
-    """Places stay in full precision: only the pixels' values are rounded."""
+    """Positions stay in full precision; only the pixels' values are rounded."""
     image, theta = noise(2, 40, 40, 1), thetas("affine", 2)
     full = transform(SpatialTransformer(), image, theta)
     layer = SpatialTransformer(dtype=f"mixed_{dtype}")
@@ -274,9 +274,9 @@ def test_errors(make, message):
 def test_a_network_starts_from_the_identity(name):
     model = VARIANTS[name]((28, 29, 2), 3, filters=(4, 5))
     initialize(model, 0)
-    taps = [model.get_layer(tap).output for tap in ("locate_theta", "transformer")]
+    features = [model.get_layer(layer).output for layer in ("locate_theta", "transformer")]
     images = noise(2, 28, 29, 2)
-    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, taps)(ops.convert_to_tensor(images)))
+    theta, straight = map(ops.convert_to_numpy, keras.Model(model.input, features)(ops.convert_to_tensor(images)))
     identity = IDENTITY if name == "stn_affine" else 0
     assert 0 < abs(theta - identity).max() < 0.06
     assert straight.shape == images.shape

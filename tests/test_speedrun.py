@@ -11,7 +11,7 @@ from kvision import flags
 from kvision.data import load
 from kvision.tasks.classification import log_probabilities
 from kvision.training import evaluation
-from tests.drawn import write_shapes
+from tests.datasets import write_shapes
 
 EPOCHS = 2
 

@@ -54,17 +54,17 @@ def classifier():
     return fill(keras.Model(inputs, logits(4)(layers.Flatten()(inputs))), 1)
 
 
-def batches_of(pictures, n=11, classes=4):
-    return Batches(*pictures(n, 6, 6, classes=classes), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
+def build_batches(make_images, n=11, classes=4):
+    return Batches(*make_images(n, 6, 6, classes=classes), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("size", [4, 11])
-def test_evaluation_is_exact_with_a_padded_last_batch(pictures, where, size):
+def test_evaluation_is_exact_with_a_padded_last_batch(make_images, where, size):
     """Every figure against NumPy, of the logits of all images at once."""
     top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="of_keras")
     task = Classification(label_smoothing=0.1, metrics=[top], top_k=(2,), per_class=True, calibration=5)
-    model, batches = classifier(), batches_of(pictures)
+    model, batches = classifier(), build_batches(make_images)
     model.layers[-1].kernel.regularizer = keras.regularizers.L2(0.3)
     runner = engine.create(model, task)
     data = batches if where == "host" else DeviceDataset(batches)
@@ -272,7 +272,7 @@ def test_two_phases_are_those_of_numpy(float64):
 
 
 def test_the_gradient_of_a_phase(float64):
-    """Against NumPy; the variables of the other model, statistics included, are as before to the bit."""
+    """Against NumPy; the variables of the other model, statistics included, are as before bit for bit."""
     models, generator = gan(), np.random.default_rng(3)
     batch = {"image": generator.normal(size=(6, 3)), "latent": generator.normal(size=(6, 2))}
     plain = PlainGan(models)

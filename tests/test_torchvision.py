@@ -1,4 +1,4 @@
-"""Weights of torchvision's networks mean the same here: logits against the reference's, and back to the bit."""
+"""torchvision's weights: logits against reference networks, and bit-exact round trips."""
 
 import json
 
@@ -17,17 +17,17 @@ CASES = pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case.name
 
 
 @CASES
-def test_converted_weights_give_the_references_logits_and_go_back_to_the_bit(case):
-    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.own)
+def test_converted_weights_give_the_references_logits_and_an_exact_round_trip(case):
+    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.model_kwargs)
     found, variables = torchvision.find(model), named_variables(model)
     given = {key: golden.draw(place.key, place.shape) for key, place in found.items()}
     for key, place in found.items():
-        variables[key].assign(place.take(given[key], tuple(variables[key].shape)))
+        variables[key].assign(place.import_(given[key], tuple(variables[key].shape)))
     expected = np.asarray(EXPECTED[case.name], np.float32)
     logits = engine.create(model).predict(golden.images(case.input_shape))
     assert abs(logits - expected).max() <= 1e-4 * abs(expected).max()
     for key, place in found.items():
-        back = place.export(value(variables[key]))
+        back = place.export_(value(variables[key]))
         assert back.shape == given[key].shape and back.tobytes() == given[key].tobytes(), key
 
 
@@ -35,7 +35,7 @@ def test_converted_weights_give_the_references_logits_and_go_back_to_the_bit(cas
 @CASES
 def test_the_reference_has_these_names_shapes_and_logits(case):
     module = golden.reference(case)
-    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.own)
+    model = zoo.build_model(case.name, case.input_shape, case.classes, **case.model_kwargs)
     found = torchvision.find(model)
     expected = {place.key: place.shape for place in found.values()}
     expected |= dict.fromkeys(torchvision.counters(found), ())

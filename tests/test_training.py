@@ -168,10 +168,10 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
+def test_an_average_of_the_weights_follows_its_closed_form(make_images, kind):
     """Beside a training that does not know of it; the newest weights' share after each step stands in the table."""
     make, shares = AVERAGES[kind]
-    (model, inner, batches), (twin, plain, _) = run(pictures, width=0), run(pictures, width=0)
+    (model, inner, batches), (twin, plain, _) = run(make_images, width=0), run(make_images, width=0)
     optimizer = make(inner)
     runners = []
     for one, of in ((model, optimizer), (twin, plain)):
@@ -192,8 +192,8 @@ def test_an_average_of_the_weights_follows_its_closed_form(pictures, kind):
     assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(half_cosine(7, 0.1, 12, 0), rel=1e-5)
 
 
-def test_an_average_is_taken_after_constraints(pictures):
-    model, inner, batches = run(pictures, width=0)
+def test_an_average_is_taken_after_constraints(make_images):
+    model, inner, batches = run(make_images, width=0)
     add_constraint(model, MaxNorm(0.1))
     optimizer = SWA(inner, 1)
     fit(model, Classification(), optimizer, batches, epochs=1)
@@ -201,10 +201,10 @@ def test_an_average_is_taken_after_constraints(pictures):
     assert np.sqrt((kernel**2).sum(axis=0)).max() <= 0.1 * (1 + 1e-5)
 
 
-def test_fit_scores_and_leaves_the_average(pictures):
+def test_fit_scores_and_leaves_the_average(make_images):
     """With the batch norm's statistics under it, pooled over the epoch's batches; training is what it would be."""
-    test = pictures(10, 6, 6, seed=2)
-    (model, inner, batches), (twin, plain, _) = run(pictures), run(pictures)
+    test = make_images(10, 6, 6, seed=2)
+    (model, inner, batches), (twin, plain, _) = run(make_images), run(make_images)
     optimizer = EMA(inner, 0.9)
     history = fit(
         model,
@@ -230,8 +230,8 @@ def test_fit_scores_and_leaves_the_average(pictures):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_an_average_is_no_part_of_a_run_without_steps(pictures):
-    model, inner, batches = run(pictures, width=0)
+def test_an_average_is_no_part_of_a_run_without_steps(make_images):
+    model, inner, batches = run(make_images, width=0)
     before = trainer.values(model.trainable_variables)
     fit(model, Classification(), EMA(inner), batches, epochs=0)
     assert same(trainer.values(model.trainable_variables), before)
@@ -294,10 +294,10 @@ def test_lookahead_follows_its_reference(every, decay):
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
+def test_fit_scores_and_leaves_the_slow_weights(make_images, steps):
     """After the last step, which is none that draws back, and of a run that a callback cuts short."""
-    test = pictures(10, 6, 6, seed=2)
-    model, inner, batches = run(pictures, width=0)
+    test = make_images(10, 6, 6, seed=2)
+    model, inner, batches = run(make_images, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     history = fit(
         model,
@@ -311,24 +311,24 @@ def test_fit_scores_and_leaves_the_slow_weights(pictures, steps):
     assert same(trainer.values(model.trainable_variables), trainer.values(optimizer.slow))
     scores = evaluation.predict(trainer.engines.create(model), test[0], batches.preprocessing)
     assert score(scores, test[1])["loss"] == pytest.approx(history.epochs[-1]["test_loss"], rel=1e-6)
-    twin, inner, _ = run(pictures, width=0)
+    twin, inner, _ = run(make_images, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: setattr(twin, "stop_training", True))
     fit(twin, Classification(), optimizer, batches, epochs=2, callbacks=[stop])
     assert same(trainer.values(twin.trainable_variables), trainer.values(optimizer.slow))
 
 
-def test_lookahead_goes_on_after_its_last_step(pictures):
+def test_lookahead_goes_on_after_its_last_step(make_images):
     """A second run with the same optimizer; JAX must not give the memory of one variable away for two."""
-    model, inner, batches = run(pictures, width=0)
+    model, inner, batches = run(make_images, width=0)
     optimizer = Lookahead(inner, total=6, every=4)
     for _ in range(2):
         fit(model, Classification(), optimizer, batches, epochs=1)
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 6
 
 
-def test_kerass_own_fit_leaves_the_slow_weights(pictures):
-    model, inner, batches = run(pictures, width=0)
+def test_kerass_own_fit_leaves_the_slow_weights(make_images):
+    model, inner, batches = run(make_images, width=0)
     optimizer = Lookahead(inner, total=4, every=3)
     images, labels = next(batches.epoch(0)).values()
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -378,10 +378,10 @@ def test_early_stopping_waits_for_the_best(losses, patience, min_delta, best, ov
     assert (stopping.best(rows), stopping.is_over(rows)) == (best, over)
 
 
-def test_early_stopping_brings_the_best_epoch_back(pictures):
+def test_early_stopping_brings_the_best_epoch_back(make_images):
     """Labels that are wrong on the validation images: the loss there soon rises."""
-    images, labels = pictures(13, 6, 6)
-    model, optimizer, batches = run(pictures, width=0)
+    images, labels = make_images(13, 6, 6)
+    model, optimizer, batches = run(make_images, width=0)
     states = []
     history = fit(
         model,
@@ -401,8 +401,8 @@ def test_early_stopping_brings_the_best_epoch_back(pictures):
     assert score(scores, (labels + 1) % 3)["loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
-def test_early_stopping_wants_images_of_its_own(pictures):
-    model, optimizer, batches = run(pictures, width=0)
+def test_early_stopping_wants_images_of_its_own(make_images):
+    model, optimizer, batches = run(make_images, width=0)
     with pytest.raises(ValueError, match="goes by validation_loss: give evaluations="):
         fit(model, Classification(), optimizer, batches, epochs=1, early_stopping=EarlyStopping(1))
     with pytest.raises(ValueError, match="requires a patience of at least 1 and no negative min_delta, got 0 and 0"):
@@ -456,7 +456,7 @@ def test_confusion_matrix(dtype):
     np.testing.assert_array_equal(confusion_matrix(np.eye(100)[predicted], labels.astype(dtype)), expected)
 
 
-def test_worst_mistakes():
+def test_top_losses():
     found = top_losses(FOUR, np.array([0, 1, 0, 2]))
     assert [(index, predicted) for index, predicted, _ in found] == [(2, 2), (1, 0), (3, 1)]
     assert [confidence for *_, confidence in found] == pytest.approx([0.8001, 0.6, 0.5])
@@ -475,13 +475,13 @@ def network(width):
     return keras.Model(inputs, logits(3)(x), name="net")
 
 
-def run(pictures, width=4, kind="sgd", seed=0):
+def run(make_images, width=4, kind="sgd", seed=0):
     """Model, optimizer and batches of a run with everything that has a state; one layer where `width` is 0."""
     model = network(width)
     initialize(model, seed)
     inner = make_optimizer(kind, schedule("cosine", 0.1, 12), weight_decay=0.01)
     optimizer = LearningRateMultipliers(inner, {"bn/.*": 4.0} if width else {})
-    images, labels = pictures(13, 6, 6)
+    images, labels = make_images(13, 6, 6)
     augmentation = Augmentation(True, 1, "reflect", 2)
     batches = Batches(images, labels, 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)), augmentation)
     return model, optimizer, batches
@@ -506,10 +506,10 @@ def without_times(history):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in history.epochs]
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(make_images, tmp_path):
     """To the bit: weights, statistics, optimizer, dropout's generators, history."""
-    test = pictures(10, 6, 6, seed=2)
-    model, optimizer, batches = run(pictures)
+    test = make_images(10, 6, 6, seed=2)
+    model, optimizer, batches = run(make_images)
     whole = fit(
         model,
         Classification(label_smoothing=0.1),
@@ -522,7 +522,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
     expected = everything(model, optimizer)
 
     path = tmp_path / "checkpoints"
-    first, optimizer, batches = run(pictures)
+    first, optimizer, batches = run(make_images)
     with pytest.raises(KilledError):
         fit(
             first,
@@ -535,7 +535,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
             evaluations={"test": test},
             schedule=Schedule(eval_every=1),
         )
-    model, optimizer, batches = run(pictures, seed=99)  # whose own initial weights must not matter
+    model, optimizer, batches = run(make_images, seed=99)  # whose own initial weights must not matter
     seen = []
     resumed = fit(
         model,
@@ -567,7 +567,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa", "lookahead", "early_stopping"])
-def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
+def test_what_a_regularized_run_keeps_survives_a_stop(make_images, tmp_path, kind):
     """Averages, slow weights, the best epoch so far and mixed samples too, with clipped gradients and a bound on the
     norms."""
     wrap = {
@@ -575,10 +575,10 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
         "swa": lambda o: SWA(o, 6, 3),
         "lookahead": lambda o: Lookahead(o, 12, 5),
     }
-    images, labels = pictures(10, 6, 6, seed=2)
+    images, labels = make_images(10, 6, 6, seed=2)
 
     def start(seed=0, checkpoint=None, on_epoch=lambda history: None):
-        model, _, batches = run(pictures, seed=seed)
+        model, _, batches = run(make_images, seed=seed)
         add_constraint(model, MaxNorm(0.5))
         optimizer = make_optimizer("adam", 0.01, clip_global_norm=0.5)
         optimizer = wrap.get(kind, wrap["ema"])(optimizer)
@@ -608,11 +608,11 @@ def test_what_a_regularized_run_keeps_survives_a_stop(pictures, tmp_path, kind):
         assert same(resumed, whole) and again == rows
 
 
-def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
+def test_dropout_goes_on_where_it_stopped(make_images, tmp_path):
     """The comparison above would see other masks: with another state of the generator the next losses differ."""
     losses = []
     for touch in (False, True):
-        model, optimizer, batches = run(pictures, width=0)
+        model, optimizer, batches = run(make_images, width=0)
         if touch:
             (state,) = [v for v in model.variables if "seed" in v.path]
             state.assign(np.array([5, 7], np.uint32))
@@ -620,10 +620,10 @@ def test_dropout_goes_on_where_it_stopped(pictures, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_history_of_an_epoch(pictures):
+def test_history_of_an_epoch(make_images):
     """Against the same epoch taken by hand."""
-    test = pictures(10, 6, 6, seed=2)
-    model, optimizer, batches = run(pictures, width=0)
+    test = make_images(10, 6, 6, seed=2)
+    model, optimizer, batches = run(make_images, width=0)
     history = fit(
         model,
         Classification(),
@@ -634,7 +634,7 @@ def test_history_of_an_epoch(pictures):
         schedule=Schedule(eval_every=1),
     )
     (row,) = history.epochs
-    twin, twin_optimizer, _ = run(pictures, width=0)
+    twin, twin_optimizer, _ = run(make_images, width=0)
     twin_optimizer.build(twin.trainable_variables)
     runner = trainer.engines.create(twin, Classification(), twin_optimizer)
     steps = [figures(runner.train_step(batch)) for batch in batches.epoch(0)]
@@ -650,8 +650,8 @@ def test_history_of_an_epoch(pictures):
 
 
 @pytest.mark.parametrize(("epochs", "steps", "expected"), [(4, 5, 5), (1, 5, 3), (2, None, 6), (3, 3, 3), (0, None, 0)])
-def test_steps_bound_a_run(pictures, epochs, steps, expected):
-    model, optimizer, batches = run(pictures, width=0)
+def test_steps_bound_a_run(make_images, epochs, steps, expected):
+    model, optimizer, batches = run(make_images, width=0)
     history = fit(model, Classification(), optimizer, batches, epochs=epochs, schedule=Schedule(max_steps=steps))
     assert int(ops.convert_to_numpy(optimizer.iterations)) == len(history.step_losses) == expected
     assert [row["epoch"] for row in history.epochs] == list(range(1, math.ceil(expected / 3) + 1))
@@ -659,19 +659,19 @@ def test_steps_bound_a_run(pictures, epochs, steps, expected):
         assert history.epochs[-1]["accuracy"] * 8 == int(history.epochs[-1]["accuracy"] * 8)
 
 
-def test_a_run_keeps_its_first_losses_alone(pictures, monkeypatch):
+def test_a_run_keeps_its_first_losses_alone(make_images, monkeypatch):
     monkeypatch.setattr(trainer, "TRACED_STEPS", 4)
-    model, optimizer, batches = run(pictures, width=0)
+    model, optimizer, batches = run(make_images, width=0)
     assert len(fit(model, Classification(), optimizer, batches, epochs=3).step_losses) == 4
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 5])
-def test_a_diverged_run_says_where(pictures, tmp_path, at):
+def test_a_diverged_run_says_where(make_images, tmp_path, at):
     """The step whose batch holds the poisoned image, of 3 in each of 2 epochs; the last checkpoint stays."""
-    images, _ = pictures(12, 6, 6)
+    images, _ = make_images(12, 6, 6)
     labels = np.zeros(12, int)
     labels[0] = 1
-    model, optimizer, _ = run(pictures, width=0)
+    model, optimizer, _ = run(make_images, width=0)
     make = lambda seed: Batches(images, labels, 4, seed, Preprocessing())  # noqa: E731
     where = lambda seed: [batch["label"].any() for epoch in (0, 1) for batch in make(seed).epoch(epoch)]  # noqa: E731
     # The second epoch is poisoned by the loss below; in the first, another seed has the image in each place.

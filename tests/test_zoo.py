@@ -1,4 +1,4 @@
-"""One test a promise, over the whole zoo."""
+"""One test per promise, over the whole zoo."""
 
 import gc
 import importlib
@@ -81,11 +81,11 @@ COUNTS = {
     "alexnet_2012": 60_965_224,
     "inception_v1": 6_998_552,  # Caffe's bvlc_googlenet without its auxiliary heads
     "googlenet": 6_624_904,
-    "inception_v1_tf": 6_624_904 - 7_280,  # no scales in the batch norms
+    "inception_v1_tf_slim": 6_624_904 - 7_280,  # no scales in the batch norms
     "inception_v2": 11_295_240 - 10_016,  # the Caffe weights, without the biases before batch norms
-    "inception_v2_tf": 11_178_336,  # counted in TF-Slim
+    "inception_v2_tf_slim": 11_178_336,  # counted in TF-Slim
     "inception_v3": 23_834_568,
-    "inception_v3_tf": 23_817_352,  # counted in Keras
+    "inception_v3_keras": 23_817_352,  # counted in Keras
     "vgg11": 132_863_336,
     "vgg13": 133_047_848,
     "vgg16": 138_357_544,
@@ -96,16 +96,16 @@ COUNTS = {
     "vgg19_bn": 143_678_248,
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
-    **{f"resnet50{wiring}": 25_557_032 for wiring in ("", "_v1", "_tf")},
-    **{f"resnet101{wiring}": 44_549_160 for wiring in ("", "_v1", "_tf")},
-    **{f"resnet152{wiring}": 60_192_808 for wiring in ("", "_v1", "_tf")},
+    **{f"resnet50{source}": 25_557_032 for source in ("", "_keras", "_tf_slim")},
+    **{f"resnet101{source}": 44_549_160 for source in ("", "_keras", "_tf_slim")},
+    **{f"resnet152{source}": 60_192_808 for source in ("", "_keras", "_tf_slim")},
     "squeezenet1_0": 1_248_424,
     "squeezenet1_1": 1_235_496,
-    **{f"densenet121{wiring}": 7_978_856 for wiring in ("", "_tf")},
-    **{f"densenet169{wiring}": 14_149_480 for wiring in ("", "_tf")},
-    **{f"densenet201{wiring}": 20_013_928 for wiring in ("", "_tf")},
+    **{f"densenet121{source}": 7_978_856 for source in ("", "_keras")},
+    **{f"densenet169{source}": 14_149_480 for source in ("", "_keras")},
+    **{f"densenet201{source}": 20_013_928 for source in ("", "_keras")},
     "mobilenet_v2": 3_504_872,
-    "mobilenet_v2_tf": 3_504_872,
+    "mobilenet_v2_keras": 3_504_872,
     "mnasnet0_5": 2_218_512,
     "mnasnet0_75": 3_170_208,
     "mnasnet1_0": 4_383_312,
@@ -128,58 +128,60 @@ SHORT = {
     r"densenet_\d+_\d+": {"depth": 10},
     r"resnet(20|32|44|56|110)": {"depth": 8},
     r"vgg\d+(_bn)?": {"convolutions": (1, 1, 1, 1, 2)},
-    r"resnet\d+_tf": {"blocks": (2, 2, 2, 1)},
-    r"resnet\d+(_v1)?": {"blocks": (2, 1, 1, 1)},
-    r"densenet\d+(_tf)?": {"layers": (1, 2, 1, 1)},
+    r"resnet\d+_tf_slim": {"blocks": (2, 2, 2, 1)},
+    r"resnet\d+(_keras)?": {"blocks": (2, 1, 1, 1)},
+    r"densenet\d+(_keras)?": {"layers": (1, 2, 1, 1)},
 }
 
 # Networks with auxiliary heads, and images large enough for these.
-AUXILIARY = {"inception_v1": (79, 80, 3), "googlenet": (33, 35, 3), "inception_v1_tf": (65, 66, 3)}
-AUXILIARY |= dict.fromkeys(("inception_v3", "inception_v3_tf"), (107, 109, 3))
+AUXILIARY = {"inception_v1": (79, 80, 3), "googlenet": (33, 35, 3), "inception_v1_tf_slim": (65, 66, 3)}
+AUXILIARY |= dict.fromkeys(("inception_v3", "inception_v3_keras"), (107, 109, 3))
 
 
 def short_form(name):
-    """(shape, arguments, classes) of a row's network at the least depth, and narrow."""
-    shape, own = small_form(name)[:2]
+    """Return (shape, arguments) of a variant at its smallest depth, and narrow."""
+    shape, model_kwargs = small_form(name)[:2]
     for pattern, depth in SHORT.items():
         if re.fullmatch(pattern, name):
-            return shape, own | depth
-    return shape, own
+            return shape, model_kwargs | depth
+    return shape, model_kwargs
 
 
-def wirings():
-    """The classifiers that differ in more than depth and width, by the network that `short_form` makes of them."""
+def distinct_networks():
+    """Return the classifiers that differ in more than depth and width."""
     seen = {}
     for name in filter(classes_of, NAMES):
-        row, (shape, own) = zoo._variants()[name], short_form(name)
-        seen.setdefault(repr((row.func, shape, sorted((zoo.arguments(name) | own).items()))), name)
+        row, (shape, model_kwargs) = zoo._variants()[name], short_form(name)
+        seen.setdefault(repr((row.func, shape, sorted((zoo.arguments(name) | model_kwargs).items()))), name)
     return list(seen.values())
 
 
-WIRINGS = wirings()
+DISTINCT = distinct_networks()
 
 
-def build(name, shape, classes, **own):
+def build(name, shape, classes, **model_kwargs):
     with skip_init():
-        return zoo.build_model(name, shape, classes, **own)
+        return zoo.build_model(name, shape, classes, **model_kwargs)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def network(request):
-    """A network in its small form; pytest runs all tests of one before the next is built."""
-    shape, own, *_ = small_form(request.param)
-    return build(request.param, shape, classes_of(request.param), **own)
+    """A network in its small form; pytest runs all of its tests before the next is built."""
+    shape, model_kwargs, *_ = small_form(request.param)
+    return build(request.param, shape, classes_of(request.param), **model_kwargs)
 
 
 def images_for(model, n=4):
     return np.random.default_rng(1).normal(size=(n, *model.input_shape[1:])).astype(np.float32)
 
 
-def test_the_tables_above_hold_the_whole_zoo():
+def test_the_tables_above_are_complete():
     assert set(COUNTS) == set(NAMES) == set(kvision.list_models())
-    papers = {zoo._variants()[name].func.__module__.split(".")[-1] for name in WIRINGS}
+    papers = {zoo._variants()[name].func.__module__.split(".")[-1] for name in DISTINCT}
     assert papers == set(zoo.PAPERS) - {"autoencoder", "unet"}
-    assert {"resnet18", "resnet50", "resnet50_v1", "resnet50_tf"} <= set(WIRINGS) and "resnet101" not in WIRINGS
+    assert {"resnet18", "resnet50", "resnet50_keras", "resnet50_tf_slim"} <= set(
+        DISTINCT
+    ) and "resnet101" not in DISTINCT
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,14 +203,14 @@ def test_shapes(network):
         assert network.get_layer("pool").output.shape == (None, features)
 
 
-def test_taps(network):
+def test_stages(network):
     stages = small_form(network.name)[3]
     names = [layer.name for layer in network.layers]
     assert [tap for tap in names if re.fullmatch(r"stage\d+", tap)] == [f"stage{i + 1}" for i in range(stages)]
-    taps = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
+    features = [network.get_layer(f"stage{i + 1}").output.shape for i in range(stages)]
     if network.name not in ("mlp", "deep_autoencoder"):
-        sizes = [shape[1] for shape in taps]
-        assert all(len(shape) == 4 for shape in taps)
+        sizes = [shape[1] for shape in features]
+        assert all(len(shape) == 4 for shape in features)
         assert sizes == sorted(set(sizes), reverse=True)
 
 
@@ -222,10 +224,10 @@ def test_names_are_the_file_format(network):
 
 
 def test_logits_and_files(network, tmp_path, monkeypatch):
-    """The same logits on every backend, from weights that were in a file."""
+    """The same logits on every backend, from weights loaded from a file."""
     zoo_logits.fill(network)
     written = {key: array.tobytes() for key, array in values(network).items()}
-    # The probe has tests of its own, and takes JAX seconds a network.
+    # The probe has tests of its model_kwargs, and takes JAX seconds a network.
     monkeypatch.setattr(weights.npz, "_probe", lambda *arguments: None)
     weights.save(network, tmp_path / "weights.npz")
     for variable in network.weights:
@@ -246,18 +248,18 @@ def test_logits_and_files(network, tmp_path, monkeypatch):
 MODULES = {"inception_v1": {3: 1, 4: 4, 5: 1}, "inception_v3": {3: 1, 4: 2, 5: 2}}
 
 
-def build_short(name, shape, classes, **own):
+def build_short(name, shape, classes, **model_kwargs):
     """A network in its short form."""
     paper = zoo._row(name).func.__module__
     with pytest.MonkeyPatch.context() as patch:
         if counts := MODULES.get(paper.rsplit(".", 1)[-1]):
             modules = importlib.import_module(paper).MODULES
             patch.setattr(f"{paper}.MODULES", {stage: modules[stage][:count] for stage, count in counts.items()})
-        return build(name, shape, classes, **short_form(name)[1], **own)
+        return build(name, shape, classes, **short_form(name)[1], **model_kwargs)
 
 
-@pytest.fixture(scope="module", params=WIRINGS)
-def backend_module(request):
+@pytest.fixture(scope="module", params=DISTINCT)
+def runner(request):
     """The engine of a network in the short form, made once, because compiling takes time."""
     auxiliary = {"auxiliary": True} if request.param in AUXILIARY else {}
     shape = AUXILIARY.get(request.param, short_form(request.param)[0])
@@ -314,11 +316,11 @@ def test_every_weight_has_a_gradient(runner):
     [
         ("resnet21", {}, "unknown model 'resnet21'; did you mean resnet"),
         ("zzz", {}, r"unknown model 'zzz'\. The zoo has: softmax, mlp, "),
-        ("softmax", {"width": 3}, "softmax takes no argument width; it takes hidden, dropout_rate"),
+        ("softmax", {"width": 3}, "softmax has no argument width; it has hidden, dropout_rate"),
         (
             "airbench94",
             {"with": 3, "depth": 1},
-            "airbench94 takes no argument depth, with; it takes widths, whiten_bias",
+            "airbench94 has no argument depth, with; it has widths, whiten_bias",
         ),
         ("softmax", {"input_shape": (32, 32)}, r"three positive integers \(height, width, channels\), got \(32, 32\)"),
         ("softmax", {"input_shape": (32, None, 3)}, "three positive integers"),
@@ -332,12 +334,12 @@ def test_every_weight_has_a_gradient(runner):
         ("wide_resnet", {"depth": 15}, r"a wide ResNet has depth 6 n \+ 4 .*, got 15"),
     ],
 )
-def test_what_cannot_be_built_is_said(name, options, message):
+def test_invalid_arguments_raise(name, options, message):
     with pytest.raises(ValueError, match=message):
         zoo.build_model(name, **options)
 
 
-def test_the_smallest_images_that_fit():
+def test_the_smallest_images():
     assert zoo.build_model("airbench_small", (9, 9, 3)).output_shape == (None, 10)
     assert zoo.build_model("vgg11", (32, 32, 1), 10, hidden=4).output_shape == (None, 10)
     assert zoo.build_model("resnet20", (1, 1, 1)).output_shape == (None, 10)
@@ -357,7 +359,7 @@ def test_arguments_may_come_from_json():
     assert widths == [5, 5, 6, 6, 3, 3]
 
 
-def test_dropout_is_where_the_rate_says():
+def test_dropout_layers_depend_on_the_rate():
     def dropouts(model):
         return [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
 
@@ -368,7 +370,7 @@ def test_dropout_is_where_the_rate_says():
 
 
 def test_the_shortcut_without_parameters():
-    """Option A: every second pixel, zeros for the channels that are new, half of them before the old ones."""
+    """Option A: every second pixel, zeros for new channels, half of them before the old ones."""
     shortcut = build("resnet20", (9, 8, 3), 10).get_layer("stage2_block1_shortcut")
     x = np.random.default_rng(0).normal(size=(2, 5, 4, 16)).astype(np.float32)
     y = ops.convert_to_numpy(shortcut(x))

@@ -1,4 +1,4 @@
-"""Networks by name with weights by name, what is known of them, and images of other channels."""
+"""Networks and weights by name, their info, and other numbers of image channels."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.arrays import noise, values
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A file of resnet20's short form, for 8x8 images of 3 channels and 4 classes."""
+    """Write a file of resnet20's short form, for 8x8 images of 3 channels and 4 classes."""
     model = zoo.build_model("resnet20", (8, 8, 3), 4, depth=8)
     initialize(model, 0)
     path = tmp_path_factory.mktemp("weights") / "resnet20.shapes.npz"
@@ -23,7 +23,7 @@ def stored(tmp_path_factory):
     return path, model
 
 
-def test_the_file_says_how_its_network_is_built(stored):
+def test_the_file_states_its_networks_arguments(stored):
     path, model = stored
     again = kvision.create_model("resnet20", weights=path)
     assert again.input_shape == (None, 8, 8, 3) and again.output_shape == (None, 4)
@@ -37,7 +37,7 @@ def test_the_file_says_how_its_network_is_built(stored):
         kvision.create_model("resnet32", weights=path)
 
 
-def test_a_network_without_head_takes_the_rest(stored):
+def test_a_network_without_head_loads_the_rest(stored):
     path, model = stored
     headless = kvision.create_model("resnet20", classes=0, weights=path)
     images = noise(2, 8, 8, 3)
@@ -47,13 +47,13 @@ def test_a_network_without_head_takes_the_rest(stored):
 
 
 def test_weights_for_other_channels(stored):
-    """A grey image means what it meant as three equal channels, and so does one of six."""
+    """A gray image gives the logits of three equal channels, and so does one of six channels."""
     path, model = stored
-    grey = noise(2, 8, 8, 1)
-    expected = engine.create(model).predict(np.repeat(grey, 3, axis=-1))
+    gray = noise(2, 8, 8, 1)
+    expected = engine.create(model).predict(np.repeat(gray, 3, axis=-1))
     for channels in (1, 6):
         adapted = kvision.create_model("resnet20", (8, 8, channels), weights=path, adapt_input=True)
-        logits = engine.create(adapted).predict(np.repeat(grey, channels, axis=-1))
+        logits = engine.create(adapted).predict(np.repeat(gray, channels, axis=-1))
         np.testing.assert_allclose(logits, expected, atol=1e-5 * abs(expected).max())
     with pytest.raises(weights.WeightsError, match=r"stem_conv/kernel: file \(3, 3, 3, 16\), model \(3, 3, 1, 16\)"):
         kvision.create_model("resnet20", (8, 8, 1), weights=path)
@@ -64,7 +64,7 @@ def test_weights_for_other_channels(stored):
 
 
 def test_weights_by_name():
-    assert convert.find("airbench_small.cifar10") == convert.shipped()["airbench_small.cifar10"]
+    assert convert.find("airbench_small.cifar10") == convert.pretrained_weights()["airbench_small.cifar10"]
     assert convert.find("softmax.mnist.npz").name == "softmax.mnist.npz"
     with pytest.raises(weights.WeightsError, match=r"airbench_smal\.cifar10: .* did you mean airbench_small\.cifar10"):
         convert.find("airbench_smal.cifar10")
@@ -74,29 +74,27 @@ def test_weights_by_name():
     assert prepare.size == (28, 28) and len(prepare.mean) == 1
 
 
-def test_preprocessing_of_a_file_takes_pictures_of_any_size(stored):
+def test_preprocessing_of_a_file_accepts_images_of_any_size(stored):
     prepare = kvision.preprocess(stored[0])
     assert prepare == Preprocessing(size=(8, 8), crop=0.5)
     generator = np.random.default_rng(0)
-    pictures = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
-    cut = prepare.images(pictures)
+    make_images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((16, 16), (30, 17), (16, 41))]
+    cut = prepare.images(make_images)
     assert cut.shape == (3, 8, 8, 3) and cut.dtype == np.float32
-    # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the centre is cut out.
-    np.testing.assert_array_equal(cut[0], prepare(pictures[0][None, 4:12, 4:12])[0])
-    np.testing.assert_array_equal(cut[2], prepare(pictures[2][None, 4:12, 16:24])[0])
+    # The shorter side is 16 = 8 / 0.5 pixels in the first and the last: nothing is resized, the center is cut out.
+    np.testing.assert_array_equal(cut[0], prepare(make_images[0][None, 4:12, 4:12])[0])
+    np.testing.assert_array_equal(cut[2], prepare(make_images[2][None, 4:12, 16:24])[0])
     # A ramp stays a ramp when it is made smaller: 32 steps of 8 become 16 of 16.
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))[..., None].repeat(3, axis=-1)
     middle = prepare.images([ramp])[0, 0, :, 0] * 255
     np.testing.assert_allclose(np.diff(middle), 16, atol=1)
-    with pytest.raises(
-        ValueError, match=r"expected pictures of uint8 \(height, width, channels\), got float32 \(4, 4, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected uint8 images \(height, width, channels\), got float32 \(4, 4, 3\)"):
         prepare.images([np.zeros((4, 4, 3), np.float32)])
-    with pytest.raises(ValueError, match="pictures of different sizes need a `size`"):
-        Preprocessing().images(pictures)
+    with pytest.raises(ValueError, match="images of different sizes need a `size`"):
+        Preprocessing().images(make_images)
 
 
-def test_what_is_known_of_a_network(capsys):
+def test_model_info(capsys):
     info = kvision.model_info("resnet20")
     assert (info.year, info.address, info.input_shape) == (2015, "https://arxiv.org/abs/1512.03385", (32, 32, 3))
     # Counted by hand: 3 stages of 6 convolutions, the first of stages 2 and 3 with half the inputs; stem; head.

@@ -51,17 +51,17 @@ SMALL = {
     "alexnet_2012": ((67, 70, 3), {"filters": (4, 8, 6, 6, 8), "hidden": 32}, 8, 3),
     "googlenet": ((33, 35, 3), {"width": 0.1}, 100, 5),
     "inception_v1": ((31, 33, 3), {"width": 0.1}, 100, 5),
-    "inception_v1_tf": ((33, 35, 3), {"width": 0.1}, 100, 5),
-    r"inception_v2(_tf)?": ((33, 35, 3), {"width": 0.1}, 101, 5),
-    r"inception_v3(_tf)?": ((75, 77, 3), {"width": 0.1}, 203, 5),
+    "inception_v1_tf_slim": ((33, 35, 3), {"width": 0.1}, 100, 5),
+    r"inception_v2(_tf_slim)?": ((33, 35, 3), {"width": 0.1}, 101, 5),
+    r"inception_v3(_keras)?": ((75, 77, 3), {"width": 0.1}, 203, 5),
     r"vgg\d+(_bn)?": ((96, 97, 3), {"hidden": 7, "width": 4}, 32, 5),
     "resnet(18|34)": ((33, 40, 3), {"width": 4}, 32, 4),
-    r"resnet(50|101|152)(_v1|_tf)?": ((33, 40, 3), {"width": 4}, 128, 4),
+    r"resnet(50|101|152)(_keras|_tf_slim)?": ((33, 40, 3), {"width": 4}, 128, 4),
     r"squeezenet\w+": ((44, 60, 3), {}, 512, 3),
-    "densenet121(_tf)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 24, 16), 4),
-    "densenet169(_tf)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 32, 32), 4),
-    "densenet201(_tf)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 48, 32), 4),
-    r"mobilenet_v2(_tf)?": ((33, 40, 3), {"width": 0.25}, 1280, 5),
+    "densenet121(_keras)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 24, 16), 4),
+    "densenet169(_keras)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 32, 32), 4),
+    "densenet201(_keras)?": ((40, 33, 3), {"growth": 4}, densenet_width(6, 12, 48, 32), 4),
+    r"mobilenet_v2(_keras)?": ((33, 40, 3), {"width": 0.25}, 1280, 5),
     r"stn_\w+": ((28, 29, 1), {"filters": (4, 6)}, 24, 2),
     r"mnasnet\w+": ((40, 33, 3), {"width": 0.25}, 1280, 5),
     "autoencoder": ((4, 6, 2), {"code": 5}, 5, 0),
@@ -110,8 +110,8 @@ def main() -> None:
 
     made = {}
     for name in zoo.list_models():
-        shape, own, *_ = small_form(name)
-        model = zoo.build_model(name, shape, classes_of(name), **own)
+        shape, model_kwargs, *_ = small_form(name)
+        model = zoo.build_model(name, shape, classes_of(name), **model_kwargs)
         fill(model)
         made[name] = engine.create(model).predict(images(model)).tolist()
     rows = (f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in made.items())

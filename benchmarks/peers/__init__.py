@@ -22,5 +22,5 @@ WEIGHT_DECAY = 5e-4  # of kernels; biases and batch norms are left alone
 CLASSES = {"resnet20": 10, "vgg_small": 10, "resnet50": 1000}
 # kvision.models.vgg: 86 million multiply-adds an image. No dropout: each framework has its own masks.
 VGG = {"convolutions": (1, 1, 2, 2, 2), "width": 48, "hidden": 256}
-# kvision.models.resnet, torchvision's wiring. Tests make it shallow and narrow.
+# kvision.models.resnet, torchvision's architecture. Tests make it shallow and narrow.
 RESNET50 = {"blocks": (3, 4, 6, 3), "width": 64}

@@ -1,4 +1,4 @@
-"""Plain Keras: its layers, its initialisers, `model.compile` and `model.fit`.
+"""Plain Keras: its layers, its initializers, `model.compile` and `model.fit`.
 
 Two liberties are not taken, so that the network is the same: strided convolutions pad one pixel on every side, where
 Keras's "same" would pad one below and to the right, and batch norm has PyTorch's momentum and epsilon. Accuracy is

@@ -1,9 +1,9 @@
-"""The constructors of `keras.applications`, on the zoo: `VGG16(include_top=False, weights=path, pooling="avg")`.
+"""Constructors compatible with `keras.applications`: `VGG16(include_top=False, weights=path, pooling="avg")`.
 
-Each name is callable with Keras's arguments and has its `preprocess_input` and `decode_predictions`; the modules that
-Keras has (`vgg16`, `resnet50` ...) have them as functions. A name that Keras has too builds Keras's wiring (`ResNet50`
-is the zoo's `resnet50_v1`, `InceptionV3` its `inception_v3_tf`), so that weights converted from there fit; a weights
-file of a sister network, such as torchvision's `resnet50`, builds that one.
+Each has Keras's arguments, `preprocess_input` and `decode_predictions`; Keras's modules (`vgg16`, `resnet50` ...) have
+them as functions. A name that Keras has, too, builds Keras's network (`ResNet50` is the zoo's `resnet50_keras`,
+`InceptionV3` its `inception_v3_keras`), so that weights converted from there fit; a weights file of a related
+network, such as torchvision's `resnet50`, builds that one.
 """
 
 from kvision.applications import densenet, inception_v3, mobilenet_v2, resnet, resnet50, vgg16, vgg19
@@ -19,7 +19,7 @@ AlexNet = Application("AlexNet", "alexnet")
 VGG11 = Application("VGG11", "vgg11")
 VGG13 = Application("VGG13", "vgg13")
 GoogLeNet = Application("GoogLeNet", "googlenet")
-InceptionV1 = Application("InceptionV1", "inception_v1_tf")
+InceptionV1 = Application("InceptionV1", "inception_v1_tf_slim")
 InceptionV2 = Application("InceptionV2", "inception_v2")
 ResNet18 = Application("ResNet18", "resnet18")
 ResNet34 = Application("ResNet34", "resnet34")

@@ -1,4 +1,4 @@
-"""One network with the arguments of `keras.applications`."""
+"""The constructor of one network, compatible with `keras.applications`."""
 
 import os
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from kvision.weights import WeightsError, inspect
 
 
 class Application:
-    """A constructor of one network of the zoo, called as Keras's are, with its `preprocess_input`.
+    """A constructor with the signature of Keras's, and its `preprocess_input`.
 
     Args:
-        name: its name here.
-        architecture: its name in the zoo.
-        least: the fewest pixels that Keras's own takes on a side; None where Keras has no such network.
+        name: the constructor's name.
+        architecture: the network's name in the zoo.
+        least: minimum side in pixels that Keras's constructor accepts; None if Keras has no such network.
     """
 
     def __init__(self, name: str, architecture: str, least: int | None = None):
@@ -36,37 +36,37 @@ class Application:
         classes: int | None = None,
         classifier_activation: str | None = "softmax",
         name: str | None = None,
-        **own: object,
+        **model_kwargs: object,
     ) -> keras.Model:
         """Build the network.
 
         Args:
             include_top: end in class probabilities; False ends in the last maps (n, h, w, c), or as `pooling` says.
-            weights: a weights file or the name of one that ships, as for `kvision.create_model`. None draws initial
-                values; ImageNet's are not part of the library and come in by `kvision weights convert`.
-            input_tensor: a Keras tensor of images (n, h, w, c), such as `keras.Input` or what other layers make of one;
-                the model begins where that tensor does.
+            weights: a weights file or the name of pretrained weights, as for `kvision.create_model`; None initializes
+                randomly. ImageNet's weights are not part of the library: import them by `kvision weights convert`.
+            input_tensor: a Keras tensor of images (n, h, w, c), such as `keras.Input` or another layer's output; the
+                model starts at its input.
             input_shape: (height, width, channels); the default is that of the tensor, the weights, or the published
                 one. Without top, height and width may be None: any size.
             pooling: without top, "avg" or "max" of the last maps over the pixels, or None.
-            classes: how many; the default is that of the weights or the published number.
-            classifier_activation: of the top; None ends in logits.
+            classes: number of classes; the default is that of the weights or the published one.
+            classifier_activation: of the top; None returns logits.
             name: of the model; the default is the zoo's.
-            own: arguments of the network's own, see `kvision.zoo.arguments`.
+            model_kwargs: model-specific arguments, see `kvision.zoo.arguments`.
 
         Raises:
-            ValueError: an argument or a size that the network does not take.
+            ValueError: an unsupported argument or size.
             kvision.weights.WeightsError: the weights are missing or of another network.
         """
         if pooling not in (None, "avg", "max"):
             raise ValueError(f"pooling must be None, 'avg' or 'max', got {pooling!r}")
         if input_tensor is not None:
-            input_shape = self._shape_of(input_tensor, input_shape)
+            input_shape = self._merge_shapes(input_tensor, input_shape)
         if input_shape is not None:
-            self._check(input_shape, include_top)
-        architecture = self.architecture if weights is None else self._of(weights)
-        model = create_model(architecture, input_shape, classes if include_top else 0, weights, **own)
-        outputs = model.outputs[0]  # auxiliary heads have no place behind this door
+            self._check_shape(input_shape, include_top)
+        architecture = self.architecture if weights is None else self._find_architecture(weights)
+        model = create_model(architecture, input_shape, classes if include_top else 0, weights, **model_kwargs)
+        outputs = model.outputs[0]  # without auxiliary heads, as in Keras
         if include_top and classifier_activation is not None:
             outputs = keras.layers.Activation(classifier_activation, name="predictions")(outputs)
         elif not include_top and pooling != "avg":
@@ -74,10 +74,10 @@ class Application:
             if pooling == "max":
                 outputs = keras.layers.GlobalMaxPooling2D(name="max_pool")(outputs)
         model = keras.Model(model.inputs[0], outputs, name=name or architecture)
-        return model if input_tensor is None else _on(model, input_tensor)
+        return model if input_tensor is None else _connect(model, input_tensor)
 
-    def _shape_of(self, tensor, shape) -> tuple[int | None, int | None, int]:
-        """(height, width, channels) of the images of a tensor."""
+    def _merge_shapes(self, tensor, shape) -> tuple[int | None, int | None, int]:
+        """Return (height, width, channels) of a tensor's images, completed by `shape`."""
         if not keras.backend.is_keras_tensor(tensor) or len(tensor.shape) != 4:
             raise ValueError(
                 f"input_tensor must be a Keras tensor of images (n, height, width, channels), such as "
@@ -85,36 +85,35 @@ class Application:
             )
         found = tuple(tensor.shape[1:])
         if shape is not None and any(None not in (a, b) and a != b for a, b in zip(found, shape, strict=True)):
-            raise ValueError(f"input_tensor has images of shape {found}, and input_shape is {tuple(shape)}")
+            raise ValueError(f"input_tensor has images of shape {found}, but input_shape is {tuple(shape)}")
         return tuple(a if b is None else b for a, b in zip(found, shape or found, strict=True))
 
-    def _check(self, shape, include_top: bool) -> None:
+    def _check_shape(self, shape, include_top: bool) -> None:
         if len(shape) != 3:
             raise ValueError(f"input_shape must be (height, width, channels), got {shape!r}")
         if include_top and None in shape:
-            raise ValueError(f"with include_top the size must be known: input_shape is {tuple(shape)}")
+            raise ValueError(f"include_top requires a known size: input_shape is {tuple(shape)}")
         if self.least and any(size is not None and size < self.least for size in shape[:2]):
-            raise ValueError(f"{self.name} takes images of at least {self.least}x{self.least} pixels, got {shape}")
+            raise ValueError(f"{self.name} needs images of at least {self.least}x{self.least} pixels, got {shape}")
 
-    def _of(self, weights) -> str:
+    def _find_architecture(self, weights) -> str:
         if weights == "imagenet":
             raise WeightsError(
-                "imagenet: no ImageNet weights ship; convert a file of Keras's, torchvision's or TF-Slim's with "
+                "imagenet: no ImageNet weights are included; convert a file of Keras, torchvision or TF-Slim with "
                 f"`python -m kvision weights convert FILE --model {self.architecture} -o OUT.npz` and give its path"
             )
         stated = (inspect(find(weights))["manifest"] or {}).get("architecture", self.architecture)
-        sisters = zoo.list_models()
-        if stated not in sisters or zoo.paper(stated) != zoo.paper(self.architecture):
+        if stated not in zoo.list_models() or zoo.paper(stated) != zoo.paper(self.architecture):
             raise WeightsError(
-                f"{os.fspath(weights)}: a file of {stated}, which is none of the networks of {self.name}"
+                f"{os.fspath(weights)}: a file of {stated}, which is not one of the networks of {self.name}"
             )
         return stated
 
     def preprocess_input(self, images: np.ndarray, weights: str | os.PathLike | None = None) -> np.ndarray:
-        """Network input, float32, of an image (h, w, c) or of several, values 0 to 255, at the network's size.
+        """Return network input, float32, for an image (h, w, c) or several, values 0 to 255, at the network's size.
 
         Args:
-            weights: those that the images are for; the default is what the published weights expect.
+            weights: the weights to prepare the images for; the default is the published ones.
         """
         if weights is not None:
             prepare = preprocess(weights)
@@ -124,7 +123,7 @@ class Application:
             prepare = published_preprocessing(self.architecture)
         if prepare is None:
             raise ValueError(
-                f"nobody published weights of {self.architecture}; give the weights that the images are for"
+                f"no weights of {self.architecture} are published; give the weights to prepare the images for"
             )
         images = np.asarray(images)
         return prepare(images[None])[0] if images.ndim == 3 else prepare(images)
@@ -132,21 +131,21 @@ class Application:
     def decode_predictions(
         self, predictions: np.ndarray, top: int = 5, classes: Iterable[str] | None = None
     ) -> list[list[tuple]]:
-        """For each row of probabilities the `top` best as (class, name, probability).
+        """Return for each row of probabilities the `top` best as (class, name, probability).
 
         Args:
             predictions: (n, classes).
-            classes: their names, as a weights file's manifest lists them; without, ImageNet's thousand, whose names
-                Keras downloads.
+            classes: the classes' names, as in a weights file's manifest; the default is ImageNet's thousand, whose
+                names Keras downloads.
 
         Raises:
-            ValueError: another number of classes than of names.
+            ValueError: different numbers of classes and names.
         """
         return decode_predictions(predictions, top, classes)
 
 
 class MobileNetV2Application(Application):
-    """MobileNetV2, whose arguments Keras has in another order, `alpha` among them."""
+    """MobileNetV2: Keras's constructor has another order of arguments, and `alpha`."""
 
     def __call__(
         self,
@@ -159,26 +158,25 @@ class MobileNetV2Application(Application):
         classes: int | None = None,
         classifier_activation: str | None = "softmax",
         name: str | None = None,
-        **own: object,
+        **model_kwargs: object,
     ) -> keras.Model:
         """Build the network, see `Application`.
 
         Args:
-            alpha: what all filters are multiplied by, the zoo's `width`; the default is that of the weights, or 1.
+            alpha: factor on all filter counts, the zoo's `width`; the default is that of the weights, or 1.
         """
         if alpha is not None:
             if not alpha > 0:
                 raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-            own["width"] = alpha
-        return super().__call__(
-            include_top, weights, input_tensor, input_shape, pooling, classes, classifier_activation, name, **own
-        )
+            model_kwargs["width"] = alpha
+        arguments = (include_top, weights, input_tensor, input_shape, pooling, classes, classifier_activation, name)
+        return super().__call__(*arguments, **model_kwargs)
 
 
 def decode_predictions(
     predictions: np.ndarray, top: int = 5, classes: Iterable[str] | None = None
 ) -> list[list[tuple]]:
-    """As `Application.decode_predictions`."""
+    """See `Application.decode_predictions`."""
     predictions = np.asarray(predictions)
     if classes is None:
         return keras.applications.imagenet_utils.decode_predictions(predictions, top=top)
@@ -189,15 +187,15 @@ def decode_predictions(
     return [[(int(i), names[i], float(row[i])) for i in best] for row, best in zip(predictions, order, strict=True)]
 
 
-def _on(model: keras.Model, tensor) -> keras.Model:
-    """The same layers in one graph behind `tensor`."""
+def _connect(model: keras.Model, tensor) -> keras.Model:
+    """Return a model of the same layers applied to `tensor`."""
     results = {}
 
     def call(layer, *arguments, **options):
         results[layer.name] = layer(*arguments, **options)
         return results[layer.name]
 
-    # What Keras returns begins at `tensor`, as an input of its own; the results begin where that comes from.
+    # The clone's input is `tensor` itself; the model returned here starts at the inputs that `tensor` comes from.
     keras.models.clone_model(model, input_tensors=tensor, clone_function=lambda layer: layer, call_function=call)
     inputs = keras.utils.get_source_inputs(tensor)
     return keras.Model(inputs[0] if len(inputs) == 1 else inputs, results[model.layers[-1].name], name=model.name)

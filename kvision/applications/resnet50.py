@@ -1,4 +1,4 @@
-"""As `keras.applications.resnet50`."""
+"""Compatible with `keras.applications.resnet50`."""
 
 from kvision.applications.resnet import ResNet50, decode_predictions, preprocess_input
 

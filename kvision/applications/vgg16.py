@@ -1,4 +1,4 @@
-"""As `keras.applications.vgg16`."""
+"""Compatible with `keras.applications.vgg16`."""
 
 from kvision.applications.application import Application, decode_predictions
 

@@ -1,4 +1,4 @@
-"""As `keras.applications.vgg19`."""
+"""Compatible with `keras.applications.vgg19`."""
 
 from kvision.applications.application import Application, decode_predictions
 

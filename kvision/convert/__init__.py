@@ -1,8 +1,8 @@
-"""Pretrained weights by name, and conversion from and to the formats of other frameworks; see docs/convert.md."""
+"""Pretrained weights by name, and conversion to and from other frameworks' formats; see docs/convert.md."""
 
 from kvision.convert.convert import Report, convert, export_arrays, import_arrays
 from kvision.convert.info import ModelInfo, markdown_table, model_info
-from kvision.convert.pretrained import create_model, find, preprocess, published_preprocessing, shipped
+from kvision.convert.pretrained import create_model, find, preprocess, pretrained_weights, published_preprocessing
 from kvision.convert.verify import Difference, Verification, diff, verify
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "markdown_table",
     "model_info",
     "preprocess",
+    "pretrained_weights",
     "published_preprocessing",
-    "shipped",
     "verify",
 ]

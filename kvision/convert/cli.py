@@ -1,4 +1,4 @@
-"""`python -m kvision weights inspect|verify|diff|table`: weights files on the command line."""
+"""`python -m kvision weights`: inspect, verify, compare, convert and tabulate weights files."""
 
 import argparse
 import json
@@ -12,27 +12,27 @@ from kvision.weights.archive import WeightsError
 from kvision.weights.npz import inspect
 from kvision.weights.table import file_size, table, write_table
 
-LINE = 1 << 20  # characters of a line at most
-TOLERANCE = 1e-4  # of the logits after a conversion, relative to the largest
+LINE = 1 << 20  # maximum characters per line
+TOLERANCE = 1e-4  # on the logits after a conversion, relative to the largest
 
 
 def add_commands(subparsers) -> None:
     """Add `weights` and its commands to an argparse subparsers object.
 
-    The parsed arguments carry `handler`: `handler(arguments)` prints and returns the exit code. A file that
-    cannot be read raises WeightsError, whose message is the line to print on stderr; the exit code is then 2.
+    The parsed arguments have `handler`: `handler(arguments)` prints and returns the exit code. An unreadable file
+    raises WeightsError; its message is one line for stderr, with exit code 2.
     """
-    weights = subparsers.add_parser("weights", help="look at, check and compare weights files (.npz)")
+    weights = subparsers.add_parser("weights", help="inspect, verify, compare and convert weights files (.npz)")
     commands = weights.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("inspect", help="print what a file holds; nothing is built, no value is read")
+    command = commands.add_parser("inspect", help="print a file's contents from its headers and manifest")
     command.add_argument("files", nargs="+", metavar="FILE")
-    command.add_argument("--json", action="store_true", help="print JSON, one object a file and line")
+    command.add_argument("--json", action="store_true", help="print one JSON object per file and line")
     command.set_defaults(handler=_inspect)
 
     command = commands.add_parser(
         "verify",
-        help="check the hashes, rebuild the network, compare its logits; exit code 1 where a file fails",
+        help="check the hashes, rebuild the network, compare its logits; exit code 1 if a file fails",
     )
     command.add_argument("files", nargs="+", metavar="FILE")
     command.add_argument(
@@ -43,32 +43,32 @@ def add_commands(subparsers) -> None:
     )
     command.set_defaults(handler=_verify)
 
-    command = commands.add_parser("diff", help="compare two files, array by array; exit code 1 where they differ")
+    command = commands.add_parser("diff", help="compare two files, array by array; exit code 1 if they differ")
     command.add_argument("a", metavar="FILE")
     command.add_argument("b", metavar="FILE")
     command.set_defaults(handler=_diff)
 
     command = commands.add_parser(
         "convert",
-        help="weights of torchvision, Keras, TF-Slim or safetensors into .npz, or an .npz into .pth, .safetensors, .h5",
+        help="convert files of torchvision, Keras, TF-Slim or safetensors to .npz, or .npz to .pth, .safetensors, .h5",
     )
     command.add_argument("path", metavar="FILE")
     command.add_argument("-o", "--out", required=True, metavar="OUT")
-    command.add_argument("--model", metavar="NAME", help="network that foreign weights are of, see `kvision models`")
-    command.add_argument("--source", choices=list(SOURCES), help="whose names the foreign file has (found by itself)")
-    command.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="names that may have no match")
-    command.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"), help="the network's default")
-    command.add_argument("--classes", type=int, help="read off the file where it can be")
+    command.add_argument("--model", metavar="NAME", help="network of the foreign weights, see `kvision models`")
+    command.add_argument("--source", choices=list(SOURCES), help="naming scheme of the file (default: detected)")
+    command.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="names that may be unmatched")
+    command.add_argument("--input-shape", type=int, nargs=3, metavar=("H", "W", "C"), help="(default: the network's)")
+    command.add_argument("--classes", type=int, help="number of classes (default: that of the file)")
     command.add_argument(
         "--argument",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of the network's own, as JSON: hidden=512",
+        help="model-specific argument, as JSON: hidden=512",
     )
-    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="store floating-point arrays so")
-    command.add_argument("--dataset", help="what the weights were trained on, for the manifest")
-    command.add_argument("--license", help="of the weights, an SPDX identifier, for the manifest")
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of stored arrays")
+    command.add_argument("--dataset", help="data set of the training, for the manifest")
+    command.add_argument("--license", help="SPDX identifier of the weights' license, for the manifest")
     command.set_defaults(handler=_convert)
 
     command = commands.add_parser("table", help="print the Markdown table of a folder of weights files")
@@ -76,7 +76,7 @@ def add_commands(subparsers) -> None:
     command.add_argument(
         "--write",
         metavar="README",
-        help="put it between the lines <!-- weights:start --> and <!-- weights:end --> of a file",
+        help="replace the lines between <!-- weights:start --> and <!-- weights:end --> of a file",
     )
     command.set_defaults(handler=_table)
 
@@ -111,28 +111,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def assignments(words: Sequence[str]) -> dict[str, object]:
-    """The values of words NAME=VALUE by name: what VALUE says as JSON, or else its text.
+    """Parse words NAME=VALUE into a dictionary; VALUE is JSON, or else text.
 
     Raises:
         ValueError: a word without "="; the message is that word in quotes.
     """
-    own = {}
+    values = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(repr(word))
         try:
-            own[name] = json.loads(value)
+            values[name] = json.loads(value)
         except ValueError:
-            own[name] = value
-    return own
+            values[name] = value
+    return values
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     try:
-        own = assignments(arguments.argument)
+        model_kwargs = assignments(arguments.argument)
     except ValueError as error:
-        raise WeightsError(f"--argument wants KEY=VALUE, got {error}") from None
+        raise WeightsError(f"--argument expects KEY=VALUE, got {error}") from None
     try:
         report = convert(
             arguments.path,
@@ -142,14 +142,14 @@ def _convert(arguments: argparse.Namespace) -> int:
             skip=arguments.skip,
             input_shape=tuple(arguments.input_shape) if arguments.input_shape else None,
             classes=arguments.classes,
-            arguments=own,
+            arguments=model_kwargs,
             dtype=arguments.dtype,
             dataset=arguments.dataset,
             license=arguments.license,
         )
     except WeightsError:
         raise
-    except ValueError as error:  # a network, size or argument that does not exist
+    except ValueError as error:  # an unknown network or argument, or an unsupported size
         raise WeightsError(str(error)) from None
     print(report)
     return 0 if report.difference is None or report.difference <= TOLERANCE else 1

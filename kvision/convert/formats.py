@@ -1,4 +1,4 @@
-"""Weights files of other frameworks, recognised by their content."""
+"""Reader of other frameworks' weights files, recognized by content."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ import numpy as np
 
 from kvision.convert import hdf5, pth, safetensors, tf_checkpoint
 from kvision.data import zipped
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 from kvision.weights.archive import Archive, WeightsError, weights_error
 from kvision.weights.manifest import MANIFEST
 
@@ -19,12 +19,12 @@ KERAS_WEIGHTS = "model.weights.h5"  # the member of a .keras file
 
 @dataclass(frozen=True)
 class Foreign:
-    """What a file holds.
+    """The contents of a file.
 
     Args:
         format: "pth", "safetensors", "h5", "tf_checkpoint" or "npz".
-        arrays: by the names that they have there.
-        ignored: names of what is no array of numbers.
+        arrays: by their names in the file.
+        ignored: names of entries that are not arrays of numbers.
     """
 
     format: str
@@ -32,10 +32,10 @@ class Foreign:
     ignored: list[str] = field(default_factory=list)
 
 
-def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a `.keras` file, a zip that holds a `.weights.h5`; its description of the network is not read."""
+def _read_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read the arrays of a `.keras` file, a zip with a `.weights.h5`; its description of the network is not read."""
     with (
-        border(partial(weights_error, path), ".keras file", "save it in Keras again"),
+        translate_errors(partial(weights_error, path), ".keras file", "save it in Keras again"),
         open_regular(path) as file,
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -52,16 +52,19 @@ def _of_keras(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def read(path: str | os.PathLike) -> Foreign:
     """Read a file of PyTorch (`.pth`), safetensors, Keras (`.h5`, `.keras`), TensorFlow (a checkpoint) or NumPy.
 
-    No framework is needed for it, and nothing in the file is executed.
+    No framework is needed, and nothing in the file is executed.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, or of another kind.
+        WeightsError: the file does not exist, is damaged, or of another kind.
     """
     if os.path.isfile(f"{os.fspath(path).removesuffix('.index')}.index"):
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
     if not os.path.exists(path):
         raise weights_error(path, "no such file")
-    with border(partial(weights_error, path), "weights file", "download it again"), open_regular(path) as file:
+    with (
+        translate_errors(partial(weights_error, path), "weights file", "download it again"),
+        open_regular(path) as file,
+    ):
         size = os.fstat(file.fileno()).st_size
         head = file.read(9)
         file.seek(max(0, size - 8))
@@ -78,17 +81,17 @@ def read(path: str | os.PathLike) -> Foreign:
         if any(name.endswith("/data.pkl") for name in names):
             return Foreign("pth", *pth.read(path))
         if KERAS_WEIGHTS in names:
-            return Foreign("h5", _of_keras(path))
+            return Foreign("h5", _read_keras(path))
         with Archive(path) as archive:
             return Foreign("npz", {key: archive.read(key) for key in archive.members if key != MANIFEST})
-    # Before the pickles, which start with 0x80: so does the length of one header in 256 here, in 32 where it is a
-    # multiple of 8.
-    if safetensors.looks_so(head):
+    # Checked before the pickles, which start with 0x80, because one in 32 header lengths (multiples of 8) does so,
+    # too.
+    if safetensors.is_safetensors(head):
         return Foreign("safetensors", safetensors.read(path))
     if head[:1] == b"\x80":
         return Foreign("pth", *pth.read(path))
     if int.from_bytes(tail, "little") == tf_checkpoint.MAGIC:
         return Foreign("tf_checkpoint", *tf_checkpoint.read(path))
     raise weights_error(
-        path, "is of no kind known here: .pth, .safetensors, .h5, .keras, a TensorFlow checkpoint, .npz"
+        path, "is of an unknown format; expected .pth, .safetensors, .h5, .keras, a TensorFlow checkpoint, .npz"
     )

@@ -1,7 +1,7 @@
-"""Keras's HDF5 files of weights: `keras.applications`' own, and what `model.save("x.h5")` writes.
+"""Keras's HDF5 weights files: those of `keras.applications`, and those of `model.save("x.h5")`.
 
-A group for each layer, with the names of its variables in an attribute. Keras 3's `.weights.h5` numbers the variables;
-its classes of layers say which they are.
+They have a group for each layer, with its variables' names in an attribute. Keras 3's `.weights.h5` numbers the
+variables instead; the layer's class determines their names.
 """
 
 import io
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.untrusted import BASE, Budget, border, open_regular, read_exactly
+from kvision.untrusted import BASE, Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import atomic_weights_file, shorten, weights_error
 
-# The variables' last names in files of Keras 1 and 2, and ours.
+# Last parts of variable names in files of Keras 1 and 2, and ours.
 LEAVES = {"W": "kernel", "b": "bias", "depthwise_kernel": "kernel", "running_mean": "moving_mean"}
-LEAVES |= {"running_std": "moving_variance"}  # Keras 1 called the variance so
+LEAVES |= {"running_std": "moving_variance"}  # Keras 1's name of the variance
 CHILD = Path(__file__).with_name("hdf5_child.py")
-SECONDS = 60  # on the clock; the child takes a quarter of one, and stops itself after five of its own time
+SECONDS = 60  # of wall time; the child takes a quarter of a second, and stops itself after five of CPU time
 
 
 def _leaf(name: str) -> str:
-    """A variable's own name: of "conv1/kernel:0" "kernel", of "block1_conv1_W_1:0" too."""
+    """Return a variable's short name: "kernel" for "conv1/kernel:0" and "block1_conv1/kernel_1:0"."""
     last = name.rsplit("/", 1)[-1].partition(":")[0]
     known = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance", *LEAVES)
     for leaf in known:
@@ -37,21 +37,20 @@ def _leaf(name: str) -> str:
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a file, by "layer/variable": {"block1_conv1/kernel": ...}.
+    """Read the arrays of a file, by "layer/variable": {"block1_conv1/kernel": ...}.
 
-    The HDF5 library runs in a process apart, `kvision/convert/hdf5_child.py`, which says where the arrays lie.
+    The HDF5 library runs in a separate process, `kvision/convert/hdf5_child.py`, which returns the arrays' offsets.
 
     Raises:
-        WeightsError: the file is damaged, links to other files, or asks for more time or
-            memory than its size explains.
+        WeightsError: the file is damaged, links to other files, or needs more time or memory than its size justifies.
     """
     arrays: dict[str, np.ndarray] = {}
     with (
-        border(partial(weights_error, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
+        translate_errors(partial(weights_error, path), "HDF5 file of Keras", "load it in Keras and save it as .h5"),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
-        for layer, name, code, shape, offset in _places(path, budget):
+        for layer, name, code, shape, offset in _locate_arrays(path, budget):
             key = f"{layer}/{_leaf(name)}"
             if key in arrays:
                 raise ValueError(f"{layer[:80]} has two variables {_leaf(name)[:80]}")
@@ -59,7 +58,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             if math.prod(max(1, length) for length in shape) >= 2**60:
                 raise ValueError(f"{key[:80]} has shape {shape}")
             size = math.prod(shape) * dtype.itemsize
-            budget.import_(size, key[:80])
+            budget.take(size, key[:80])
             values = read_exactly(file, offset, size, key[:80])
             arrays[key] = values.view(dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
     if not arrays:
@@ -67,8 +66,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _ask(path: str | os.PathLike) -> subprocess.CompletedProcess:
-    # -P: the folder of the program is none to import from, for its files have the names of packages.
+def _run_child(path: str | os.PathLike) -> subprocess.CompletedProcess:
+    # -P: do not import from the script's folder, whose files have names of packages.
     command = [sys.executable, "-P", str(CHILD), os.path.abspath(path), str(BASE)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     try:
@@ -76,28 +75,28 @@ def _ask(path: str | os.PathLike) -> subprocess.CompletedProcess:
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"HDF5 does not find its way through it within {SECONDS} s") from None
+        raise ValueError(f"HDF5 did not finish reading it within {SECONDS} s") from None
 
 
-def _places(path: str | os.PathLike, budget: Budget) -> list[list]:
-    """What the child process says: [[layer, variable's name, dtype, shape, offset], ...]."""
-    done = _ask(path)
+def _locate_arrays(path: str | os.PathLike, budget: Budget) -> list[list]:
+    """Return the child process's result: [[layer, variable's name, dtype, shape, offset], ...]."""
+    done = _run_child(path)
     if done.returncode == -getattr(signal, "SIGXCPU", 0):
-        raise ValueError("HDF5 does not find its way through it and was stopped")
+        raise ValueError("HDF5 did not finish reading it and was stopped")
     try:
-        answer = json.loads(done.stdout)
+        result = json.loads(done.stdout)
     except ValueError:
         reason = "; ".join(done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:])
         end = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         raise ValueError(f"HDF5 cannot read it and ends with {end} {reason[:200]}") from None
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    budget.import_(len(done.stdout), "the names of its arrays")
-    return answer["arrays"]
+    if "error" in result:
+        raise ValueError(result["error"])
+    budget.take(len(done.stdout), "the names of its arrays")
+    return result["arrays"]
 
 
 def _new_file(h5py, image: io.BytesIO):
-    """A file that keeps the order of its groups and not the time of its making: same arrays, same bytes."""
+    """Create a file that tracks the order of its groups but no creation times: same arrays, same bytes."""
     creation, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
     creation.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
@@ -107,23 +106,23 @@ def _new_file(h5py, image: io.BytesIO):
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays by "layer/variable" for `model.load_weights(path, by_name=True)`, whole or not at all.
+    """Write arrays by "layer/variable" for `model.load_weights(path, by_name=True)`, atomically.
 
     A layer's variables are written in the order of `arrays`, which must be Keras's: kernel, bias; gamma, beta,
     moving_mean, moving_variance.
 
     Raises:
-        WeightsError: a name that is not "layer/variable", or the disk refuses.
+        WeightsError: a name that is not "layer/variable", or a disk error.
     """
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         layer, _, leaf = key.partition("/")
         if not leaf or "/" in leaf:
-            raise weights_error(path, f"not written: {shorten([key])} is no layer/variable")
+            raise weights_error(path, f"not written: {shorten([key])} is not layer/variable")
         layers.setdefault(layer, {})[leaf] = array
-    import h5py  # here: reading needs it in another process alone
+    import h5py  # here, because reading needs it only in the child process
 
-    image = io.BytesIO()  # HDF5 writes here and there in a file, and what it makes of a disk's error is its own
+    image = io.BytesIO()  # HDF5 writes non-sequentially, and does not report a disk's errors as OSError
     with _new_file(h5py, image) as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"

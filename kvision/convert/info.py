@@ -1,4 +1,4 @@
-"""What is known of each network: its paper, size, cost and pretrained weights."""
+"""Facts about each network: its paper, size, cost and pretrained weights."""
 
 import gc
 import json
@@ -15,19 +15,18 @@ from kvision.zoo import arguments, build_model, default_shape, list_models, modu
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a network without training it.
+    """Facts about an untrained network.
 
     Args:
         title, authors, year, address: of the paper.
         file: of `kvision.models`.
-        input_shape, classes: what it reads and gives unless told otherwise; the figures below are for these. `classes`
-            is None where it gives an image.
-        parameters: trainable numbers.
+        input_shape, classes: the defaults, used for the figures below; `classes` is None if the output is an image.
+        parameters: number of trainable values.
         flops: multiply-adds of the convolutions and dense layers for one image, as He et al. 2015 count FLOPs.
-        stages: the taps and the shapes (height, width, channels) of their maps.
-        preprocessing: what its published or shipped weights expect of images; None where there are none.
-        arguments: those of its own, with their defaults.
-        weights: names of the weights that ship.
+        stages: the last layer of each stage and the shape (height, width, channels) of its maps.
+        preprocessing: of its published or pretrained weights; None if there are none.
+        arguments: model-specific arguments with their defaults.
+        weights: names of the pretrained weights.
     """
 
     name: str
@@ -53,7 +52,7 @@ class ModelInfo:
             "images": shape if self.classes is None else f"{shape}, {self.classes} classes",
             "parameters": f"{self.parameters:,}",
             "FLOPs": f"{self.flops:,} multiply-adds an image",
-            "stages": ", ".join(f"{tap} {'x'.join(map(str, size))}" for tap, size in self.stages.items()),
+            "stages": ", ".join(f"{layer} {'x'.join(map(str, size))}" for layer, size in self.stages.items()),
             "preprocessing": json.dumps(self.preprocessing.to_json()) if self.preprocessing else "of the weights",
             "arguments": ", ".join(f"{key}={value!r}" for key, value in self.arguments.items()),
             "weights": ", ".join(self.weights),
@@ -62,22 +61,22 @@ class ModelInfo:
 
 
 def model_info(name: str) -> ModelInfo:
-    """Paper, size and cost of a network; it is built for that, without initial values.
+    """Return paper, size and cost of a network, which is built without initial values.
 
     Raises:
         UnknownModelError: the zoo has no such network.
     """
-    from kvision.convert import published_preprocessing, shipped  # _preprocessing
+    from kvision.convert import pretrained_weights, published_preprocessing
     from kvision.layers import skip_init  # here, because it imports Keras
 
     with skip_init():
         model = build_model(name)
     published = paper(name)
-    files = {key: path for key, path in shipped().items() if key.partition(".")[0] == name}
+    files = {key: path for key, path in pretrained_weights().items() if key.partition(".")[0] == name}
     preprocessing = published_preprocessing(name)
     if files and preprocessing is None:
         preprocessing = Preprocessing.from_json(inspect(next(iter(files.values())))["manifest"]["preprocessing"] or {})
-    taps = [layer for layer in model.layers if re.fullmatch(r"stage\d+", layer.name)]
+    stages = [layer for layer in model.layers if re.fullmatch(r"stage\d+", layer.name)]
     return ModelInfo(
         name=name,
         title=published.title,
@@ -89,7 +88,7 @@ def model_info(name: str) -> ModelInfo:
         classes=published.classes,
         parameters=sum(math.prod(variable.shape) for variable in model.trainable_variables),
         flops=multiply_adds(model),
-        stages={layer.name: tuple(layer.output.shape[1:]) for layer in taps},
+        stages={layer.name: tuple(layer.output.shape[1:]) for layer in stages},
         preprocessing=preprocessing,
         arguments=arguments(name),
         weights=tuple(files),
@@ -97,10 +96,10 @@ def model_info(name: str) -> ModelInfo:
 
 
 def markdown_table(folder: str | os.PathLike = "weights") -> str:
-    """The zoo as a Markdown table: each network at its default size, and the scores of the weights that ship.
+    """Return the zoo as a Markdown table: each network at its default size, with scores of the pretrained weights.
 
     Args:
-        folder: of weights files, whose manifests name their network and accuracy.
+        folder: of weights files, whose manifests state network and accuracy.
     """
     scores: dict[str, list[str]] = {}
     for path in sorted(Path(folder).glob("*.npz")):
@@ -113,7 +112,7 @@ def markdown_table(folder: str | os.PathLike = "weights") -> str:
     ]
     for name in list_models():
         info = model_info(name)
-        gc.collect()  # models are full of cycles, and some take half a gigabyte
+        gc.collect()  # models contain reference cycles, and some take half a gigabyte
         shape = "x".join(map(str, info.input_shape))
         rows.append(
             f"| `{name}` | `{info.file.removeprefix('kvision/')}` | {shape} | {info.parameters:,} | "

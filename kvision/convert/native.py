@@ -1,4 +1,4 @@
-"""Our own names, for formats that are not ours: safetensors, or an `.npz` without manifest."""
+"""Our own names in foreign formats: safetensors, or an `.npz` without manifest."""
 
 import numpy as np
 
@@ -8,21 +8,21 @@ from kvision.weights.npz import named_variables
 
 
 def find(model) -> dict[str, TensorMap]:
-    """Every variable under its own name, as it is."""
+    """Map every variable to an array of the same name, shape and layout."""
     shapes = {key: tuple(variable.shape) for key, variable in named_variables(model).items()}
     return {key: TensorMap(key, shape, tuple(range(len(shape)))) for key, shape in shapes.items()}
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays as they are."""
+    """Return the arrays unchanged."""
     return arrays
 
 
 def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
-    """What a file has besides: nothing."""
+    """Return the buffers of a file: none."""
     return {}
 
 
 def preprocessing(name: str) -> Preprocessing | None:
-    """Unknown."""
+    """Return None: unknown."""
     return None

@@ -1,8 +1,8 @@
-"""PyTorch's files of a `state_dict`, read and written without PyTorch and without running their code.
+"""Reader and writer of PyTorch's `state_dict` files, without PyTorch and without executing their code.
 
 A `.pth` is a pickle that describes the tensors, and the bytes of their storages: since PyTorch 1.6 both in a zip file
-(serialization.py of https://github.com/pytorch/pytorch), before in one file, one after the other. The pickle's opcodes
-are interpreted (`kvision.safe_pickle`); what it may name is what a `state_dict` of plain tensors needs.
+(serialization.py of https://github.com/pytorch/pytorch), before that consecutive in one file. `kvision.safe_pickle`
+interprets the opcodes; the allowed names are those that a `state_dict` of plain tensors needs.
 """
 
 import math
@@ -19,10 +19,10 @@ import numpy as np
 
 from kvision.data import zipped
 from kvision.safe_pickle import Refused, copied, expect, interpret, text
-from kvision.untrusted import Budget, border, open_regular, read_exactly
+from kvision.untrusted import Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import plain_bytes, weights_error, write_zip
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before the zip format
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files before the zip format
 STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -44,7 +44,7 @@ NAMES = {
     **{f"torch {name}": name for name in STORAGES},
 }
 MAX_AXES = 32
-NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the state_dict
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts store the state_dict
 
 
 @dataclass
@@ -62,17 +62,17 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def array(self, values: np.ndarray, budget: Budget) -> np.ndarray:
-        """The tensor's values, in C order: a view of those of its storage where they lie there so, else a copy."""
+        """Return the tensor's values in C order: a view of its storage if that has this order, else a copy."""
         count = math.prod(self.shape)
         last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         if count and (self.offset + last >= len(values) or count > len(values)):
-            raise ValueError(f"a tensor of shape {self.shape} that its storage of {len(values)} values does not hold")
+            raise ValueError(f"a tensor of shape {self.shape} does not fit into its storage of {len(values)} values")
         if not count:
             return np.zeros(self.shape, values.dtype)
         strides = [stride * values.itemsize for stride in self.strides]
         array = np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides)
         if not array.flags.c_contiguous:
-            budget.import_(array.nbytes, "tensors that are no plain part of their storage")
+            budget.take(array.nbytes, "non-contiguous tensors")
             array = array.copy(order="C")
         return array
 
@@ -93,14 +93,14 @@ def _call(budget: Budget, kind: str, arguments: tuple) -> object:
         raise ValueError(f"a shape of {len(shape)} axes")
     numbers = [offset, *expect(shape, tuple), *expect(strides, tuple)]
     if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers) or len(shape) != len(strides):
-        raise ValueError("a tensor whose shape or strides are no natural numbers")
-    if len(shape) > MAX_AXES or math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy indexes
+        raise ValueError("a tensor whose shape or strides are not natural numbers")
+    if len(shape) > MAX_AXES or math.prod(max(1, length) for length in shape) >= 2**60:  # beyond NumPy's indices
         raise ValueError("a tensor of too many axes or values")
     return _Tensor(expect(storage, _Storage), offset, shape, strides)
 
 
 def _set_state(target: object, state: object) -> None:
-    expect(target, dict)  # an OrderedDict's attributes, such as a module's `_metadata`: not read
+    expect(target, dict)  # an OrderedDict's attributes, such as a module's `_metadata`, are ignored
     expect(state, dict)
 
 
@@ -117,38 +117,40 @@ def _unpickle(source, budget: Budget) -> object:
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of a `state_dict`, and the names of what is there besides.
+    """Read the tensors of a `state_dict`, and the names of other entries.
 
-    The dictionary may lie in another one, under "state_dict" or "model", as training scripts leave it. Tensors that
-    share a storage share their memory here too.
+    The dictionary may be nested in another one, under "state_dict" or "model", as by training scripts. Tensors with a
+    common storage share memory.
 
     Args:
         path: a file of `torch.save`, of either format.
 
     Returns:
-        (arrays by name in C order, the keys of entries that are no tensors).
+        (arrays by name in C order, the keys of entries that are not tensors).
 
     Raises:
-        WeightsError: the file is damaged, holds more than plain tensors, strings and numbers, or asks for more memory
-            than its size explains. Nothing was executed.
+        WeightsError: the file is damaged, contains more than plain tensors, strings and numbers, or needs more memory
+            than its size justifies. Nothing is executed.
     """
     with (
-        border(partial(weights_error, path), "file of PyTorch", "download it again, or save a plain state_dict"),
+        translate_errors(
+            partial(weights_error, path), "file of PyTorch", "download it again, or save a plain state_dict"
+        ),
         open_regular(path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
         try:
             tensors, storages = (_read_zip if file.read(2) == b"PK" else _read_legacy)(file, budget)
         except Refused as error:
-            raise weights_error(path, f"holds {error}; it was not executed") from None
+            raise weights_error(path, f"contains {error}; it was not executed") from None
         arrays, ignored = _arrays(expect(tensors, dict), storages, budget)
     if not arrays:
-        raise weights_error(path, "holds no tensors")
+        raise weights_error(path, "contains no tensors")
     return arrays, ignored
 
 
-def _arrays(tensors: dict, bytes_of: Callable[[_Storage], np.ndarray], budget: Budget):
-    """The arrays of a state_dict by name, and the keys of what is none."""
+def _arrays(tensors: dict, read_bytes: Callable[[_Storage], np.ndarray], budget: Budget):
+    """Return the arrays of a state_dict by name, and the keys of other entries."""
     ignored, arrays, storages = [], {}, {}
     for name in NESTED:
         if isinstance(tensors.get(name), dict):
@@ -161,18 +163,18 @@ def _arrays(tensors: dict, bytes_of: Callable[[_Storage], np.ndarray], budget: B
             continue
         storage = tensor.storage
         if storage.key not in storages:
-            values = bytes_of(storage)
+            values = read_bytes(storage)
             if len(values) != storage.count * storage.dtype.itemsize:
                 raise ValueError(f"the storage of {text(key)} has {len(values)} bytes, expected {storage.count} values")
             if storage.dtype == np.bool_ and values.max(initial=0) > 1:
-                raise ValueError(f"{text(key)} is of dtype bool but holds other bytes than 0 and 1")
+                raise ValueError(f"{text(key)} is of dtype bool but contains bytes other than 0 and 1")
             values = values.view(storage.dtype.newbyteorder("<")).astype(storage.dtype, copy=False)
             storages[storage.key] = (storage, values)
         known, values = storages[storage.key]
         if known != storage:
-            raise ValueError(f"the storage of {text(key)} is described in two ways")
+            raise ValueError(f"the storage of {text(key)} has two descriptions")
         if text(key) in arrays:
-            raise ValueError(f"{text(key)} stands there twice")
+            raise ValueError(f"{text(key)} occurs twice")
         arrays[text(key)] = tensor.array(values, budget)
     return arrays, ignored
 
@@ -182,7 +184,7 @@ def _read_zip(file: BinaryIO, budget: Budget):
 
     def content(name: str) -> np.ndarray:
         if name not in entries or entries[name].deflated:
-            raise ValueError(f"{name[:80]} is missing, or is packed, which PyTorch never does")
+            raise ValueError(f"{name[:80]} is missing, or compressed, which PyTorch never does")
         values = zipped.content(file, entries[name], budget)
         if zlib.crc32(values) != entries[name].crc:
             raise ValueError(f"{name[:80]} does not match its checksum")
@@ -199,12 +201,12 @@ def _read_zip(file: BinaryIO, budget: Budget):
 def _read_legacy(file: BinaryIO, budget: Budget):
     file.seek(0)
     if _unpickle(file, budget) != MAGIC or _unpickle(file, budget) != PROTOCOL:
-        raise ValueError("it starts with neither of PyTorch's marks")
+        raise ValueError("it does not start with PyTorch's magic number and protocol")
     system = _unpickle(file, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("written on a big-endian machine")
     tensors = _unpickle(file, budget)
-    tensor_maps = {}
+    positions = {}
     sizes = {
         value.storage.key: value.storage
         for group in (tensors, *(tensors.values() if isinstance(tensors, dict) else ()))
@@ -214,28 +216,28 @@ def _read_legacy(file: BinaryIO, budget: Budget):
     }
     for key in expect(_unpickle(file, budget), list):
         (count,) = struct.unpack("<q", file.read(8))
-        storage = sizes[text(key)]  # a storage that no tensor uses has no known size
+        storage = sizes[text(key)]  # a storage without a tensor has no known size
         if count != storage.count:
             raise ValueError(f"storage {text(key)} has {count} values, its tensors expect {storage.count}")
-        tensor_maps[text(key)] = file.tell()
+        positions[text(key)] = file.tell()
         file.seek(count * storage.dtype.itemsize, os.SEEK_CUR)
 
     def content(storage: _Storage) -> np.ndarray:
         size = storage.count * storage.dtype.itemsize
-        budget.import_(size, f"the storage {storage.key[:80]}")
-        return read_exactly(file, tensor_maps[storage.key], size, f"the storage {storage.key[:80]}")
+        budget.take(size, f"the storage {storage.key[:80]}")
+        return read_exactly(file, positions[storage.key], size, f"the storage {storage.key[:80]}")
 
     return tensors, content
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray], version: int | None = None) -> None:
-    """Write arrays as a `state_dict` that `torch.load(path, weights_only=True)` reads; the same arrays, the same bytes.
+    """Write arrays as a `state_dict` for `torch.load(path, weights_only=True)`; the same arrays give the same bytes.
 
     Args:
-        version: of the module that the arrays are of, as PyTorch states it in `_metadata`; None states nothing.
+        version: of the arrays' module, stored in PyTorch's `_metadata`; None stores none.
 
     Raises:
-        WeightsError: a dtype that PyTorch does not have, or the disk refuses.
+        WeightsError: a dtype that PyTorch does not support, or a disk error.
     """
     kinds = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
     ordered = b"ccollections\nOrderedDict\n)R"
@@ -244,7 +246,7 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray], version: int |
     number = lambda value: b"\x8a\x08" + struct.pack("<q", value)  # noqa: E731  (LONG1)
     for i, (key, array) in enumerate(arrays.items()):
         if array.dtype.newbyteorder("=") not in kinds:
-            raise weights_error(path, f"{key} has dtype {array.dtype}, which PyTorch does not have")
+            raise weights_error(path, f"{key} has dtype {array.dtype}, which PyTorch does not support")
         kind = kinds[array.dtype.newbyteorder("=")]
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
         pickle += [string(key), b"ctorch._utils\n_rebuild_tensor_v2\n(("]

@@ -1,6 +1,6 @@
-"""The networks that weights came from, run beside ours where they are installed, to say how far ours are off.
+"""Comparison of converted networks with the original ones, where those are installed.
 
-PyTorch, torchvision and Keras's applications are no part of what the library needs, so they are looked for by name.
+PyTorch, torchvision and `keras.applications` are optional, so they are imported by name.
 """
 
 import importlib
@@ -12,11 +12,11 @@ from kvision.convert.keras_applications import CONSTRUCTORS, prepare, renumbered
 from kvision.weights.archive import WeightsError
 
 
-def difference_from_peer(model, source: str, arrays: dict[str, np.ndarray]) -> float | None:
-    """How far the logits of `model` are from those of the network that has `arrays` in its own framework.
+def compare_with_reference(model, source: str, arrays: dict[str, np.ndarray]) -> float | None:
+    """Compare the logits of `model` with those of the original network with `arrays`, in its own framework.
 
     Returns:
-        The largest difference over the largest logit, on two made images; None where the framework is not installed
+        The largest difference over the largest logit, on two random images; None if the framework is not installed
         or has no such network.
     """
     import keras
@@ -35,7 +35,7 @@ def _torchvision(model, arrays, images) -> np.ndarray | None:
         return None
     try:
         torch, networks = (importlib.import_module(name) for name in ("torch", "torchvision.models"))
-    except (ImportError, RuntimeError):  # a build of torchvision for another PyTorch
+    except (ImportError, RuntimeError):  # a torchvision built for another PyTorch
         return None
     if not hasattr(networks, model.name) or all(layer.name != "logits" for layer in model.layers):
         return None
@@ -44,18 +44,19 @@ def _torchvision(model, arrays, images) -> np.ndarray | None:
     arrays = torchvision.prepare(model.name, arrays)
     heads = (
         {"aux_logits": any(key.lower().startswith("aux") for key in arrays)}
-        if "aux" in str(torchvision.rows_of(model.name))
+        if "aux" in str(torchvision.find_rules(model.name))
         else {}
     )
     if heads:
         heads |= {"init_weights": False, "transform_input": False}
-    peer = getattr(networks, model.name)(weights=None, num_classes=model.outputs[0].shape[-1], **heads).eval()
+    reference = getattr(networks, model.name)(weights=None, num_classes=model.outputs[0].shape[-1], **heads).eval()
+    tensors = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
     try:
-        peer.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}, strict=True)
+        reference.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise WeightsError(f"torchvision's {model.name} refuses the arrays: {error}") from None
+        raise WeightsError(f"the arrays do not fit torchvision's {model.name}: {error}") from None
     with torch.inference_mode():
-        return peer(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).numpy()
+        return reference(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).numpy()
 
 
 def _keras(model, arrays, images) -> np.ndarray | None:
@@ -67,17 +68,17 @@ def _keras(model, arrays, images) -> np.ndarray | None:
         options = {"include_top": False, "pooling": "avg"}
     make = getattr(keras.applications, CONSTRUCTORS[model.name])
     try:
-        peer = make(weights=None, input_shape=model.input_shape[1:], **options)
-    except ValueError:  # a size that Keras's network does not take
+        reference = make(weights=None, input_shape=model.input_shape[1:], **options)
+    except ValueError:  # a size that Keras's network does not support
         return None
-    names = renumbered(layer.name for layer in peer.layers) if model.name == "inception_v3_tf" else {}
+    names = renumbered(layer.name for layer in reference.layers) if model.name == "inception_v3_keras" else {}
     if names:
         arrays = prepare(model.name, arrays)
-    for variable in peer.weights:
+    for variable in reference.weights:
         layer, leaf = variable.path.rsplit("/", 1)
         layer = layer.rsplit("/", 1)[-1]
         key = f"{names.get(layer, layer)}/{leaf}"
         if key not in arrays:
-            raise WeightsError(f"Keras's {CONSTRUCTORS[model.name]} has a variable {key}, the file has none")
+            raise WeightsError(f"Keras's {CONSTRUCTORS[model.name]} has a variable {key}, which the file lacks")
         variable.assign(arrays[key])
-    return keras.ops.convert_to_numpy(peer(images, training=False))
+    return keras.ops.convert_to_numpy(reference(images, training=False))

@@ -1,10 +1,10 @@
-"""TF-Slim's names for our networks, and its preprocessing. https://github.com/google-research/tf-slim, nets/*.py."""
+"""Rules for TF-Slim's names, and its preprocessing. https://github.com/google-research/tf-slim, nets/*.py."""
 
 import re
 
 import numpy as np
 
-from kvision.convert.mapping import TensorMap, flattened, tensor_maps
+from kvision.convert.mapping import TensorMap, flattened_shape, tensor_maps
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -16,12 +16,12 @@ LEAVES = {
     "moving_mean": "moving_mean",
     "moving_variance": "moving_variance",
 }
-# What training leaves in a checkpoint besides the weights.
+# Training state in a checkpoint.
 TRAINING = r"global_step|.*/(ExponentialMovingAverage|Momentum|RMSProp(_1)?|Adam(_1)?)|.*_power"
 
 
 def _inception_v1() -> tuple[tuple[str, str], ...]:
-    top, rows = "InceptionV1", []
+    top, rules = "InceptionV1", []
     units = [("stage1", "Conv2d_1a_7x7"), ("stage2_1", "Conv2d_2b_1x1"), ("stage2_2", "Conv2d_2c_3x3")]
     branches = {
         "branch1_1": "Branch_0/Conv2d_0a_1x1",
@@ -33,17 +33,17 @@ def _inception_v1() -> tuple[tuple[str, str], ...]:
     }
     for stage, letters in ((3, "ab"), (4, "abcde"), (5, "ab")):
         for ours, theirs in zip(letters, "bcdef", strict=False):
-            for branch, place in branches.items():
+            for branch, scope in branches.items():
                 if (stage, theirs, branch) == (5, "b", "branch3_2"):
-                    place = "Branch_2/Conv2d_0a_3x3"  # so it is named there
-                units.append((f"stage{stage}_{ours}_{branch}", f"Mixed_{stage}{theirs}/{place}"))
+                    scope = "Branch_2/Conv2d_0a_3x3"  # TF-Slim's name
+                units.append((f"stage{stage}_{ours}_{branch}", f"Mixed_{stage}{theirs}/{scope}"))
     for ours, theirs in units:
-        rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
-    return (*rows, ("logits", "InceptionV1/Logits/Conv2d_0c_1x1"))
+        rules += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
+    return (*rules, ("logits", "InceptionV1/Logits/Conv2d_0c_1x1"))
 
 
 def _inception_v3() -> tuple[tuple[str, str], ...]:
-    top, rows = "InceptionV3", []
+    top, rules = "InceptionV3", []
     units = [("stage1_1", "Conv2d_1a_3x3"), ("stage1_2", "Conv2d_2a_3x3"), ("stage1_3", "Conv2d_2b_3x3")]
     units += [("stage2_1", "Conv2d_3b_1x1"), ("stage2_2", "Conv2d_4a_3x3")]
     units += [("aux1_1", "AuxLogits/Conv2d_1b_1x1"), ("aux1_2", "AuxLogits/Conv2d_2a_5x5")]
@@ -52,7 +52,7 @@ def _inception_v3() -> tuple[tuple[str, str], ...]:
     figure7 = ("0a_1x1", "0a_1x1 0b_1x3 0b_3x1", "0a_1x1 0b_3x3 0c_1x3 0d_3x1", "0b_1x1")
     modules = {
         "stage3_a": ("5b", figure5),
-        "stage3_b": ("5c", ("0a_1x1", "0b_1x1 1_0c_5x5", *figure5[2:])),  # so it is named there
+        "stage3_b": ("5c", ("0a_1x1", "0b_1x1 1_0c_5x5", *figure5[2:])),  # TF-Slim's names
         "stage3_c": ("5d", figure5),
         "stage4_a": ("6a", ("1a_1x1", "0a_1x1 0b_3x3 1a_1x1")),
         **{f"stage4_{letter}": (f"6{letter}", figure6) for letter in "bcde"},
@@ -62,21 +62,21 @@ def _inception_v3() -> tuple[tuple[str, str], ...]:
     }
     for ours, (theirs, branches) in modules.items():
         for i, steps in enumerate(branches):
-            tensor_maps = [f"{'Conv_' if step.startswith('1_0c') else 'Conv2d_'}{step}" for step in steps.split()]
-            numbers = [str(j) for j in range(1, len(tensor_maps) + 1)]
-            if theirs in ("7b", "7c") and i in (1, 2):  # the last two stand side by side
-                numbers[-2:] = [f"{len(tensor_maps) - 1}a", f"{len(tensor_maps) - 1}b"]
+            scopes = [f"{'Conv_' if step.startswith('1_0c') else 'Conv2d_'}{step}" for step in steps.split()]
+            numbers = [str(j) for j in range(1, len(scopes) + 1)]
+            if theirs in ("7b", "7c") and i in (1, 2):  # the last two are parallel
+                numbers[-2:] = [f"{len(scopes) - 1}a", f"{len(scopes) - 1}b"]
             units += [
-                (f"{ours}_branch{i + 1}_{number}", f"Mixed_{theirs}/Branch_{i}/{place}")
-                for number, place in zip(numbers, tensor_maps, strict=True)
+                (f"{ours}_branch{i + 1}_{number}", f"Mixed_{theirs}/Branch_{i}/{scope}")
+                for number, scope in zip(numbers, scopes, strict=True)
             ]
     for ours, theirs in units:
-        rows += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
-    rows += [("logits", f"{top}/Logits/Conv2d_1c_1x1"), ("aux1_logits", f"{top}/AuxLogits/Conv2d_2b_1x1")]
-    return tuple(rows)
+        rules += [(f"{ours}_conv", f"{top}/{theirs}"), (f"{ours}_bn", f"{top}/{theirs}/BatchNorm")]
+    rules += [("logits", f"{top}/Logits/Conv2d_1c_1x1"), ("aux1_logits", f"{top}/AuxLogits/Conv2d_2b_1x1")]
+    return tuple(rules)
 
 
-# For each family, a pattern of our networks' names and the rows from our layers to TF-Slim's scopes.
+# For each family, a pattern of our networks' names and the rules from our layers to TF-Slim's scopes.
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     **{
         f"vgg{depth}": (
@@ -87,7 +87,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         for depth in (16, 19)
     },
     **{
-        f"resnet{depth}_tf": (
+        f"resnet{depth}_tf_slim": (
             (r"stem_conv", f"resnet_v1_{depth}/conv1"),
             (r"stem_bn", f"resnet_v1_{depth}/conv1/BatchNorm"),
             *(
@@ -102,55 +102,55 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
         )
         for depth in (50, 101, 152)
     },
-    "inception_v1_tf": _inception_v1(),
-    "inception_v3_tf": _inception_v3(),
+    "inception_v1_tf_slim": _inception_v1(),
+    "inception_v3_keras": _inception_v3(),
 }
 
 
 def _tensor_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
-    """As in Keras, but for the dense layers, which are convolutions over the whole map there."""
+    """Map a variable to the layout of Keras, except for dense layers, which are convolutions over the whole map."""
     if variable == "kernel" and len(shape) == 2:
-        maps = flattened(layer) or (1, 1, shape[0])
+        maps = flattened_shape(layer) or (1, 1, shape[0])
         return TensorMap(key, (*maps, shape[1]), (0, 1, 2, 3), (*maps, shape[1]))
     return TensorMap(key, shape, tuple(range(len(shape))))
 
 
 def find(model) -> dict[str, TensorMap]:
-    """The place of every variable of a network in TF-Slim's checkpoint.
+    """Map every variable of a network to its array in TF-Slim's checkpoint.
 
     Raises:
         WeightsError: TF-Slim has no such network.
     """
-    for pattern, rows in FAMILIES.items():
+    for pattern, rules in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
             for layer in model.layers:
-                if layer.name == "aux1_2_conv":  # named there by its window, which small images make smaller
+                if layer.name == "aux1_2_conv":  # TF-Slim names it by its window, which is smaller for small images
                     window = "x".join(map(str, layer.kernel_size))
-                    rows = [(ours, theirs.replace("Conv2d_2a_5x5", f"Conv2d_2a_{window}")) for ours, theirs in rows]
-            return tensor_maps(model, rows, LEAVES, _tensor_map, "/")
-    raise WeightsError(f"TF-Slim has no {model.name} that kvision knows the names of")
+                    rules = [(ours, theirs.replace("Conv2d_2a_5x5", f"Conv2d_2a_{window}")) for ours, theirs in rules]
+            return tensor_maps(model, rules, LEAVES, _tensor_map, "/")
+    raise WeightsError(f"TF-Slim has no {model.name} with known names")
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint without what training left in it."""
+    """Return the arrays of a checkpoint without training state."""
     return {key: array for key, array in arrays.items() if not re.fullmatch(TRAINING, key)}
 
 
 def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
-    """What a checkpoint has besides: nothing."""
+    """Return the buffers of a checkpoint: none."""
     return {}
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """How images were prepared for TF-Slim's ImageNet weights.
+    """Return the preprocessing of TF-Slim's ImageNet weights.
 
     Raises:
         WeightsError: TF-Slim has no such network.
     """
     if name not in FAMILIES:
-        raise WeightsError(f"TF-Slim has no {name} that kvision knows")
+        raise WeightsError(f"TF-Slim has no known {name}")
     if name.startswith("inception"):
-        size = (299, 299) if name == "inception_v3_tf" else (224, 224)
+        size = (299, 299) if name == "inception_v3_keras" else (224, 224)
         return Preprocessing(mean=(1, 1, 1), std=(1, 1, 1), scale=1 / 127.5, size=size, crop=0.875)
     mean = (123.68, 116.78, 103.94)
     return Preprocessing(mean=mean, std=(1, 1, 1), scale=1.0, size=(224, 224), crop=0.875)

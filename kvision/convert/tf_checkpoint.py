@@ -1,9 +1,9 @@
-"""TensorFlow's checkpoints, read without TensorFlow and without building a graph.
+"""Reader of TensorFlow's checkpoints, without TensorFlow and without building a graph.
 
 Both versions are tables of LevelDB's format (https://github.com/google/leveldb/blob/main/doc/table_format.md) with
 protocol buffers in them: version 1, one file, as TF-Slim published its networks (saved_tensor_slice.proto in
-https://github.com/tensorflow/tensorflow), and version 2, an index and files of raw bytes beside it
-(tensor_bundle.proto). The files' checksums (CRC-32C) are not compared: in Python that would take minutes.
+https://github.com/tensorflow/tensorflow), and version 2, an index and files of raw bytes next to it
+(tensor_bundle.proto). The files' checksums (CRC-32C) are not verified: in Python that would take minutes.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from kvision.untrusted import Budget, border, open_regular, read_exactly
+from kvision.untrusted import Budget, open_regular, read_exactly, translate_errors
 from kvision.weights.archive import weights_error
 
 MAGIC = 0xDB4775248B80FB57
@@ -37,8 +37,8 @@ DTYPES = {  # of tensorflow/core/framework/types.proto
 MAX_AXES = 32
 MAX_NAME = 1_000  # bytes
 MAX_SHARDS = 1_000
-_OBJECT = 200  # bytes that Python takes for an entry, and at most for a number
-VALUES = {np.float32: 5, np.float64: 6, np.int64: 10, np.bool_: 11}  # TensorProto's fields; 7 for other integers
+_OBJECT = 200  # bytes of Python's objects for an entry, and at most for a number
+VALUES = {np.float32: 5, np.float64: 6, np.int64: 10, np.bool_: 11}  # fields of TensorProto; 7 for other integers
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protocol buffer: numbers, and bytes uninterpreted."""
+    """Yield the fields of a protocol buffer: numbers, and uninterpreted bytes."""
     place = 0
     while place < len(data):
         tag, place = _varint(data, place)
@@ -70,12 +70,12 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise ValueError(f"a protocol buffer's field of kind {kind}")
         place += size
         if place > len(data):
-            raise ValueError("a protocol buffer that is cut short")
+            raise ValueError("a truncated protocol buffer")
         yield tag >> 3, value
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:
-    """Of a TensorShapeProto."""
+    """Return the shape of a TensorShapeProto."""
     shape = []
     for number, value in _fields(data):
         if number == 2 and len(shape) <= MAX_AXES:
@@ -86,18 +86,18 @@ def _shape(data: memoryview) -> tuple[int, ...]:
 
 
 def _table(data: memoryview, budget: Budget) -> Iterator[tuple[bytes, memoryview]]:
-    """The entries of a table, key and value."""
+    """Yield the entries of a table, key and value."""
     if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
-        raise ValueError("it does not end as a checkpoint does")
+        raise ValueError("it does not end like a checkpoint")
     footer = data[-FOOTER:]
-    _, place = _varint(footer, 0)  # the block of metadata: offset and size
+    _, place = _varint(footer, 0)  # skip the metadata block: offset and size
     _, place = _varint(footer, place)
     free = 0
     for _, handle in _block(data, footer[place:], budget):
         start, place = _varint(handle, 0)
         size, _ = _varint(handle, place)
         if start < free:
-            raise ValueError("blocks that overlap, or one that is listed twice")
+            raise ValueError("blocks that overlap, or a repeated block")
         free = start + size
         yield from _block(data, handle, budget)
 
@@ -108,38 +108,38 @@ def _block(data: memoryview, handle: memoryview, budget: Budget) -> Iterator[tup
     if size < 4 or offset + size + 5 > len(data):
         raise ValueError("a block beyond the end of the file")
     if data[offset + size] != 0:
-        raise ValueError("a compressed block; TensorFlow's own checkpoints have none")
+        raise ValueError("a compressed block, which TensorFlow's checkpoints do not have")
     block = data[offset : offset + size]
     (restarts,) = struct.unpack("<I", block[-4:])
     end, place, key = size - 4 - 4 * restarts, 0, b""
     if end < 0:
-        raise ValueError("a block that is shorter than it says")
+        raise ValueError("a block that is shorter than it states")
     while place < end:
         shared, place = _varint(block, place)
         fresh, place = _varint(block, place)
         length, place = _varint(block, place)
         if shared > len(key) or place + fresh + length > end:
             raise ValueError("an entry beyond the end of its block")
-        # Keys share their beginnings: a few bytes of the file may stand for a long one.
-        budget.import_(_OBJECT + 3 * (shared + fresh), "the names of its tensors")
+        # Keys share prefixes: a few bytes of the file may stand for a long key.
+        budget.take(_OBJECT + 3 * (shared + fresh), "the names of its tensors")
         key = key[:shared] + bytes(block[place : place + fresh])
         yield key, block[place + fresh : place + fresh + length]
         place += fresh + length
 
 
 def _values(tensor: memoryview, dtype, shape: tuple[int, ...], budget: Budget) -> np.ndarray:
-    """Of a TensorProto, whose values lie in the field of their kind."""
-    plain, wanted = np.dtype(dtype), VALUES.get(dtype, 7)
+    """Return the values of a TensorProto, which are in the field of their type."""
+    plain, expected = np.dtype(dtype), VALUES.get(dtype, 7)
     if dtype in (np.float16, ml_dtypes.bfloat16):
-        wanted = 13
+        expected = 13
     floats, numbers = [], []
     for number, value in _fields(tensor):
         if number == 4:
             return np.frombuffer(value, plain.newbyteorder("<")).reshape(shape)
-        if number != wanted:
+        if number != expected:
             continue
-        budget.import_(_OBJECT, "its tensors' values")
-        if wanted in (5, 6):
+        budget.take(_OBJECT, "its tensors' values")
+        if expected in (5, 6):
             floats.append(np.frombuffer(value, plain.newbyteorder("<")))
         elif isinstance(value, int):
             numbers.append(value)
@@ -147,19 +147,19 @@ def _values(tensor: memoryview, dtype, shape: tuple[int, ...], budget: Budget) -
             place = 0
             while place < len(value):
                 item, place = _varint(value, place)
-                budget.import_(_OBJECT // 4, "its tensors' values")
+                budget.take(_OBJECT // 4, "its tensors' values")
                 numbers.append(item)
-    if wanted in (5, 6):
+    if expected in (5, 6):
         values = np.concatenate(floats) if floats else np.zeros(0, plain)
     else:
         values = np.array(numbers, np.uint64)
-        # Half precision as its bits; negative integers as the 64 bits of their complement.
-        values = values.astype(np.uint16).view(plain) if wanted == 13 else values.view(np.int64).astype(plain)
+        # Half precision is stored as its bits; negative integers as the 64 bits of their complement.
+        values = values.astype(np.uint16).view(plain) if expected == 13 else values.view(np.int64).astype(plain)
     return values.reshape(shape)
 
 
 def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Version 1: the first entry describes the tensors, the others hold them."""
+    """Read version 1: the first entry describes the tensors, the others contain them."""
     described, arrays, ignored = {}, {}, []
     data = memoryview(read_exactly(file, 0, budget.size, "its table"))
     for key, value in _table(data, budget):
@@ -167,7 +167,7 @@ def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], 
             if number == 1 and not key:
                 for field, meta in _fields(content):
                     if field == 1:
-                        budget.import_(2 * _OBJECT, "the names of its tensors")
+                        budget.take(2 * _OBJECT, "the names of its tensors")
                         entry = dict(_fields(meta))
                         name = _name(entry[1])
                         described[name] = (entry[3], _shape(entry.get(2, memoryview(b""))))
@@ -176,27 +176,27 @@ def _read_first(file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], 
                 name = _name(entry[1])
                 kind, shape = described[name]
                 if any(field == 1 and len(part) for field, part in _fields(entry.get(2, memoryview(b"")))):
-                    raise ValueError(f"{name[:80]} lies in several slices, which is not read")
+                    raise ValueError(f"{name[:80]} is stored in several slices, which are not supported")
                 if kind not in DTYPES:
                     ignored.append(name)
                     continue
                 array = _values(entry[3], DTYPES[kind], shape, budget)
-                budget.import_(array.nbytes, f"the values of {name[:80]}")
-                # A copy: writable, in this machine's byte order, and free of the file's bytes.
+                budget.take(array.nbytes, f"the values of {name[:80]}")
+                # A copy: writable, in this machine's byte order, independent of the file's bytes.
                 arrays[name] = array.astype(array.dtype.newbyteorder("="))
     if missing := described.keys() - arrays.keys() - set(ignored):
-        raise ValueError(f"{sorted(missing)[0][:80]} is described but not there")
+        raise ValueError(f"{sorted(missing)[0][:80]} is described but missing")
     return arrays, ignored
 
 
 def _name(value: object) -> str:
     if not isinstance(value, memoryview) or len(value) > MAX_NAME:
-        raise ValueError(f"a tensor's name that is no text of at most {MAX_NAME} bytes")
+        raise ValueError(f"a tensor's name that is not text of at most {MAX_NAME} bytes")
     return bytes(value).decode("utf-8")
 
 
 def _read_second(prefix: str, file: BinaryIO, budget: Budget) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Version 2: an index of names, and where in which file of bytes each lies."""
+    """Read version 2: an index with the name, file and offset of each tensor."""
     arrays, ignored, shards = {}, [], {}
     count = 0
     index = memoryview(read_exactly(file, 0, budget.size, "its index"))
@@ -213,10 +213,10 @@ def _read_second(prefix: str, file: BinaryIO, budget: Budget) -> tuple[dict[str,
                 ignored.append(name)
                 continue
             if 7 in entry:
-                raise ValueError(f"{name[:80]} lies in several slices, which is not read")
+                raise ValueError(f"{name[:80]} is stored in several slices, which are not supported")
             shard, offset, size = (entry.get(field, 0) for field in (3, 4, 5))
             if not 0 <= shard < count <= MAX_SHARDS:
-                raise ValueError(f"{name[:80]} lies in file {shard} of {count}")
+                raise ValueError(f"{name[:80]} is stored in file {shard} of {count}")
             if shard not in shards:
                 try:
                     part = open_regular(f"{prefix}.data-{shard:05d}-of-{count:05d}")
@@ -226,32 +226,32 @@ def _read_second(prefix: str, file: BinaryIO, budget: Budget) -> tuple[dict[str,
                 budget.add(os.fstat(part.fileno()).st_size)
             shape, dtype = _shape(entry.get(2, memoryview(b""))), np.dtype(DTYPES[kind])
             if size != math.prod(shape) * dtype.itemsize or offset >= 2**60:
-                raise ValueError(f"{name[:80]} of shape {shape} does not lie in its {size} bytes")
-            budget.import_(size, f"the values of {name[:80]}")
+                raise ValueError(f"{name[:80]} of shape {shape} does not match its {size} bytes")
+            budget.take(size, f"the values of {name[:80]}")
             values = read_exactly(shards[shard], offset, size, f"the values of {name[:80]}")
             if dtype == np.bool_ and values.max(initial=0) > 1:
-                raise ValueError(f"{name[:80]} is of dtype bool but holds other bytes than 0 and 1")
+                raise ValueError(f"{name[:80]} is of dtype bool but contains bytes other than 0 and 1")
             arrays[name] = values.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
     return arrays, ignored
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of a checkpoint, by name, and the names of those that are no numbers.
+    """Read the tensors of a checkpoint, by name, and the names of those that are not numbers.
 
     Args:
         path: a version 1 file (`vgg_16.ckpt`), or a version 2 checkpoint's prefix or `.index`.
 
     Raises:
-        WeightsError: there is none, it is damaged, or asks for more memory than its size explains.
+        WeightsError: it does not exist, is damaged, or needs more memory than its size justifies.
     """
     prefix = os.fspath(path).removesuffix(".index")
     second = os.path.isfile(f"{prefix}.index")
     with (
-        border(partial(weights_error, path), "checkpoint of TensorFlow", "download it again"),
+        translate_errors(partial(weights_error, path), "checkpoint of TensorFlow", "download it again"),
         open_regular(f"{prefix}.index" if second else path) as file,
     ):
         budget = Budget(os.fstat(file.fileno()).st_size)
         arrays, ignored = _read_second(prefix, file, budget) if second else _read_first(file, budget)
     if not arrays:
-        raise weights_error(path, "holds no tensors")
+        raise weights_error(path, "contains no tensors")
     return dict(sorted(arrays.items())), ignored

@@ -1,4 +1,4 @@
-"""timm's names for the networks that it has as torchvision does. https://github.com/huggingface/pytorch-image-models.
+"""Rules for timm's names of networks that equal torchvision's. https://github.com/huggingface/pytorch-image-models.
 
 Its ResNets, DenseNets and Inception v3 have torchvision's names; VGG, MobileNetV2 and MnasNet have their own.
 """
@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from kvision.convert import torchvision
-from kvision.convert.mapping import TensorMap, flattened, tensor_maps, torch_map
+from kvision.convert.mapping import TensorMap, flattened_shape, tensor_maps, torch_map
 from kvision.data.preprocessing import Preprocessing
 from kvision.weights.archive import WeightsError
 
@@ -16,15 +16,15 @@ LEAVES = torchvision.LEAVES
 
 
 def _blocks(groups: dict[int, tuple[tuple[int, int], ...]], first: int) -> tuple[tuple[str, str], ...]:
-    """Inverted residuals: for each of our stages, timm's groups as (number of its own, blocks before it).
+    """Return the rules of inverted residuals: for each of our stages, timm's groups as (index, blocks before it).
 
     Args:
         first: timm's group of the block without expansion, our stage 1.
     """
-    rows = [("stem_conv", "conv_stem"), ("stem_bn", "bn1")]
+    rules = [("stem_conv", "conv_stem"), ("stem_bn", "bn1")]
     for ours, theirs in (("depthwise_conv", "conv_dw"), ("depthwise_bn", "bn1"), ("project_conv", "conv_pw")):
-        rows.append((f"stage1_block1_{ours}", f"blocks.{first}.0.{theirs}"))
-    rows.append(("stage1_block1_project_bn", f"blocks.{first}.0.bn2"))
+        rules.append((f"stage1_block1_{ours}", f"blocks.{first}.0.{theirs}"))
+    rules.append(("stage1_block1_project_bn", f"blocks.{first}.0.bn2"))
     names = (
         ("expand_conv", "conv_pw"),
         ("expand_bn", "bn1"),
@@ -37,8 +37,9 @@ def _blocks(groups: dict[int, tuple[tuple[int, int], ...]], first: int) -> tuple
         for i, (group, before) in enumerate(parts):
             after = parts[i + 1][1] if i + 1 < len(parts) else 9
             blocks = f"[{before + 1}-{after}]"
-            rows += [(rf"stage{stage}_block({blocks})_{a}", f"blocks.{group}.{{1-{before + 1}}}.{b}") for a, b in names]
-    return (*rows, ("final_conv", "conv_head"), ("final_bn", "bn2"), ("logits", "classifier"))
+            block = f"blocks.{group}.{{1-{before + 1}}}"
+            rules += [(rf"stage{stage}_block({blocks})_{ours}", f"{block}.{theirs}") for ours, theirs in names]
+    return (*rules, ("final_conv", "conv_head"), ("final_bn", "bn2"), ("logits", "classifier"))
 
 
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -49,38 +50,37 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def find(model) -> dict[str, TensorMap]:
-    """The place of every variable of a network in timm's `state_dict`.
+    """Map every variable of a network to its array in timm's `state_dict`.
 
     Raises:
-        WeightsError: timm has no such network as torchvision has it.
+        WeightsError: timm has no network equal to torchvision's.
     """
     if re.fullmatch(r"vgg\d+(_bn)?", model.name):
-        rows = [row for row in torchvision.rows_of(model.name) if not re.match("head|logits", row[0])]
-        rows += [(r"head_(\d)_dense", "pre_logits.fc{1}"), (r"logits", "head.fc")]
-        return tensor_maps(model, rows, LEAVES, _vgg_map, ".")
-    for pattern, rows in FAMILIES.items():
+        rules = [rule for rule in torchvision.find_rules(model.name) if not re.match("head|logits", rule[0])]
+        rules += [(r"head_(\d)_dense", "pre_logits.fc{1}"), (r"logits", "head.fc")]
+        return tensor_maps(model, rules, LEAVES, _vgg_map, ".")
+    for pattern, rules in FAMILIES.items():
         if re.fullmatch(pattern, model.name):
-            return tensor_maps(model, rows or torchvision.rows_of(model.name), LEAVES, torch_map, ".")
-    raise WeightsError(f"timm has no {model.name} that kvision knows the names of")
+            return tensor_maps(model, rules or torchvision.find_rules(model.name), LEAVES, torch_map, ".")
+    raise WeightsError(f"timm has no {model.name} with known names")
 
 
 def _vgg_map(layer, variable: str, shape: tuple[int, ...], key: str) -> TensorMap:
-    """The hidden layers of timm's VGG are convolutions over the whole map."""
-    place = torch_map(layer, variable, shape, key)
+    """Map a variable of timm's VGG, whose hidden layers are convolutions over the whole map."""
     if variable == "kernel" and key.startswith("pre_logits"):
-        height, width, channels = flattened(layer) or (1, 1, shape[0])
+        height, width, channels = flattened_shape(layer) or (1, 1, shape[0])
         return TensorMap(key, (shape[1], channels, height, width), (3, 2, 0, 1), (height, width, channels, shape[1]))
-    return place
+    return torch_map(layer, variable, shape, key)
 
 
 prepare, counters = torchvision.prepare, torchvision.counters
 
 
 def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
-    """What a `state_dict` has besides the variables: batch norm's counters."""
+    """Return the buffers of a `state_dict`: batch norm's counters."""
     return counters(found)
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """As torchvision's, where nothing else is stated: timm's weights differ among each other."""
+    """Return torchvision's preprocessing, if nothing else is stated; timm's weights differ from each other."""
     return torchvision.preprocessing(name)

@@ -1,4 +1,4 @@
-"""torchvision's names for our networks, and its preprocessing. https://github.com/pytorch/vision, models/*.py."""
+"""Rules for torchvision's names, and its preprocessing. https://github.com/pytorch/vision, models/*.py."""
 
 import re
 
@@ -18,21 +18,21 @@ LEAVES = {
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
 HALF = (0.5, 0.5, 0.5)
-LATER = ("mnasnet0_75", "mnasnet1_3")  # trained by torchvision's later recipe, whose images are cut from 232 pixels
+LATER = ("mnasnet0_75", "mnasnet1_3")  # trained by torchvision's later recipe, which resizes images to 232 pixels
 
 
 def _vgg(convolutions: tuple[int, ...], step: int) -> tuple[tuple[str, str], ...]:
-    """The rows of a VGG with so many convolutions in each stage, each of `step` modules, and a pooling at the end."""
-    rows, index = [], 0
+    """Return the rules of a VGG by convolutions per stage, of `step` modules each; a pooling ends each stage."""
+    rules, index = [], 0
     for i, count in enumerate(convolutions, start=1):
         for j in range(1, count + 1):
-            rows += [(f"stage{i}_{j}_conv", f"features.{index}"), (f"stage{i}_{j}_bn", f"features.{index + 1}")]
+            rules += [(f"stage{i}_{j}_conv", f"features.{index}"), (f"stage{i}_{j}_bn", f"features.{index + 1}")]
             index += step
         index += 1
-    return (*rows, ("head_1_dense", "classifier.0"), ("head_2_dense", "classifier.3"), ("logits", "classifier.6"))
+    return (*rules, ("head_1_dense", "classifier.0"), ("head_2_dense", "classifier.3"), ("logits", "classifier.6"))
 
 
-# The modules of Inception v3 by their names here and there, and the names of their branches.
+# The modules of Inception v3: our name, torchvision's, and the names of their branches.
 _FIVE = ("branch1x1", "branch5x5_{1}", "branch3x3dbl_{1}", "branch_pool")
 _SEVEN = ("branch1x1", "branch7x7_{1}", "branch7x7dbl_{1}", "branch_pool")
 _SPREAD = ("branch1x1", "branch3x3_{1}", "branch3x3dbl_{1}", "branch_pool")
@@ -44,7 +44,7 @@ INCEPTION_V3 = {
     **{f"stage5_{letter}": (f"Mixed_7{letter}", _SPREAD) for letter in "bc"},
 }
 
-# For each family, a pattern of our networks' names and the rows from our layers to torchvision's modules.
+# For each family, a pattern of our networks' names and the rules from our layers to torchvision's modules.
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     # Idelbayev's CIFAR ResNets, https://github.com/akamaster/pytorch_resnet_cifar10
     r"resnet(20|32|44|56|110)": (
@@ -189,62 +189,62 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def rows_of(name: str) -> tuple[tuple[str, str], ...]:
-    """The table of the family that a network belongs to.
+def find_rules(name: str) -> tuple[tuple[str, str], ...]:
+    """Return the rules of a network's family.
 
     Raises:
         WeightsError: torchvision has no such network.
     """
-    for pattern, rows in FAMILIES.items():
+    for pattern, rules in FAMILIES.items():
         if re.fullmatch(pattern, name):
-            return rows
-    raise WeightsError(f"torchvision has no {name} that kvision knows the names of")
+            return rules
+    raise WeightsError(f"torchvision has no {name} with known names")
 
 
 def find(model) -> dict[str, TensorMap]:
-    """The place of every variable of a network in torchvision's `state_dict`."""
-    return tensor_maps(model, rows_of(model.name), LEAVES, torch_map, ".")
+    """Map every variable of a network to its array in torchvision's `state_dict`."""
+    return tensor_maps(model, find_rules(model.name), LEAVES, torch_map, ".")
 
 
 def version(name: str) -> int | None:
-    """What torchvision's module asks its `state_dict` for, besides the arrays: the version of its wiring; None mostly.
+    """Return the version that torchvision's module requires in the metadata of its `state_dict`; mostly None.
 
-    MNASNet's first version had other filters at its start; a file that states none is refused.
+    MNASNet's first version had other filters at its start; a file without a version is rejected.
     """
     return 2 if name.startswith("mnasnet") else None
 
 
 def counters(found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
-    """What the `state_dict` has besides: the steps that each batch norm has counted, which start from 0."""
-    means = (place.key for place in found.values() if place.key.endswith(".running_mean"))
+    """Return the batch norms' step counters of a `state_dict`, which start at 0."""
+    means = (target.key for target in found.values() if target.key.endswith(".running_mean"))
     return {key.replace("running_mean", "num_batches_tracked"): np.array(0, np.int64) for key in means}
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """How images were prepared for the published weights of a network: whitened by channel.
+    """Return the preprocessing of a network's published weights: channels standardized by mean and deviation.
 
-    For ImageNet the shorter side is resized, to 256 pixels or as the recipe had it, and the centre is cut out; the
-    CIFAR ResNets read whole images. The weights of GoogLeNet and Inception v3 came from TensorFlow: torchvision's
-    `transform_input` takes its whitening back and brings the pixels to -1 .. 1.
+    For ImageNet the shorter side is resized, to 256 pixels or as in the recipe, and the center is cropped; the CIFAR
+    ResNets read whole images. The weights of GoogLeNet and Inception v3 came from TensorFlow: torchvision's
+    `transform_input` undoes its standardization and maps pixels to -1 .. 1.
 
     Raises:
         WeightsError: torchvision has no such network.
     """
-    rows_of(name)
+    find_rules(name)
     if re.fullmatch(r"resnet(20|32|44|56|110)", name):
         return Preprocessing(mean=MEAN, std=STD, size=(32, 32))
     mean, std = (HALF, HALF) if name in ("googlenet", "inception_v3") else (MEAN, STD)
-    size, atomic_weights_file = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
-    return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / atomic_weights_file)
+    size, resized = (299, 342) if name == "inception_v3" else (224, 232 if name in LATER else 256)
+    return Preprocessing(mean=mean, std=std, size=(size, size), crop=size / resized)
 
 
 def prepare(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a `state_dict` without the prefix of `DataParallel`."""
+    """Return the arrays of a `state_dict` without the prefix of `DataParallel`."""
     if arrays and all(key.startswith("module.") for key in arrays):
         return {key.removeprefix("module."): array for key, array in arrays.items()}
     return arrays
 
 
 def buffers(name: str, found: dict[str, TensorMap]) -> dict[str, np.ndarray]:
-    """What a `state_dict` has besides the variables: `counters`."""
+    """Return the buffers of a `state_dict`: `counters`."""
     return counters(found)

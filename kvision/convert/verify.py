@@ -1,4 +1,4 @@
-"""Does a weights file still hold what it says, and how do two of them differ?"""
+"""Verification of a weights file, and comparison of two files."""
 
 import math
 import os
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvision import zoo
-from kvision.untrusted import MALFORMED
+from kvision.untrusted import READ_ERRORS
 from kvision.weights.archive import Archive, weights_error
-from kvision.weights.manifest import MANIFEST, read_manifest, room_for
+from kvision.weights.manifest import MANIFEST, max_parameters, read_manifest
 from kvision.weights.npz import load, probe_logits
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
         path: the file.
-        architecture: name of the network that was rebuilt.
-        parameters: how many numbers the file holds.
-        difference: largest difference of the logits from the manifest's, over the largest of those; None
-            without probe.
-        tolerance: the difference that is still taken for rounding.
+        architecture: name of the rebuilt network.
+        parameters: number of values in the file.
+        difference: largest difference of the logits from the manifest's, over the largest of those; None without
+            probe.
+        tolerance: maximum difference that counts as rounding.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Verification:
         if self.difference is None:
             found = "no probe logits to compare"
         else:
-            found = f"probe logits off by {self.difference:.1e} of their scale (at most {self.tolerance:.0e})"
+            found = f"probe logits differ by {self.difference:.1e} of their scale (at most {self.tolerance:.0e})"
         verdict = "ok" if self.ok else "WRONG"
         return f"{self.path}: {verdict}, {self.architecture}, {self.parameters:,} parameters, {found}"
 
@@ -50,16 +50,15 @@ def verify(path: str | os.PathLike, tolerance: float = 1e-4) -> Verification:
 
     Args:
         path: a file of `kvision.weights.save`, of a network in the zoo.
-        tolerance: how far a logit may be off, relative to the largest logit. The default is for float32;
-            a machine that computes convolutions in a reduced precision needs more.
+        tolerance: maximum difference of a logit, relative to the largest logit. The default is for float32; hardware
+            that computes convolutions in reduced precision needs more.
 
     Raises:
-        WeightsError: the file is damaged or its network cannot be rebuilt. Logits that differ raise nothing:
-            see `.ok`.
+        WeightsError: the file is damaged or its network cannot be rebuilt. Different logits do not raise: see `.ok`.
     """
     with Archive(path) as archive:
         manifest = read_manifest(archive)
-        for key in archive.members:  # the zip's own checksums, which other readers go by
+        for key in archive.members:  # the zip's checksums, which other readers use
             archive.read(key)
         parameters = sum(int(np.prod(m.shape)) for key, m in archive.members.items() if key != MANIFEST)
     architecture, probe = manifest["architecture"], manifest.get("probe")
@@ -69,19 +68,18 @@ def verify(path: str | os.PathLike, tolerance: float = 1e-4) -> Verification:
 
 
 def rebuild(path: str | os.PathLike, manifest: dict):
-    """The network of a manifest of `path`, by its arguments, with zeros for kernels: `load` fills them.
+    """Rebuild the network of a manifest of `path`, with zeros as kernels, to be filled by `load`.
 
     Raises:
-        WeightsError: there is no such network, it takes no such arguments, or they make it larger than the file's
-            arrays are together.
+        WeightsError: an unknown network or argument, or arguments that make it larger than all of the file's arrays.
     """
     from kvision.layers import skip_init  # here, because it imports Keras
 
     parameters = sum(math.prod(entry["shape"]) for entry in manifest["arrays"].values())
     try:
-        with skip_init(room_for(parameters)):
+        with skip_init(max_parameters(parameters)):
             return zoo.build_model(manifest["architecture"], **manifest["arguments"])
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         reason = str(error) or type(error).__name__
         message = f"{manifest['architecture']} cannot be rebuilt from the manifest's arguments: {reason}"
         raise weights_error(path, message) from None
@@ -94,13 +92,13 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
         expected = np.asarray(probe["logits"], np.float32)
         shape = list(probe["shape"])
         if len(shape) != 4 or any(
-            wanted not in (None, got) for wanted, got in zip(model.input_shape, shape, strict=True)
+            expected_side not in (None, side) for expected_side, side in zip(model.input_shape, shape, strict=True)
         ):
             raise ValueError(f"images of shape {shape}, the model reads {model.input_shape}")
         logits = probe_logits(model, tuple(shape[1:]), manifest["preprocessing"])
         if expected.shape != logits.shape or not expected.size:
             raise ValueError(f"logits of shape {expected.shape}, the model gives {logits.shape}")
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         raise weights_error(path, f"the manifest's probe cannot be repeated: {error}") from None
     scale = float(np.abs(expected).max()) or 1.0
     return float(np.abs(logits - expected).max()) / scale
@@ -108,13 +106,12 @@ def _difference(path, model, manifest: dict, probe: dict | None) -> float | None
 
 @dataclass(frozen=True)
 class Difference:
-    """How two weights files differ.
+    """The differences between two weights files.
 
     Args:
-        only_a, only_b: names of arrays that one file alone has.
-        shapes: {name: (shape in a, shape in b)} where they differ.
-        largest: {name: largest absolute difference} of the arrays of one shape; infinite where one alone is
-            NaN.
+        only_a, only_b: names of arrays in one file only.
+        shapes: {name: (shape in a, shape in b)} for different shapes.
+        largest: {name: largest absolute difference} of the arrays of one shape; infinite if only one is NaN.
         manifest: {field: (value in a, value in b)} for architecture, arguments, classes and preprocessing.
     """
 
@@ -126,7 +123,7 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """True where both files give the same network: same arrays, same values, same use."""
+        """True if both files give the same network: same arrays, same values, same use."""
         return not (self.only_a or self.only_b or self.shapes or self.manifest or any(self.largest.values()))
 
 
@@ -134,7 +131,7 @@ def diff(path_a: str | os.PathLike, path_b: str | os.PathLike) -> Difference:
     """Compare two weights files, with or without manifests, array by array.
 
     Raises:
-        WeightsError: one of them cannot be read; hashes and checksums are checked.
+        WeightsError: one of them cannot be read; hashes and checksums are verified.
     """
     with Archive(path_a) as a, Archive(path_b) as b:
         manifest_a, manifest_b = read_manifest(a, required=False), read_manifest(b, required=False)
@@ -160,6 +157,6 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
         return 0.0
     a, b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-    return float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max(initial=0.0))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))

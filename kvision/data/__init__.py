@@ -1,4 +1,4 @@
-"""Data sets as arrays: found, downloaded, checked, or drawn. Nothing here knows a model or a backend."""
+"""Data sets as arrays: found, downloaded, verified or synthesized. Independent of models and backends."""
 
 from kvision.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 from kvision.data.dataset import DataError, Dataset, DataUnavailable

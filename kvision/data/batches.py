@@ -1,4 +1,4 @@
-"""Batches of a training set: order, flips and crops are functions of seed and epoch, the same on every backend."""
+"""Batches of a training set: order, flips and crops sampled by seed and epoch, the same on every backend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ import numpy as np
 from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.random import rng
 
-PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # and NumPy's names for them
-PARAMS = ("index", "row", "column", "mirrored", "blank row", "blank column")  # of an image in a step
+PADDING_MODES = {"zero": "constant", "reflect": "reflect"}  # to NumPy's names
+PARAMS = ("index", "top", "left", "flip", "cutout_top", "cutout_left")  # of each image, see `Batches.params`
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed in an image each time it is shown.
+    """Random changes of an image each time it is used.
 
     Args:
-        flip: mirror half of the images left to right, the other half in the next epoch, and so on: in two epochs every
-            image is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
-        crop_padding: pad by so many pixels on each side, then crop the original size at a random place.
-        padding_mode: what is padded with: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
-        cutout: blank a square of so many pixels a side at a random place (DeVries and Taylor 2017,
-            https://arxiv.org/abs/1708.04552), cut off at the border; 0 blanks none.
+        flip: mirror half of the images left to right, the other half in the next epoch, and so on: over two epochs
+            every image is used both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+        crop_padding: pad every side by this many pixels and crop at a random position.
+        padding_mode: "zero", black pixels as in He et al. 2015, or "reflect", the mirrored image.
+        cutout: blank a square of this many pixels a side at a random position (DeVries and Taylor 2017,
+            https://arxiv.org/abs/1708.04552), clipped at the border; 0 turns it off.
 
     Raises:
         ValueError: an unknown padding mode, or a negative number of pixels.
@@ -37,16 +37,18 @@ class Augmentation:
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
         if self.crop_padding < 0 or self.cutout < 0:
-            raise ValueError(f"crop_padding and cutout count pixels, got {self.crop_padding} and {self.cutout}")
+            raise ValueError(
+                f"crop_padding and cutout must be 0 or more pixels, got {self.crop_padding} and {self.cutout}"
+            )
 
 
-def _checked(labels, classes: int | None) -> np.ndarray:
-    """Labels as int32; a float is never cut to a whole number."""
+def _check_labels(labels, classes: int | None) -> np.ndarray:
+    """Return labels as int32; floats are rejected, not truncated."""
     labels = np.asarray(labels)
     if labels.dtype.kind not in "ui":
-        raise TypeError(f"labels must be whole numbers, the classes' indices, got {labels.dtype}")
+        raise TypeError(f"labels must be integers, the classes' indices, got {labels.dtype}")
     if labels.ndim != 1:
-        raise ValueError(f"labels must have shape (n,), an index for each image, got {labels.shape}")
+        raise ValueError(f"labels must have shape (n,), one class index per image, got {labels.shape}")
     most = np.iinfo(np.int32).max if classes is None else classes - 1
     if labels.size and (int(labels.min()) < 0 or int(labels.max()) > most):
         raise ValueError(f"labels must lie in 0..{most}, got {labels.min()} to {labels.max()}")
@@ -56,19 +58,19 @@ def _checked(labels, classes: int | None) -> np.ndarray:
 class Batches:
     """The training images of one run, batch by batch.
 
-    An epoch is a function of seed and epoch number alone, so a resumed run continues with the images it would have
-    seen. Every epoch leaves out the last, incomplete batch, other images each time, so that one step is compiled.
+    An epoch is a function of seed and epoch number alone, so a resumed run continues with the same images. Every epoch
+    drops its last, incomplete batch (other images each time), so that one step is compiled.
 
     Args:
-        images: uint8 (n, height, width, channels); of another type where `value_range` says what its numbers mean.
+        images: uint8 (n, height, width, channels), or another type together with `value_range`.
         labels: integers (n,), 0 or more.
-        batch_size: images a step; all of them where there are fewer.
-        value_range: (0, 1) or (0, 255), of images that are not uint8; they are rounded to uint8.
-        classes: where it is given, labels are below it.
+        batch_size: images per step; all of them if there are fewer.
+        value_range: (0, 1) or (0, 255), the range of images that are not uint8; they are rounded to uint8.
+        classes: if given, labels must be below it.
 
     Raises:
-        TypeError: images that are no array of uint8 without `value_range`; labels that are no whole numbers.
-        ValueError: no images, a wrong shape, a value outside its range, not as many labels, or a batch size below 1.
+        TypeError: images that are not a uint8 array and no `value_range`; labels that are not integers.
+        ValueError: no images, a wrong shape, a value out of range, a different number of labels, a batch size below 1.
     """
 
     def __init__(
@@ -89,10 +91,10 @@ class Batches:
                 f"expected at least one image and a positive batch size, got {len(images)} and {batch_size}"
             )
         if len(images) != len(labels):
-            raise ValueError(f"expected a label for each image, got {len(images)} images and {len(labels)} labels")
+            raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
         if not images.size:
             raise ValueError(f"images must have pixels and channels, got shape {images.shape}")
-        self.labels, self.classes = _checked(labels, classes), classes
+        self.labels, self.classes = _check_labels(labels, classes), classes
         self.batch_size = min(batch_size, len(images))
         self.preprocessing = preprocessing
         self.augmentation = augmentation or Augmentation()
@@ -107,24 +109,24 @@ class Batches:
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
-        """Change the seed of the order and of the augmentation."""
+        """Change the seed of order and augmentation."""
         self.seed = seed
         self.flipped = rng(seed, "flip").random(len(self.labels)) < 0.5
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """Steps per epoch."""
         return len(self.labels) // self.batch_size
 
     def params(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """The parameters of each step of an epoch, from 0: int32 (6, n), a column for each image.
+        """Sample the parameters of each step of an epoch: int32 (6, n), one column per image.
 
-        The rows are its index, the corner of the crop of the padded image (row, column), whether the crop is mirrored,
-        and the corner of the square that is blanked. What no augmentation asks for is 0. `make_batch` makes a batch of
-        them, `kvision.data.device` the same one on a device.
+        The rows are `PARAMS`: the image's index, the corner (top, left) of the crop in the padded image, whether the
+        crop is flipped, and the corner of the cutout square. Rows without augmentation are 0. `make_batch` turns them
+        into a batch; `kvision.data.device` makes the same batch on a device.
 
         Args:
-            start: the step to begin with; earlier ones are not drawn.
+            start: first step; earlier ones are not sampled.
         """
         augmentation, n = self.augmentation, self.batch_size
         order = rng(self.seed, "order", epoch).permutation(len(self.labels)).astype(np.int32)
@@ -142,33 +144,33 @@ class Batches:
             yield params
 
     def in_order(self, batch_size: int, pad: bool = True) -> Iterator[np.ndarray]:
-        """The parameters of batches that have each image once, in order and without augmentation.
+        """Yield the parameters of batches with each image once, in order and without augmentation.
 
         Args:
-            pad: fill up the last batch, so that one shape is compiled. Then there is a seventh row, 0 where an image is
-                padding and else 1, which becomes the batch's "weight".
+            pad: fill up the last batch, so that one shape is compiled, and add a seventh row, 1 for images and 0 for
+                padding, which becomes the batch's "weight".
         """
-        count, border = len(self.labels), self.augmentation.crop_padding
+        count, padding = len(self.labels), self.augmentation.crop_padding
         batch_size = min(batch_size, count)
         for start in range(0, count, batch_size):
             stop = start + batch_size if pad else min(start + batch_size, count)
-            numbers = np.arange(start, stop)
-            params = np.zeros((len(PARAMS) + pad, len(numbers)), np.int32)
-            params[0], params[1:3] = np.where(numbers < count, numbers, start), border
+            indices = np.arange(start, stop)
+            params = np.zeros((len(PARAMS) + pad, len(indices)), np.int32)
+            params[0], params[1:3] = np.where(indices < count, indices, start), padding
             if self.augmentation.cutout:
-                params[4:6] = -self.augmentation.cutout  # outside
+                params[4:6] = -self.augmentation.cutout  # outside the image
             if pad:
-                params[6] = numbers < count
+                params[6] = indices < count
             yield params
 
     def images(self, params: np.ndarray) -> np.ndarray:
-        """The uint8 images (n, h, w, c) of a step's `params`."""
-        numbers, tops, lefts, mirrored, *corner = params[: len(PARAMS)]
-        images = np.empty((len(numbers), self.height, self.width, self.padded.shape[-1]), np.uint8)
-        # One image after the other, each copied once: a third of the time of NumPy's indexing of all crops.
-        for image, index, row, column, turned in zip(images, numbers, tops, lefts, mirrored, strict=True):
-            crop = self.padded[index, row : row + self.height, column : column + self.width]
-            image[:] = crop[:, ::-1] if turned else crop
+        """Return the uint8 images (n, h, w, c) of a step's `params`."""
+        indices, tops, lefts, flips, *corner = params[: len(PARAMS)]
+        images = np.empty((len(indices), self.height, self.width, self.padded.shape[-1]), np.uint8)
+        # A loop copies each image once: a third of the time of NumPy's indexing of all crops.
+        for image, index, top, left, flip in zip(images, indices, tops, lefts, flips, strict=True):
+            crop = self.padded[index, top : top + self.height, left : left + self.width]
+            image[:] = crop[:, ::-1] if flip else crop
         if side := self.augmentation.cutout:
             inside = [
                 (np.arange(size) >= first[:, None]) & (np.arange(size) < first[:, None] + side)
@@ -178,16 +180,16 @@ class Batches:
         return images
 
     def make_batch(self, params: np.ndarray) -> dict[str, np.ndarray]:
-        """The batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); with a
-        seventh row of params "weight" too, float32 (n,)."""
+        """Return the batch of a step's `params`: "image", preprocessed float32 (n, h, w, c), and "label", int32 (n,); a
+        seventh row of params becomes "weight", float32 (n,)."""
         batch = {"image": self.preprocessing(self.images(params)), "label": self.labels[params[0]]}
         return batch | {"weight": params[6].astype(np.float32)} if len(params) > len(PARAMS) else batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch, {"image", "label"}; epochs count from 0.
+        """Yield the batches of one epoch, {"image", "label"}; epochs count from 0.
 
         Args:
-            start: the step to begin with; earlier ones are not drawn.
+            start: first step; earlier ones are not sampled.
         """
         for params in self.params(epoch, start):
             yield self.make_batch(params)

@@ -1,8 +1,7 @@
 """CIFAR-10 and CIFAR-100 as published (https://www.cs.toronto.edu/~kriz/cifar.html, Krizhevsky 2009).
 
-Both come in a Python version (pickled batches) and a binary one, each as a folder inside a .tar.gz. In all of
-them an image is a row of 3,072 bytes: 1,024 red, then green, then blue. CIFAR-100 is read with its 100 fine
-labels.
+Both come in a Python version (pickled batches) and a binary one, each as a folder inside a .tar.gz. An image is a row
+of 3,072 bytes: 1,024 red, then green, then blue. CIFAR-100 is read with its 100 fine labels.
 """
 
 import os
@@ -59,21 +58,21 @@ ARCHIVES = {
     ),
 }
 
-# The published files take at most 155 MB; the same in a wordier pickle protocol half as much again.
+# The published files take at most 155 MB; other pickle protocols need up to half as much again.
 MAX_FILE = 300 << 20
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One published version: its files, and what in them is the label.
+    """One published version: its files and the position of the labels in them.
 
     Args:
         name: the data set.
         folder: the folder's published name.
         train, test: the files of each split, in order.
-        meta: the file that names the classes; it may be missing.
-        label: in pickles, the key of the labels; in binary records, which of the `label_bytes` it is.
-        label_bytes: bytes ahead of each image in a binary record; 0 for pickles.
+        meta: the file with the class names; it may be missing.
+        label: in pickles, the key of the labels; in binary records, the label's index among the `label_bytes`.
+        label_bytes: bytes before each image in a binary record; 0 for pickles.
         classes: the official class names.
     """
 
@@ -128,14 +127,18 @@ LAYOUTS = (
 _NAMES_KEY = {"cifar10": "label_names", "cifar100": "fine_label_names"}
 
 
-def layout_of(folder: Path) -> Layout | None:
-    """The layout that a folder has, whole or broken; None where it has none."""
-    return _layout(folder.name, {name for name in _all_names() if (folder / name).is_file()})
+def find_layout(folder: Path) -> Layout | None:
+    """Return the layout of a folder, complete or broken; None if it has none."""
+    return _match_layout(folder.name, {name for name in _all_names() if (folder / name).is_file()})
 
 
 def read_folder(folder: Path) -> Dataset:
-    """CIFAR-10 or CIFAR-100 of an unpacked folder; DataError where a file is missing, cut short or broken."""
-    layout = layout_of(folder)
+    """Read CIFAR-10 or CIFAR-100 from an unpacked folder.
+
+    Raises:
+        DataError: a file is missing, truncated or broken.
+    """
+    layout = find_layout(folder)
     if layout is None:
         raise DataError(f"{folder} has none of CIFAR's layouts, such as {LAYOUTS[0].folder}/data_batch_1")
     present = {name for name in _all_names() if (folder / name).is_file()}
@@ -143,13 +146,17 @@ def read_folder(folder: Path) -> Dataset:
 
 
 def read_archive(path: Path) -> Dataset:
-    """CIFAR-10 or CIFAR-100 of a .tar.gz, read in place; DataError where it is another archive or broken."""
+    """Read CIFAR-10 or CIFAR-100 from a .tar.gz without unpacking it.
+
+    Raises:
+        DataError: another archive, or a broken one.
+    """
     for folder, files in read_tar(path, _all_names().__contains__).items():
-        layout = _layout(folder, files)
+        layout = _match_layout(folder, files)
         if layout:
             return _read(layout, files, files.__getitem__, str(path))
     raise DataError(
-        f"{path} holds none of CIFAR's layouts; expected one of the folders "
+        f"{path} contains none of CIFAR's layouts; expected one of the folders "
         f"{', '.join(layout.folder for layout in LAYOUTS)} with its batches"
     )
 
@@ -158,8 +165,8 @@ def _all_names() -> set[str]:
     return {name for layout in LAYOUTS for name in (*layout.files, layout.meta)}
 
 
-def _layout(folder: str, files: Collection[str]) -> Layout | None:
-    # Two files tell a layout: CIFAR-100's are called plain "train" and "test", and one alone may be anything.
+def _match_layout(folder: str, files: Collection[str]) -> Layout | None:
+    # Two files are required: CIFAR-100's are just "train" and "test", and one alone may be anything.
     for layout in LAYOUTS:
         if sum(name in files for name in layout.files) >= 2 or (folder == layout.folder and files):
             return layout
@@ -171,7 +178,7 @@ def _read_file(path: Path) -> bytes:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE:
-                raise DataError(f"{path} has {size} bytes, more than any of CIFAR's files")
+                raise DataError(f"{path} has {size} bytes, more than any CIFAR file")
             return file.read(size)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
@@ -180,7 +187,7 @@ def _read_file(path: Path) -> bytes:
 def _read(layout: Layout, present: Collection[str], read: Callable[[str], bytes], source: str) -> Dataset:
     missing = [name for name in layout.files if name not in present]
     if missing:
-        raise DataError(f"{source} is not a whole {layout.folder}: it lacks {', '.join(missing)}; fetch it again")
+        raise DataError(f"{source} is not a complete {layout.folder}: it lacks {', '.join(missing)}; download it again")
     if layout.meta in present:
         _check_meta(layout, read(layout.meta), source)
     splits = []
@@ -189,25 +196,25 @@ def _read(layout: Layout, present: Collection[str], read: Callable[[str], bytes]
         labels = np.empty(count, np.int32)
         done = 0
         for name in files:
-            rows, numbers = _batch(layout, read(name), f"{source}: {name}")
+            rows, numbers = _read_batch(layout, read(name), f"{source}: {name}")
             if done + len(rows) <= count:
                 images[done : done + len(rows)] = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 labels[done : done + len(rows)] = numbers
             done += len(rows)
         if done != count:
             raise DataError(
-                f"{source} is not {layout.name}: expected {count} {split} images, got {done}; fetch it again"
+                f"{source} is not {layout.name}: expected {count} {split} images, got {done}; download it again"
             )
         splits += [images, labels]
     return Dataset(layout.name, *splits, classes=layout.classes, source=source)
 
 
-def _batch(layout: Layout, content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, uint8 (n, 3072), and labels, int32 (n,), of one file."""
+def _read_batch(layout: Layout, content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows, uint8 (n, 3072), and labels, int32 (n,), of one file."""
     if layout.label_bytes:
         width = layout.label_bytes + 3072
         if not content or len(content) % width:
-            raise DataError(f"{where}: expected whole records of {width} bytes, got {len(content)} bytes in all")
+            raise DataError(f"{where}: expected complete records of {width} bytes, got {len(content)} bytes in all")
         records = np.frombuffer(content, np.uint8).reshape(-1, width)
         rows, labels = records[:, layout.label_bytes :], records[:, layout.label].tolist()
     else:
@@ -219,7 +226,7 @@ def _batch(layout: Layout, content: bytes, where: str) -> tuple[np.ndarray, np.n
         if isinstance(labels, np.ndarray):
             labels = labels.tolist()
         if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-            raise DataError(f"{where}: expected under {layout.label!r} a list of whole numbers")
+            raise DataError(f"{where}: expected under {layout.label!r} a list of integers")
         if len(labels) != len(rows):
             raise DataError(f"{where}: {len(rows)} images but {len(labels)} labels")
     outside = [label for label in labels if not 0 <= label < len(layout.classes)]
@@ -229,7 +236,7 @@ def _batch(layout: Layout, content: bytes, where: str) -> tuple[np.ndarray, np.n
 
 
 def _check_meta(layout: Layout, content: bytes, source: str) -> None:
-    """Other data sets borrow this layout; the names of the classes tell them apart."""
+    """Raise DataError if the class names are not CIFAR's: other data sets use the same layout."""
     where = f"{source}: {layout.meta}"
     if layout.label_bytes:
         names = content.decode("latin-1").split()
@@ -240,6 +247,6 @@ def _check_meta(layout: Layout, content: bytes, source: str) -> None:
         names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in names]
     if tuple(names) != layout.classes:
         raise DataError(
-            f"{where} does not name the classes of {layout.name} ({', '.join(layout.classes[:3])}, ...); "
-            "a data set of one's own is read from an .npz or a folder of images by class"
+            f"{where} does not list the classes of {layout.name} ({', '.join(layout.classes[:3])}, ...); "
+            "provide your own data set as an .npz or a folder of images by class"
         )

@@ -1,4 +1,4 @@
-"""What a data set is: images, labels and class names in memory, checked once, where they enter."""
+"""The `Dataset` type: images, labels and class names in memory, validated on construction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,26 +7,26 @@ import numpy as np
 
 from kvision.untrusted import name_fault, printable
 
-# The names that only a publisher's own layout, or the drawing code of this package, may give to a data set.
-RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits")
+# Only a publisher's own layout, or this package's generators, may give a data set one of these names.
+RESERVED = ("cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "synthetic_digits")
 
-# No data set here is larger than this in memory; a file that claims more is broken or hostile.
+# Bytes in memory that a data set may take; a file that claims more is broken or hostile.
 MAX_BYTES = 4 << 30
 MAX_CLASSES = 100_000
 
 
 class DataError(ValueError):
-    """A data set that cannot be read: the message is one line, and says what was expected and what came.
+    """A data set that cannot be read: one line with what was expected and what was found.
 
-    Names from a file may hold anything, so what is not printable in the message is replaced here.
+    Unprintable characters, which names from a file may contain, are replaced in the message.
     """
 
     def __init__(self, message: str = ""):
         super().__init__(printable(str(message)))
 
 
-class DataUnavailable(DataError):  # noqa: N818  (it is raised to be caught, and reads as what it says)
-    """A data set that was neither found nor could be downloaded, where no path was given."""
+class DataUnavailable(DataError):  # noqa: N818  (callers catch it as a condition)
+    """A data set that is neither on disk nor downloadable, if no path was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +34,17 @@ class Dataset:
     """Images and labels, split into training and test.
 
     Args:
-        name: "cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits", or the
-            stem of the folder or file it was read from.
-        x_train, x_test: uint8, (n, height, width, channels), values 0..255, one grey channel or three in RGB
+        name: "cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "synthetic_digits", or the
+            stem of the folder or file that was read.
+        x_train, x_test: uint8, (n, height, width, channels), values 0..255, one gray channel or three in RGB
             order.
         y_train, y_test: int32, (n,), indices into `classes`.
         classes: the classes' names.
-        source: the path that was read, or such as "drawn from seed 0".
+        source: the path that was read, or a description such as "synthetic, seed 0".
 
     Raises:
-        DataError: a wrong type or shape, a label outside `classes`, unequal lengths, an empty split, a class name that
-            cannot be printed.
+        DataError: a wrong type or shape, a label outside `classes`, unequal lengths, an empty split, an unprintable
+            class name.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Dataset:
             if not images.size:
                 raise DataError(f"{where} split is empty, shape {images.shape}")
             if labels.min() < 0 or labels.max() >= len(self.classes):
-                came = f"{labels.min()} to {labels.max()}"
-                raise DataError(f"{where} labels must be 0 to {len(self.classes) - 1}, got {came}")
+                found = f"{labels.min()} to {labels.max()}"
+                raise DataError(f"{where} labels must be 0 to {len(self.classes) - 1}, got {found}")
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise DataError(
-                f"{self.name} ({self.source}): training images of shape {self.x_train.shape[1:]}, "
-                f"test images of another, {self.x_test.shape[1:]}"
+                f"{self.name} ({self.source}): training images have shape {self.x_train.shape[1:]}, "
+                f"test images {self.x_test.shape[1:]}"
             )
 
     @property
@@ -89,9 +89,9 @@ class Dataset:
         return self.x_train.shape[1:]
 
     def select(self, classes: Sequence[str]) -> "Dataset":
-        """The images of these classes alone, in both splits, labels renumbered in the order given.
+        """Return the images of these classes alone, in both splits, with labels renumbered in the given order.
 
-        The name tells the part from the whole: 4 classes of "cifar10" make "cifar10-4of10".
+        4 classes of "cifar10" are named "cifar10-4of10".
 
         Raises:
             DataError: an unknown or repeated class, or none; a class without an image.
@@ -99,7 +99,7 @@ class Dataset:
         classes = tuple(classes)
         unknown = [name for name in classes if name not in self.classes]
         if unknown or not classes or len(set(classes)) != len(classes):
-            raise DataError(f"select wants distinct classes among {', '.join(self.classes)}; got {list(classes)}")
+            raise DataError(f"expected distinct classes among {', '.join(self.classes)}; got {list(classes)}")
         numbers = np.full(len(self.classes), -1, np.int32)
         numbers[[self.classes.index(name) for name in classes]] = np.arange(len(classes))
         train, test = numbers[self.y_train] >= 0, numbers[self.y_test] >= 0
@@ -118,20 +118,20 @@ class Dataset:
         )
 
     def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> "Dataset":
-        """A random part with `train` and `test` images, as even over the classes as they allow; None keeps
-        all.
+        """Return a random part with `train` and `test` images, balanced over the classes; None keeps all.
 
-        The images keep their order. More than there are means all. The name stays; `source` states the part.
+        The images keep their order. A count above the number of images keeps all. The name stays; `source` states the
+        counts.
 
         Raises:
             DataError: a count below 1.
         """
         for count in (train, test):
             if count is not None and count < 1:
-                raise DataError(f"a subset wants at least 1 image, got {count}")
-        # Each part draws for itself, so that how many train does not change which test.
-        train_part = balanced(self.y_train, train, np.random.default_rng([seed, 0]))
-        test_part = balanced(self.y_test, test, np.random.default_rng([seed, 1]))
+                raise DataError(f"a subset needs at least 1 image, got {count}")
+        # Separate generators: the number of training images does not change which test images are chosen.
+        train_part = balanced_indices(self.y_train, train, np.random.default_rng([seed, 0]))
+        test_part = balanced_indices(self.y_test, test, np.random.default_rng([seed, 1]))
         if len(train_part) == len(self.y_train) and len(test_part) == len(self.y_test):
             return self
         sizes = (len(train_part), len(self.y_train)), (len(test_part), len(self.y_test))
@@ -141,11 +141,11 @@ class Dataset:
             y_train=self.y_train[train_part],
             x_test=self.x_test[test_part],
             y_test=self.y_test[test_part],
-            source=part_of(self.source, *sizes),
+            source=describe_subset(self.source, *sizes),
         )
 
     def per_class(self, n: int, seed: int = 0) -> "Dataset":
-        """`n` random training images of each class, in their order; the test images stay.
+        """Return `n` random training images of each class, in their order, and all test images.
 
         Raises:
             DataError: n below 1, or a class with fewer training images.
@@ -160,18 +160,18 @@ class Dataset:
         return self.subset(train=n * len(self.classes), seed=seed)
 
 
-def part_of(source: str, train: tuple[int, int], test: tuple[int, int]) -> str:
-    """`source` and how many of how many images a part of it has."""
+def describe_subset(source: str, train: tuple[int, int], test: tuple[int, int]) -> str:
+    """Append (chosen, all) counts of training and test images to `source`, unless all were chosen."""
     if train[0] == train[1] and test[0] == test[1]:
         return source
     return f"{source} ({train[0]} of {train[1]} training and {test[0]} of {test[1]} test images)"
 
 
 def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
-    """The names as a tuple.
+    """Return the names as a tuple.
 
     Raises:
-        DataError: a name that no page, manifest or terminal can hold: empty, no Unicode (a folder's name may be any
+        DataError: a name that a page, manifest or terminal cannot show: empty, not Unicode (a folder's name may be any
             bytes), or with control characters.
     """
     for name in classes:
@@ -180,23 +180,22 @@ def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def balanced(labels: np.ndarray, count: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Sorted indices of `count` random labels, spread evenly over the classes."""
+def balanced_indices(labels: np.ndarray, count: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Return sorted indices of `count` random labels, spread evenly over the classes; None selects all."""
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = rng.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    # The rank of each image among those of its class: the lowest ranks come first, one from every class in
-    # turn, and a class that runs out leaves its share to the others.
+    # The rank of each image within its class. The lowest ranks come first, one from every class in turn; once a class
+    # is exhausted, the others fill its quota.
     starts = np.cumsum(np.bincount(labels)) - np.bincount(labels)
     rank = np.arange(len(labels)) - starts[labels[by_class]]
     tie = rng.permutation(len(labels))
     return np.sort(by_class[np.lexsort((tie, rank))[:count]])
 
 
-def own_name(stem: str, kind: str) -> str:
-    """The name of a data set read from a general format: its stem, never one that a published data set
-    owns."""
+def derive_name(stem: str, kind: str) -> str:
+    """Return the name of a data set read from a general format: its stem, or `stem_kind` if the stem is reserved."""
     plain = "".join(filter(str.isalnum, stem.lower()))
     taken = plain in {name.replace("_", "") for name in RESERVED}
     return f"{stem}_{kind}" if taken or not plain else stem

@@ -1,5 +1,4 @@
-"""Fetching a published data set: resumed where it broke off, checked against the publisher's checksum, whole
-or not at all."""
+"""Download published data sets: resumable, verified against the publisher's checksum, atomic."""
 
 import contextlib
 import hashlib
@@ -22,12 +21,12 @@ from kvision.data.tar import unpack_tar
 
 try:
     import fcntl
-except ImportError:  # Windows: downloads work, but do not resume
+except ImportError:  # Windows: downloads work, but cannot resume
     fcntl = None
 
-TIMEOUT = 10  # seconds to connect, for the answer's header, and between two blocks
-SLOW, SPAN = 16_000, 30  # a connection that brings fewer bytes a second for so many seconds is given up
-ATTEMPTS = 4  # as long as each brings something
+TIMEOUT = 10  # seconds to connect, for the response header, and between two blocks
+SLOW, SPAN = 16_000, 30  # a connection below SLOW bytes/s over SPAN seconds is closed
+ATTEMPTS = 4  # in a row, as long as each receives something
 PAUSE = 1.0  # seconds between attempts
 BLOCK = 1 << 16
 MAX_BYTES = 512 << 20
@@ -38,11 +37,11 @@ class Remote:
     """A published file.
 
     Args:
-        url: where it is.
-        file: where it is kept (an archive: under which name it is downloaded), relative to the `datasets`
-            folder of the Keras cache.
-        checksum: "md5:..." or "sha256:...", as the publisher states it.
-        unpacks_to: for a tar, the folder that it holds and leaves in its place.
+        url: address of the file.
+        file: path of the file (for an archive: its name while downloading), relative to the `datasets` folder of the
+            Keras cache.
+        checksum: "md5:..." or "sha256:...", as published.
+        unpacks_to: for a tar, the folder that it contains and is replaced by.
     """
 
     url: str
@@ -90,10 +89,10 @@ REMOTES: dict[str, tuple[Remote, ...]] = {
 
 
 def download(name: str, folder: Path, log: Callable[[str], None] = print) -> Path:
-    """Bring the files of data set `name` into `folder`; returns the file or folder that holds the data set.
+    """Download the files of data set `name` into `folder`; return the file or folder that holds the data set.
 
-    Each file appears under its name only when it is complete and its checksum is right. What an interruption
-    leaves is a `.part` file, from which the next call goes on. Processes may do this at the same time.
+    A file appears under its name once it is complete and verified. An interrupted download leaves a `.part` file,
+    which the next call resumes. Several processes may download at the same time.
 
     Raises:
         DataUnavailable: the network or the server fails, or the folder cannot be written.
@@ -103,13 +102,13 @@ def download(name: str, folder: Path, log: Callable[[str], None] = print) -> Pat
         target = folder / remote.file
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            # A file of that name may be there, and broken: only the checksum lets it stay.
+            # An existing file may be broken: it is kept only if its checksum is right.
             if not (target.is_file() and _checksum(target, remote.checksum) == remote.checksum):
                 log(f"downloading {remote.url} to {target.parent}")
                 _fetch(remote, target)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise DataUnavailable(f"{remote.url} cannot be fetched into {target.parent} ({reason})") from None
+            raise DataUnavailable(f"{remote.url} cannot be downloaded into {target.parent} ({reason})") from None
     if len(REMOTES[name]) > 1:
         return target.parent
     return folder / remote.unpacks_to if remote.unpacks_to else target
@@ -121,7 +120,7 @@ def _fetch(remote: Remote, target: Path) -> None:
         _transfer(remote.url, file)
         found = _checksum(part, remote.checksum)
         if found != remote.checksum and resumed:
-            # The first half may be of an older file: once more from the start.
+            # The resumed part may belong to an older version of the file: retry once from the start.
             file.truncate(0)
             _transfer(remote.url, file)
             found = _checksum(part, remote.checksum)
@@ -129,8 +128,7 @@ def _fetch(remote: Remote, target: Path) -> None:
             part.unlink()
             raise DataError(f"{remote.url} is not the published file: expected {remote.checksum}, got {found}; deleted")
         if remote.unpacks_to:
-            # Straight from the partial file: no other process sees an archive that this one is about to
-            # delete.
+            # Unpack the partial file itself, so that no other process sees an archive that is about to be deleted.
             unpack_tar(part, target.parent / remote.unpacks_to)
             part.unlink()
         else:
@@ -139,8 +137,11 @@ def _fetch(remote: Remote, target: Path) -> None:
 
 @contextlib.contextmanager
 def _part_file(target: Path):
-    """The open partial file and its path: one that is shared, to resume from, or one of its own while another
-    process has that in hand. What is left of the shared one stays, what is left of one's own goes."""
+    """Open the partial file and yield it with its path.
+
+    The shared `.part` file is resumed if no other process has locked it, and kept after an interruption. Otherwise the
+    file is a private one, which is deleted at the end.
+    """
     shared = target.with_name(f"{target.name}.part")
     if fcntl:
         with open(shared, "a+b", buffering=0) as file:
@@ -151,26 +152,26 @@ def _part_file(target: Path):
                     if not file.seek(0, os.SEEK_END):
                         shared.unlink(missing_ok=True)
                 return
-    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+    private = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(own, "a+b", buffering=0) as file:
-            yield file, own
+        with open(private, "a+b", buffering=0) as file:
+            yield file, private
     finally:
-        own.unlink(missing_ok=True)
+        private.unlink(missing_ok=True)
 
 
 def _lock(file, path: Path) -> bool:
-    """Whether the file is now this process's alone, until it is closed."""
+    """Lock a file for this process until it is closed; return whether that succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The process that had the lock before may have renamed this very file into place, or deleted it.
+        # The previous owner of the lock may have renamed or deleted this very file.
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
 
 
 def _transfer(url: str, file) -> None:
-    """Append to `file` what it lacks of `url`, over as many connections as it takes."""
+    """Append the missing bytes of `url` to `file`, reconnecting where necessary."""
     for attempt in range(1, ATTEMPTS + 1):
         before = file.seek(0, os.SEEK_END)
         try:
@@ -179,35 +180,35 @@ def _transfer(url: str, file) -> None:
             reason = "the connection closed early"
         except urllib.error.HTTPError as error:
             with error:
-                raise DataUnavailable(f"{url} answers {error.code} {error.reason}") from None
+                raise DataUnavailable(f"{url} returned {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
         size = file.seek(0, os.SEEK_END)
         if size == before or attempt == ATTEMPTS:
-            kept = f"; {size} bytes are kept, run again to go on" if size else ""
-            raise DataUnavailable(f"{url} cannot be fetched ({reason}){kept}")
+            kept = f"; {size} bytes are kept, run again to resume" if size else ""
+            raise DataUnavailable(f"{url} cannot be downloaded ({reason}){kept}")
         time.sleep(PAUSE)
 
 
 def _receive(url: str, file, start: int) -> bool:
-    """One connection: whether the file is complete after it, as far as the server says."""
+    """Download over one connection; return whether the file is complete according to the server."""
     request = urllib.request.Request(url, headers={"User-Agent": "kvision", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
         opener = urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
         response = opener.open(request, timeout=TIMEOUT)
-    except UnicodeError as error:  # an address that it forwards to
-        raise OSError(f"it forwards to an address that is none: {error}") from None
+    except UnicodeError as error:  # an invalid address in a redirect
+        raise OSError(f"it redirects to an invalid address: {error}") from None
     except urllib.error.HTTPError as error:
         if error.code != 416 or not start:
             raise
-        # The server has no byte there: the file is whole, or another one now. The checksum will tell.
+        # Nothing follows at `start`: the file is complete, or a different one by now. The checksum decides.
         error.close()
         return True
     with response:
         if start and (response.status != 206 or not _continues(response, start)):
-            # The server sends all of it (200), or a part that does not fit on (206).
+            # The server sends the whole file (200), or a part that does not continue ours (206).
             file.truncate(0)
             if response.status == 206:
                 return False
@@ -217,39 +218,39 @@ def _receive(url: str, file, start: int) -> bool:
         if (total or 0) > MAX_BYTES:
             raise DataError(f"{url} has {total} bytes, more than the {MAX_BYTES} that are allowed")
         progress = Progress(start, total, url.rsplit("/", 1)[-1])
-        size, floor = start, _Floor(start)
+        size, monitor = start, _RateMonitor(start)
         try:
-            while block := response.read1(BLOCK):  # what has come: `read` waits for a whole block, however slow
+            while block := response.read1(BLOCK):  # returns what has arrived; `read` waits for a whole block
                 size += len(block)
                 if size > MAX_BYTES:
                     raise DataError(f"{url} has more than the {MAX_BYTES} bytes that are allowed")
                 file.write(block)
                 progress.update(size)
-                floor.check(size)
+                monitor.check(size)
         finally:
             progress.close(size)
         return total is None or size >= total
 
 
-class _Floor:
-    """The least rate of a connection."""
+class _RateMonitor:
+    """The minimum rate of a connection."""
 
     def __init__(self, size: int):
         self.size, self.since = size, time.monotonic()
 
     def check(self, size: int) -> None:
-        """Raise TimeoutError where the last span of time brought too little."""
+        """Raise TimeoutError if the rate over the last `SPAN` seconds was below `SLOW`."""
         now = time.monotonic()
         if now - self.since >= SPAN:
             if (rate := (size - self.size) / (now - self.since)) < SLOW:
-                raise TimeoutError(f"{rate:,.0f} bytes a second for {SPAN} s, and at least {SLOW:,} are waited for")
+                raise TimeoutError(f"{rate:,.0f} bytes/s over {SPAN} s, expected at least {SLOW:,}")
             self.size, self.since = size, now
 
 
 class _Timed:
-    """A connection whose answer's header comes within `TIMEOUT` seconds, or is cut off.
+    """A connection whose response header must arrive within `TIMEOUT` seconds.
 
-    A socket's own limit is for each piece: a server that sends a byte now and then would hold it for ever.
+    A socket's timeout applies to each read, so a server that sends single bytes could block for ever.
     """
 
     def getresponse(self):
@@ -267,8 +268,8 @@ class _Timed:
             return super().getresponse()
         finally:
             timer.cancel()
-            if over.is_set():  # what was read of the header may look whole
-                raise TimeoutError(f"no whole answer in {TIMEOUT} s") from None
+            if over.is_set():  # a partial header may look complete
+                raise TimeoutError(f"no complete response header in {TIMEOUT} s") from None
 
 
 class _HTTPConnection(_Timed, http.client.HTTPConnection):
@@ -294,7 +295,7 @@ def _continues(response: http.client.HTTPResponse, start: int) -> bool:
 
 
 def _checksum(path: Path, like: str) -> str:
-    """The file's checksum, in the algorithm and the notation of `like`."""
+    """Return the file's checksum in the algorithm and notation of `like`."""
     algorithm = like.partition(":")[0]
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
@@ -302,7 +303,7 @@ def _checksum(path: Path, like: str) -> str:
 
 
 class Progress:
-    """Bytes, rate and time left on stderr: a bar on a terminal, else a plain line every ten seconds and at
+    """Print bytes, rate and remaining time to stderr: a bar on a terminal, else a line every ten seconds and one at
     the end."""
 
     def __init__(self, start: int, total: int | None, name: str):
@@ -334,7 +335,7 @@ class Progress:
         if self.live and self.total:
             done = 24 * size // self.total
             text = f"[{'#' * done}{'.' * (24 - done)}] {text}"
-        # The end of the line is cleared, where the last one was longer.
+        # Clear the rest of the line, in case the previous text was longer.
         print(
             f"\r{text}\x1b[K" if self.live else text,
             end="" if self.live else "\n",

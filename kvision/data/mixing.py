@@ -1,12 +1,11 @@
-"""Regularizers on samples: what a batch shows and what it is told are changed together.
+"""Batch regularizers that change images and targets together: mixup, CutMix, random erasing.
 
-Each is a dataclass with two methods. `make_params(generator, shape)` makes the random numbers of a batch in NumPy, and
+Each is a dataclass with two methods. `make_params(generator, shape)` samples a batch's random numbers in NumPy.
 `apply(images, targets, params)` is a pure function of tensors on Keras ops, which differs between backends by rounding
-alone. `MixedBatches` applies them to the batches of a run, with params keyed by seed, epoch and step: the same on every
-backend, and in a run that was stopped and resumed.
+alone. `MixedBatches` applies them to the batches of a run, with parameters keyed by seed, epoch and step: the same on
+every backend and in a resumed run.
 
-Targets are probabilities (n, classes). Of each image's label something is mixed with another's, so accuracy on the
-images as shown says little.
+Targets are probabilities (n, classes). Training accuracy on mixed images is not meaningful.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,22 +16,21 @@ from keras import ops
 
 from kvision.random import rng
 
-ATTEMPTS = 10  # to find a rectangle that fits into the image; without one the image stays whole
+ATTEMPTS = 10  # to find a rectangle that fits into the image; if all fail, the image stays unchanged
 
 
 def _expect_positive(name: str, alpha: float) -> None:
     if not 0 < alpha < np.inf:
-        raise ValueError(f"{name}: alpha, of the distribution Beta(alpha, alpha), must be positive, got {alpha}")
+        raise ValueError(f"{name}: alpha of the distribution Beta(alpha, alpha) must be positive, got {alpha}")
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Each image is blended with another of the batch: `x = lam x_i + (1 - lam) x_j`, targets likewise (Zhang et
-    al. 2017, https://arxiv.org/abs/1710.09412); one lambda for the batch, from Beta(alpha, alpha), as in the authors'
-    code.
+    """Blend each image with another of the batch: `x = lam x_i + (1 - lam) x_j`, targets likewise (Zhang et al. 2017,
+    https://arxiv.org/abs/1710.09412). One `lam` per batch, from Beta(alpha, alpha), as in the authors' code.
 
     Args:
-        alpha: the paper has 1 for CIFAR-10, 0.2 for ImageNet.
+        alpha: 1 for CIFAR-10 and 0.2 for ImageNet in the paper.
 
     Raises:
         ValueError: alpha is not positive.
@@ -44,12 +42,12 @@ class Mixup:
         _expect_positive("mixup", self.alpha)
 
     def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """Lambda, a float32 scalar, and each image's partner in the batch, (n,), for images of `shape`."""
+        """Sample `lam`, a float32 scalar, and the permutation (n,) of the other images, for images of `shape`."""
         lam = np.float32(generator.beta(self.alpha, self.alpha))
         return {"lam": lam, "permutation": generator.permutation(shape[0]).astype(np.int32)}
 
     def apply(self, images, targets, params):
-        """Images (n, h, w, c) and targets (n, classes), mixed."""
+        """Return mixed images (n, h, w, c) and targets (n, classes)."""
         lam, permutation = float(params["lam"]), params["permutation"]
         return _blend(images, permutation, lam), _blend(targets, permutation, lam)
 
@@ -60,12 +58,12 @@ def _blend(x, permutation, lam):
 
 @dataclass(frozen=True)
 class CutMix:
-    """A rectangle of each image is another image's, and the target is mixed by area (Yun et al. 2019,
-    https://arxiv.org/abs/1905.04899, section 3.1): one rectangle for the batch, around a uniform centre, cut off at the
-    border. Its sides are `sqrt(1 - lam)` of the image's, lambda from Beta(alpha, alpha).
+    """Replace a rectangle of each image by another image's and mix the targets by area (Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899, section 3.1). One rectangle per batch, around a uniform center, clipped at the
+    border; its sides are `sqrt(1 - lam)` of the image's, `lam` from Beta(alpha, alpha).
 
     Args:
-        alpha: the paper has 1.
+        alpha: 1 in the paper.
 
     Raises:
         ValueError: alpha is not positive.
@@ -77,27 +75,27 @@ class CutMix:
         _expect_positive("CutMix", self.alpha)
 
     def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rectangle (top, bottom, left, right) and each image's partner, (n,), for images of `shape`."""
+        """Sample the rectangle (top, bottom, left, right) and the permutation (n,), for images of `shape`."""
         n, height, width = shape[:3]
         side = np.sqrt(1 - generator.beta(self.alpha, self.alpha))
         permutation = generator.permutation(n).astype(np.int32)
         box = []
         for size in (height, width):
-            centre, half = generator.integers(size), int(size * side) // 2
-            box += [max(0, centre - half), min(size, centre + half)]
+            center, half = generator.integers(size), int(size * side) // 2
+            box += [max(0, center - half), min(size, center + half)]
         return {"box": np.array(box, np.int32), "permutation": permutation}
 
     def apply(self, images, targets, params):
-        """Images (n, h, w, c) and targets (n, classes), mixed."""
+        """Return mixed images (n, h, w, c) and targets (n, classes)."""
         box, permutation = params["box"], params["permutation"]
         height, width = images.shape[1:3]
         inside = _inside(box[None], height, width)
-        lam = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of what was left, after cutting off
+        lam = 1 - int((box[1] - box[0]) * (box[3] - box[2])) / (height * width)  # of the clipped rectangle
         return ops.where(inside, ops.take(images, permutation, axis=0), images), _blend(targets, permutation, lam)
 
 
 def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Truth values (n, h, w, 1): whether a pixel lies in its image's rectangle (top, bottom, left, right)."""
+    """Return booleans (n, h, w, 1): whether a pixel lies in its image's rectangle (top, bottom, left, right)."""
     top, bottom, left, right = (boxes[:, i, None] for i in range(4))
     rows, columns = np.arange(height)[None], np.arange(width)[None]
     rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
@@ -106,15 +104,15 @@ def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """A rectangle of some images is noise (Zhong et al. 2017, https://arxiv.org/abs/1708.04896, algorithm 1).
+    """Replace a rectangle of some images by noise (Zhong et al. 2017, https://arxiv.org/abs/1708.04896, algorithm 1).
 
-    The paper's noise is uniform over a pixel's range; here the images are preprocessed and it is normal with deviation
-    1, theirs. The label stays.
+    The paper's noise is uniform over the range of pixels; here it is normal with standard deviation 1, that of the
+    preprocessed images. Labels stay.
 
     Args:
-        probability: the share of the images; the paper has 0.5.
-        area: smallest and largest share of the image's area; the paper has 0.02 and 0.4.
-        aspect: smallest height over width, and the inverse of the largest; the paper has 0.3.
+        probability: fraction of the images; 0.5 in the paper.
+        area: smallest and largest fraction of the image's area; 0.02 and 0.4 in the paper.
+        aspect: smallest height over width, and the inverse of the largest; 0.3 in the paper.
 
     Raises:
         ValueError: a probability outside 0 to 1, areas out of order, an aspect above 1.
@@ -134,7 +132,7 @@ class RandomErasing:
             )
 
     def make_params(self, generator: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rectangles (n, 4), empty where the image stays whole, and the noise, for images of `shape`."""
+        """Sample the rectangles (n, 4), empty for unchanged images, and the noise, for images of `shape`."""
         n, height, width = shape[:3]
         chosen = generator.random(n) < self.probability
         area = generator.uniform(*self.area, (n, ATTEMPTS)) * height * width
@@ -147,18 +145,18 @@ class RandomErasing:
         return {"box": boxes, "noise": generator.standard_normal(tuple(shape), np.float32)}
 
     def apply(self, images, targets, params):
-        """Images (n, h, w, c) with their rectangles erased, and the targets as they are."""
+        """Return images (n, h, w, c) with their rectangles erased, and the targets unchanged."""
         inside = _inside(params["box"], *images.shape[1:3])
         return ops.where(inside, params["noise"], images), targets
 
 
 class MixedBatches:
-    """The batches of a run with samples regularized: to `training.fit` what `kvision.data.batches.Batches` is.
+    """Batches with regularized samples; replaces `kvision.data.batches.Batches` in `training.fit`.
 
     Args:
-        batches: what is shown.
-        classes: how many.
-        transforms: Mixup or CutMix; of several each batch gets one, all equally often.
+        batches: the `Batches` to change.
+        classes: number of classes.
+        transforms: Mixup or CutMix; each batch gets one of several, with equal probability.
         erasing: applied after the mixing.
     """
 
@@ -168,16 +166,16 @@ class MixedBatches:
         self.steps, self.batch_size, self.preprocessing = batches.steps, batches.batch_size, batches.preprocessing
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The batches of one epoch from 0: "image" (n, h, w, c) and "label" (n, classes), tensors of float32.
+        """Yield the batches of one epoch, counted from 0: "image" (n, h, w, c) and "label" (n, classes), both float32.
 
         Args:
-            start: the step to begin with; earlier ones are not drawn.
+            start: first step; earlier ones are not sampled.
         """
         for step, batch in enumerate(self.batches.epoch(epoch, start), start):
             images, generator = batch["image"], rng(self.batches.seed, "samples", epoch, step)
             targets = np.eye(self.classes, dtype=np.float32)[batch["label"]]
-            kinds = [self.transforms[generator.integers(len(self.transforms))]] if self.transforms else []
-            for kind in [*kinds, *([self.erasing] if self.erasing else [])]:
-                params = kind.make_params(generator, images.shape)
-                images, targets = kind.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
+            chosen = [self.transforms[generator.integers(len(self.transforms))]] if self.transforms else []
+            for transform in [*chosen, *([self.erasing] if self.erasing else [])]:
+                params = transform.make_params(generator, images.shape)
+                images, targets = transform.apply(ops.convert_to_tensor(images), ops.convert_to_tensor(targets), params)
             yield {"image": images, "label": targets}

@@ -1,8 +1,8 @@
 """MNIST (LeCun et al. 1998) and Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747).
 
-Both are published as the same four IDX files, so only the folder's name, or else the name that was asked for,
-tells them apart. Keras ships MNIST as one mnist.npz. The IDX format: a magic number 0x0000 08 0d (unsigned
-bytes, d dimensions), d big-endian 32-bit lengths, the bytes.
+Both are published as the same four IDX files, so only the folder's name, or else the requested name, distinguishes
+them. Keras distributes MNIST as one mnist.npz. The IDX format: a magic number 0x0000 08 0d (unsigned bytes,
+d dimensions), d big-endian 32-bit lengths, the bytes.
 """
 
 import gzip
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvision.data.dataset import MAX_BYTES, DataError, Dataset, own_name
+from kvision.data.dataset import MAX_BYTES, DataError, Dataset, derive_name
 from kvision.data.npz import read_npz
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 
 DIGITS = tuple("0123456789")
 FASHION_CLASSES = (
@@ -44,28 +44,28 @@ FILES = (
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether any of the four files lies there, gzipped or not, whole or broken."""
+    """Return whether a folder contains any of the four files, gzipped or not, complete or broken."""
     return any(_file(folder, name) for name in FILES)
 
 
-def idx_name(folder: Path, asked: str) -> str:
-    """Which data set a folder of IDX files is, by its name (of its parent for torchvision's "raw"), or else
-    as asked.
+def idx_name(folder: Path, requested: str) -> str:
+    """Return the name of the data set in a folder of IDX files: by the folder's name (its parent's for torchvision's
+    "raw"), or else `requested`.
 
-    "KMNIST" and other relatives share the files' names; a folder called so is never taken for MNIST.
+    KMNIST and other relatives use the same file names; a folder with such a name is never read as MNIST.
     """
     folder = folder.resolve()
     named = folder.parent if folder.name == "raw" else folder
     plain = "".join(filter(str.isalnum, named.name.lower()))
     if plain in ("mnist", "fashionmnist"):
         return "fashion_mnist" if plain == "fashionmnist" else "mnist"
-    if "mnist" in plain or asked not in CLASSES:
-        return own_name(named.name, "idx")
-    return asked
+    if "mnist" in plain or requested not in CLASSES:
+        return derive_name(named.name, "idx")
+    return requested
 
 
-def read_idx_folder(folder: Path, asked: str) -> Dataset:
-    """The data set of a folder that holds the four IDX files, gzipped or not.
+def read_idx_folder(folder: Path, requested: str) -> Dataset:
+    """Read a data set from a folder with the four IDX files, gzipped or not.
 
     Raises:
         DataError: a missing or broken file, or a folder named for MNIST or Fashion-MNIST without their
@@ -75,7 +75,7 @@ def read_idx_folder(folder: Path, asked: str) -> Dataset:
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)} (or the same with .gz); all four IDX files are needed")
     x_train, y_train, x_test, y_test = (_read_idx(_file(folder, name)) for name in FILES)
-    name = idx_name(folder, asked)
+    name = idx_name(folder, requested)
     if name in CLASSES:
         expected = [(count, 28, 28) for count in COUNTS[name]]
         if [x_train.shape, x_test.shape] != expected:
@@ -96,11 +96,11 @@ def read_idx_folder(folder: Path, asked: str) -> Dataset:
 
 
 def read_mnist_npz(path: Path) -> Dataset:
-    """An .npz, which is MNIST where it is called mnist.npz and holds MNIST's counts of 28x28 images."""
+    """Read an .npz; it is MNIST if its name is mnist.npz and it has MNIST's counts of 28x28 images."""
     dataset = read_npz(path)
     shapes = [dataset.x_train.shape, dataset.x_test.shape]
-    whole = shapes == [(count, 28, 28, 1) for count in COUNTS["mnist"]] and len(dataset.classes) == 10
-    return replace(dataset, name="mnist") if whole and path.name == "mnist.npz" else dataset
+    complete = shapes == [(count, 28, 28, 1) for count in COUNTS["mnist"]] and len(dataset.classes) == 10
+    return replace(dataset, name="mnist") if complete and path.name == "mnist.npz" else dataset
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -111,10 +111,10 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of one IDX file; `path` says by its name whether it holds images or labels."""
+    """Read the uint8 array of one IDX file; the file's name says whether it holds images or labels."""
     dimensions = 3 if "idx3" in path.name else 1
     with (
-        border(lambda message: DataError(f"cannot read {path}: it {message}"), "IDX file", "fetch it again"),
+        translate_errors(lambda message: DataError(f"cannot read {path}: it {message}"), "IDX file", "fetch it again"),
         open_regular(path) as raw,
         gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file,
     ):
@@ -122,15 +122,15 @@ def _read_idx(path: Path) -> np.ndarray:
         header = file.read(4 + 4 * dimensions)
         expected = bytes([0, 0, 8, dimensions])
         if header[:4] != expected or len(header) < 4 + 4 * dimensions:
-            raise DataError(f"{path} is no IDX file: it begins with {header[:4].hex()}, not {expected.hex()}")
+            raise DataError(f"{path} is not an IDX file: it begins with {header[:4].hex()}, not {expected.hex()}")
         shape = tuple(np.frombuffer(header, ">u4")[1:].tolist())
         size = math.prod(shape)
         if size > MAX_BYTES:
-            raise DataError(f"{path}: shape {shape} takes more than the {MAX_BYTES} bytes that are allowed")
+            raise DataError(f"{path}: shape {shape} takes more than the limit of {MAX_BYTES} bytes")
         content = bytearray()
-        # Block by block, so that neither a false header nor a gzip bomb allocates more than is really there.
+        # Read in blocks, so that neither a false header nor a gzip bomb allocates more than the file contains.
         while len(content) <= size and (block := file.read(min(1 << 20, size + 1 - len(content)))):
-            budget.take(2 * len(block), "unpacking it")  # growing, it moves from one place to another
+            budget.take(2 * len(block), "unpacking it")  # twice, because a growing bytearray is copied
             content += block
     if len(content) != size:
         more = "more" if len(content) > size else len(content)

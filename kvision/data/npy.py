@@ -1,5 +1,5 @@
-"""The header of an array in NumPy's format, NEP 1 (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html),
-read without trust."""
+"""Parser of the header of an untrusted array in NumPy's format, NEP 1
+(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html)."""
 
 import ast
 import math
@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from kvision.untrusted import MALFORMED
+from kvision.untrusted import READ_ERRORS
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000  # bytes of an array's header; NumPy's own bound
@@ -16,7 +16,11 @@ _NESTING = re.compile(r"[(\[{~+-]|\bnot\b")
 
 
 def parse_header(head: bytes) -> tuple[int, tuple[int, ...], np.dtype, bool]:
-    """(header size, shape, dtype, Fortran order) of an array's first bytes; ValueError says what is wrong."""
+    """Parse (header size, shape, dtype, Fortran order) from an array's first bytes.
+
+    Raises:
+        ValueError: a malformed header; the message says how.
+    """
     version = head[len(MAGIC) : len(MAGIC) + 2]
     if not head.startswith(MAGIC) or version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00") or len(head) < 12:
         raise ValueError("is not an array in NumPy's format 1 to 3")
@@ -38,10 +42,10 @@ def parse_header(head: bytes) -> tuple[int, tuple[int, ...], np.dtype, bool]:
             raise ValueError
         if math.prod(max(1, length) for length in shape) >= 2**60:  # more than NumPy can index, even where it is empty
             raise ValueError
-    except MALFORMED:
-        raise ValueError("has a header that says nothing sensible: the file is damaged") from None
+    except READ_ERRORS:
+        raise ValueError("has a malformed header: the file is damaged") from None
     if "O" in str(descr):
-        raise ValueError("holds Python objects (a pickle), which could run code and are never read")
+        raise ValueError("contains Python objects (a pickle), which could run code and are never loaded")
     if not isinstance(descr, str) or not re.fullmatch("[<>|=]?(b1|[iu][1248]|f[248])", descr):
         raise ValueError(f"has dtype {str(descr)[:80]!r}; {PLAIN_NUMBERS}")
     return end, shape, np.dtype(descr), fortran_order

@@ -1,5 +1,4 @@
-"""A data set in one NumPy file: x_train, y_train, x_test, y_test (Keras's own layout of MNIST, and
-anyone's)."""
+"""Reader of a data set in one NumPy file with x_train, y_train, x_test, y_test, as in Keras's MNIST."""
 
 import math
 import os
@@ -10,23 +9,23 @@ from typing import BinaryIO
 import numpy as np
 
 from kvision.data import zipped
-from kvision.data.dataset import MAX_BYTES, MAX_CLASSES, DataError, Dataset, own_name
+from kvision.data.dataset import MAX_BYTES, MAX_CLASSES, DataError, Dataset, derive_name
 from kvision.data.npy import MAX_HEADER, parse_header
-from kvision.untrusted import Budget, border, open_regular
+from kvision.untrusted import Budget, open_regular, translate_errors
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def read_npz(path: Path) -> Dataset:
-    """The data set of an .npz with uint8 images, (n, h, w) or (n, h, w, 1 or 3), and labels, (n,) or (n, 1).
+    """Read an .npz with uint8 images, (n, h, w) or (n, h, w, 1 or 3), and labels, (n,) or (n, 1).
 
-    Its name is the file's stem; its classes are called "0", "1", ... up to the highest label.
+    The data set is named after the file; its classes are "0", "1", ... up to the highest label.
 
     Raises:
-        DataError: not an .npz, a missing array, a wrong type or shape, a pickled object, a size beyond its
-            bytes.
+        DataError: not an .npz, a missing array, a wrong type or shape, a pickled object, or arrays larger than the file
+            allows.
     """
-    with border(lambda message: DataError(f"{path} {message}"), ".npz file", "write it again with np.savez"):
+    with translate_errors(lambda message: DataError(f"{path} {message}"), ".npz file", "write it again with np.savez"):
         if not path.exists():
             raise DataError(f"{path} does not exist")
         with open_regular(path) as file:
@@ -38,7 +37,7 @@ def read_npz(path: Path) -> Dataset:
             _labels(arrays[f"y_{split}"], f"{path}: y_{split}"),
         ]
     classes = 1 + max(int(labels.max(initial=0)) for labels in splits[1::2])
-    return Dataset(own_name(path.stem, "npz"), *splits, classes=tuple(map(str, range(classes))), source=str(path))
+    return Dataset(derive_name(path.stem, "npz"), *splits, classes=tuple(map(str, range(classes))), source=str(path))
 
 
 def _read_arrays(file: BinaryIO, budget: Budget, path: Path) -> dict[str, np.ndarray]:
@@ -50,7 +49,7 @@ def _read_arrays(file: BinaryIO, budget: Budget, path: Path) -> dict[str, np.nda
 
 
 def _read_array(file: BinaryIO, entry: zipped.Entry, budget: Budget, where: str) -> np.ndarray:
-    """One member, only after its header and the directory of the zip agree on its size."""
+    """Read one member after checking that its header and the zip directory agree on its size."""
     file.seek(entry.start)
     head = file.read(min(entry.packed_size, 2 * MAX_HEADER))
     if entry.deflated:
@@ -61,9 +60,9 @@ def _read_array(file: BinaryIO, entry: zipped.Entry, budget: Budget, where: str)
         raise DataError(f"{where} {error}") from None
     size = math.prod(shape) * dtype.itemsize
     if dtype.kind not in "ui":
-        raise DataError(f"{where}: expected whole numbers (images uint8), got {dtype}")
+        raise DataError(f"{where}: expected integers (images uint8), got {dtype}")
     if size > MAX_BYTES:
-        raise DataError(f"{where}: shape {shape} takes {size} bytes, more than the {MAX_BYTES} that are allowed")
+        raise DataError(f"{where}: shape {shape} takes {size} bytes, more than the limit of {MAX_BYTES}")
     if start + size != entry.size:
         raise DataError(f"{where}: shape {shape} takes {size} bytes, but the file holds {entry.size - start}")
     values = zipped.content(file, entry, budget)

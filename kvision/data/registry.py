@@ -1,5 +1,4 @@
-"""Where a data set may lie, and in which layout: a path that was given, the Keras cache, ./data, its
-publisher."""
+"""Loading data sets by name or path: a given path, the Keras cache, ./data, or the publisher's server."""
 
 import os
 import tempfile
@@ -13,16 +12,16 @@ from kvision.data.download import download as fetch
 from kvision.data.folder import MEMORY, is_image_folder, read_image_folder
 from kvision.data.npz import read_npz
 from kvision.data.sklearn_digits import load_digits
-from kvision.data.synthetic import load_drawn_digits, load_shapes10
+from kvision.data.synthetic import load_shapes10, load_synthetic_digits
 
 PUBLISHED = ("cifar10", "cifar100", "mnist", "fashion_mnist")
-MADE: dict[str, Callable[[int], Dataset]] = {
+SYNTHETIC: dict[str, Callable[[int], Dataset]] = {
     "shapes10": load_shapes10,
     "digits": lambda seed: load_digits(),
-    "drawn_digits": load_drawn_digits,
+    "synthetic_digits": load_synthetic_digits,
 }
-NAMES = (*PUBLISHED, *MADE)
-_GREY = ("mnist", "fashion_mnist", "digits", "drawn_digits")
+NAMES = (*PUBLISHED, *SYNTHETIC)
+_GRAY = ("mnist", "fashion_mnist", "digits", "synthetic_digits")
 
 
 def load(
@@ -36,25 +35,24 @@ def load(
     memory: int = MEMORY,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """A data set by its name, or whatever data set lies at `path`.
+    """Load a data set by its name, or the data set at `path`.
 
     Args:
         name: one of `NAMES`.
-        path: where it lies; nothing else is tried then. It may be a folder that is or holds (up to one level
-            down) a published layout, one of CIFAR's archives, an .npz with x_train, y_train, x_test, y_test,
-            or a folder of images by class. The last two work for every `name`; the result is then named after
-            the file or folder. Default: the Keras cache ($KERAS_HOME or ~/.keras, in `datasets`), then
-            ./data, then the network.
-        download: whether the network may be used.
-        seed: of data sets that are drawn, and of the split of a folder of images that has none.
-        size, limit, memory: of a folder of images: (height, width) of each, how many training and test images are read,
-            and the bytes that they may take; see `read_image_folder`.
-        log: is told, in one line each, what is downloaded, what is passed over because it is broken, and how much
-            memory the images of a folder take before they are decoded.
+        path: the only place to look at, if given: a folder that is or contains (up to one level down) a published
+            layout, one of CIFAR's archives, an .npz with x_train, y_train, x_test, y_test, or a folder of images by
+            class. The last two work for every `name`; the result is then named after the file or folder. Default: the
+            Keras cache ($KERAS_HOME or ~/.keras, in `datasets`), then ./data, then the network.
+        download: whether to use the network.
+        seed: of synthetic data sets, and of the split of an image folder without a test folder.
+        size, limit, memory: for an image folder: (height, width) of each image, maximum numbers of training and test
+            images, and maximum bytes; see `read_image_folder`.
+        log: called with one line about each download, each broken file that is skipped, and the memory that an image
+            folder requires.
 
     Raises:
-        DataUnavailable: without a path, where it was neither found nor downloadable.
-        DataError: an unknown name; a path that does not exist, holds nothing known or something broken; a
+        DataUnavailable: without a path, if the data set is neither on disk nor downloadable.
+        DataError: an unknown name; a path that does not exist, or contains nothing known or something broken; a
             download that is not the published file.
     """
     if name not in NAMES:
@@ -72,20 +70,20 @@ def load(
             return _read_any_folder(path, name, options)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if name in MADE:
-        return MADE[name](seed)
+    if name in SYNTHETIC:
+        return SYNTHETIC[name](seed)
 
     cache = keras_cache()
     for root in (cache, Path("data")):
-        for place in _places(root, name):
+        for place in _find_candidates(root, name):
             try:
-                dataset = _read_place(place, name)
+                dataset = _read_candidate(place, name)
             except DataError as error:
-                log(f"passing over {place}: {error}")
+                log(f"skipping {place}: {error}")
                 continue
             if dataset.name == name:
                 return dataset
-            log(f"passing over {place}: it is not the whole {name}")
+            log(f"skipping {place}: it is not the complete {name}")
     files = ", ".join(remote.file for remote in REMOTES[name])
     remedy = f"give a path to it, or put {files} into {cache}"
     if not download:
@@ -93,48 +91,48 @@ def load(
     try:
         place = fetch(name, cache, log)
     except DataUnavailable as error:
-        raise DataUnavailable(f"{name} is neither here nor to be had: {error}; {remedy}") from None
-    return _read_place(place, name)
+        raise DataUnavailable(f"{name} is neither on disk nor downloadable: {error}; {remedy}") from None
+    return _read_candidate(place, name)
 
 
 def keras_cache() -> Path:
-    """The folder that Keras keeps its data sets in, by the rules of Keras, without importing it."""
+    """Return the folder of Keras's data sets, by Keras's rules, without importing Keras."""
     home = os.environ.get("KERAS_HOME")
     if home:
         return Path(os.path.expanduser(home)) / "datasets"
-    user = os.path.expanduser("~")  # itself, where neither $HOME nor the system knows a home (a container's bare user)
+    user = os.path.expanduser("~")  # stays "~" if neither $HOME nor the system defines a home (some containers)
     known = user != "~" and os.access(user, os.W_OK)
     return Path(user if known else tempfile.gettempdir()) / ".keras" / "datasets"
 
 
 def _read_file(path: Path) -> Dataset:
-    """Whatever data set the file is, told by its first bytes."""
+    """Read a data set from a file, recognized by its first bytes."""
     with open(path, "rb") as file:
         head = file.read(512)
     if head.startswith(b"PK") or path.suffix == ".npz":
         return mnist.read_mnist_npz(path)
     if path.name.startswith(mnist.FILES):
-        raise DataError(f"{path} is one of MNIST's four files; give the folder that holds all four")
+        raise DataError(f"{path} is one of MNIST's four files; give the folder that contains all four")
     if head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar":
         return cifar.read_archive(path)
     raise DataError(
-        f"{path} is no data set: expected an .npz with x_train, y_train, x_test, y_test, one of CIFAR's "
+        f"{path} is not a data set: expected an .npz with x_train, y_train, x_test, y_test, one of CIFAR's "
         ".tar.gz archives, or a folder"
     )
 
 
 def _read_any_folder(folder: Path, name: str, options: dict) -> Dataset:
-    # The folder is a data set: then it is that one, whatever name was asked for.
-    if cifar.layout_of(folder):
+    # The folder is a data set, whatever name was requested.
+    if cifar.find_layout(folder):
         return cifar.read_folder(folder)
     if mnist.is_idx_folder(folder):
         return mnist.read_idx_folder(folder, name)
     if mnist.is_idx_folder(folder / "raw"):
         return mnist.read_idx_folder(folder / "raw", name)
-    # Or it holds the one that was asked for.
-    for place in _places(folder, name):
-        return _read_place(place, name)
-    # Or it is, or holds, a data set of one's own.
+    # The folder contains the requested data set.
+    for place in _find_candidates(folder, name):
+        return _read_candidate(place, name)
+    # The folder is, or contains, the user's own data set.
     arrays = [path for path in sorted(folder.glob("*.npz")) if path.name != "mnist.npz"]
     if len(arrays) == 1:
         return read_npz(arrays[0])
@@ -142,10 +140,10 @@ def _read_any_folder(folder: Path, name: str, options: dict) -> Dataset:
     if len(inner) == 1 and not is_image_folder(folder) and is_image_folder(inner[0]):
         folder = inner[0]
     if is_image_folder(folder):
-        return read_image_folder(folder, grey=name in _GREY, **options)
+        return read_image_folder(folder, gray=name in _GRAY, **options)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     raise DataError(
-        f"{folder} holds no {name}, no .npz and no images by class, but {found}; expected "
+        f"{folder} contains no {name}, no .npz and no images by class, but {found}; expected "
         f"{' or '.join(_expected(name))}, one .npz, or <class>/ folders with images"
     )
 
@@ -155,15 +153,15 @@ def _expected(name: str) -> list[str]:
     if name == "mnist":
         layouts.append("mnist.npz")
     if name in mnist.CLASSES:
-        layouts.append(f"{mnist.FILES[0]}.gz with its three sisters")
+        layouts.append(f"{mnist.FILES[0]}.gz and its three companions")
     return layouts or ["a published data set"]
 
 
-def _places(root: Path, name: str) -> Iterator[Path]:
-    """Files and folders in `root`, up to one level down, that look like the published data set `name`, whole
-    or broken.
+def _find_candidates(root: Path, name: str) -> Iterator[Path]:
+    """Yield files and folders in `root`, up to one level down, with a layout of the published data set `name`,
+    complete or broken.
 
-    One level more where Keras (cifar-10-batches-py-target) and torchvision (MNIST/raw) have one.
+    Searches one level deeper where Keras (cifar-10-batches-py-target) and torchvision (MNIST/raw) add one.
     """
     try:
         children = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -173,7 +171,7 @@ def _places(root: Path, name: str) -> Iterator[Path]:
     for child in children:
         folders += [child / "raw", *(child / layout.folder for layout in cifar.LAYOUTS)]
     for folder in folders:
-        layout = cifar.layout_of(folder)
+        layout = cifar.find_layout(folder)
         if layout and layout.name == name:
             yield folder
         if name in mnist.CLASSES and mnist.is_idx_folder(folder) and mnist.idx_name(folder, name) == name:
@@ -185,7 +183,7 @@ def _places(root: Path, name: str) -> Iterator[Path]:
                 yield folder / file
 
 
-def _read_place(place: Path, name: str) -> Dataset:
+def _read_candidate(place: Path, name: str) -> Dataset:
     if place.is_file():
         return _read_file(place)
-    return cifar.read_folder(place) if cifar.layout_of(place) else mnist.read_idx_folder(place, name)
+    return cifar.read_folder(place) if cifar.find_layout(place) else mnist.read_idx_folder(place, name)

@@ -1,7 +1,6 @@
-"""The handwritten digits that scikit-learn ships: 1,797 images of 8x8 (Alpaydin and Kaynak 1998, UCI
-"optdigits").
+"""scikit-learn's handwritten digits: 1,797 images of 8x8 (Alpaydin and Kaynak 1998, UCI "optdigits").
 
-They need no download, and they are not MNIST: they keep their own name.
+They need no download. They are not MNIST and are named "digits".
 """
 
 import importlib.util
@@ -16,20 +15,20 @@ TEST_IMAGES = 360
 
 
 def load_digits() -> Dataset:
-    """The digits enlarged to 28x28x1; the last 360, mostly of other writers than the first 1,437, are the
-    test split.
+    """Load the digits, enlarged to 28x28x1. The last 360, mostly by other writers than the first 1,437, are the test
+    split.
 
     Raises:
         DataUnavailable: scikit-learn is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise DataUnavailable(
-            "the data set 'digits' comes with scikit-learn, which is not installed: pip install scikit-learn"
+            "the data set 'digits' is part of scikit-learn, which is not installed: pip install scikit-learn"
         )
     import sklearn.datasets
 
     bundle = sklearn.datasets.load_digits()
-    # Stored as 0..16, inked bright on dark as in MNIST.
+    # Stored as 0..16, bright ink on a dark background as in MNIST.
     small = np.rint(bundle.images * (255 / 16)).astype(np.uint8)
     images = np.stack([Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in small])
     labels = bundle.target.astype(np.int32)

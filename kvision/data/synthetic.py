@@ -1,8 +1,7 @@
-"""Data sets that are drawn from a seed, for a machine without network: ten colour shapes, ten digits.
+"""Synthetic data sets, generated from a seed without network: ten color shapes, ten digits.
 
-A shape is a signed distance: negative inside, in pixels, so that clipping it gives an edge that is smooth
-over one pixel. All images of a class are drawn at once. The same seed gives the same images on the same
-platform.
+A shape is a signed distance in pixels, negative inside, so that clipping it gives an edge that is smooth over one
+pixel. All images of a class are rendered at once. The same seed gives the same images on the same platform.
 """
 
 import numpy as np
@@ -34,8 +33,7 @@ def _ring(u, v):
 
 
 def _star(u, v):
-    # Folded into one of the ten like wedges of a five-pointed star: from a tip at radius 1 to a notch at
-    # radius 0.4.
+    # Folded into one of ten equal wedges of a five-pointed star: from a tip at radius 1 to a notch at radius 0.4.
     angle = np.arctan2(u, -v)
     wedge = abs(angle - np.rint(angle / (0.4 * np.pi)) * (0.4 * np.pi))
     radius = np.hypot(u, v)
@@ -54,7 +52,7 @@ def _vertical_stripes(u, v):
 
 
 def _checker(u, v):
-    # Three by three cells: filled where column and row are both even or both odd.
+    # 3 x 3 cells: filled if row and column are both even or both odd.
     column, row = abs((u + 0.25) % 1 - 0.5) - 0.25, abs((v + 0.25) % 1 - 0.5) - 0.25
     return np.maximum(_square(u, v), np.maximum(np.minimum(column, -row), -np.maximum(column, -row)))
 
@@ -78,11 +76,10 @@ SHAPES = {
 
 
 def load_shapes10(seed: int = 0) -> Dataset:
-    """Ten classes of 32x32 colour shapes: 5,000 training and 1,000 test images, as many of each class.
+    """Generate ten classes of 32x32 color shapes: 5,000 training and 1,000 test images, balanced over the classes.
 
-    Position, size, rotation (up to 15 degrees: a square stays apart from a diamond), both colours, a gradient
-    of light, and noise are random, so that no pixel tells the class by itself: a linear model fails where a
-    convolution does not.
+    Position, size, rotation (up to 15 degrees, so that squares and diamonds differ), both colors, a lighting gradient
+    and noise are random. No single pixel predicts the class: a linear model fails where a convolution does not.
     """
     rng = np.random.default_rng([seed, 10])
     images, labels = [], []
@@ -90,7 +87,7 @@ def load_shapes10(seed: int = 0) -> Dataset:
         y = rng.permutation(np.arange(count, dtype=np.int32) % len(SHAPES))
         x = np.empty((count, 32, 32, 3), np.uint8)
         for index, distance in enumerate(SHAPES.values()):
-            x[y == index] = _draw_shape(distance, int((y == index).sum()), rng)
+            x[y == index] = _render_shape(distance, int((y == index).sum()), rng)
         images.append(x)
         labels.append(y)
     return Dataset(
@@ -100,12 +97,12 @@ def load_shapes10(seed: int = 0) -> Dataset:
         images[1],
         labels[1],
         classes=tuple(SHAPES),
-        source=f"drawn from seed {seed}",
+        source=f"synthetic, seed {seed}",
     )
 
 
-def _draw_shape(distance, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, 32, 32, 3) uint8 images of one shape."""
+def _render_shape(distance, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Render (count, 32, 32, 3) uint8 images of one shape."""
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
@@ -119,8 +116,8 @@ def _draw_shape(distance, count: int, rng: np.random.Generator) -> np.ndarray:
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     ink = np.clip(0.5 - distance(u, v) * radius, 0, 1)[..., None]
 
-    # Colours are drawn apart: the shape's is the background's, moved by 70 to 170 towards the farther end of
-    # each of one to three channels.
+    # The shape's color is the background's, moved by 70 to 170 towards the farther end of each of one to three
+    # channels, so that the two are distinct.
     background = uniform(20, 235, 1, 1, 3)
     moved = uniform(0, 1, 1, 1, 3) < 0.6
     moved[np.arange(count), 0, 0, rng.integers(0, 3, count)] = True
@@ -132,7 +129,7 @@ def _draw_shape(distance, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> list[tuple[float, float]]:
-    """Points of an elliptic arc, angles in turns, 0 to the right and 0.25 down."""
+    """Return points of an elliptic arc, angles in turns, 0 to the right and 0.25 down."""
     turns = np.linspace(start, end, 2 + round(8 * abs(end - start)))
     return [(x + rx * float(np.cos(2 * np.pi * t)), y + ry * float(np.sin(2 * np.pi * t))) for t in turns]
 
@@ -152,10 +149,10 @@ STROKES: tuple[tuple[list[tuple[float, float]], ...], ...] = (
 )
 
 
-def load_drawn_digits(seed: int = 0) -> Dataset:
-    """The digits 0 to 9 drawn by pen strokes, 28x28x1, bright on black: 5,000 training and 1,000 test images.
+def load_synthetic_digits(seed: int = 0) -> Dataset:
+    """Generate the digits 0 to 9 from pen strokes, 28x28x1, bright on black: 5,000 training and 1,000 test images.
 
-    Shift, scale, rotation, slant, thickness and the place of every point of the stroke are random.
+    Shift, scale, rotation, slant, thickness and the position of every point of a stroke are random.
     """
     rng = np.random.default_rng([seed, 28])
     images, labels = [], []
@@ -163,22 +160,22 @@ def load_drawn_digits(seed: int = 0) -> Dataset:
         y = rng.permutation(np.arange(count, dtype=np.int32) % len(STROKES))
         x = np.empty((count, 28, 28, 1), np.uint8)
         for index, strokes in enumerate(STROKES):
-            x[y == index] = _draw_strokes(strokes, int((y == index).sum()), rng)
+            x[y == index] = _render_strokes(strokes, int((y == index).sum()), rng)
         images.append(x)
         labels.append(y)
     return Dataset(
-        "drawn_digits",
+        "synthetic_digits",
         images[0],
         labels[0],
         images[1],
         labels[1],
         classes=tuple("0123456789"),
-        source=f"drawn from seed {seed}",
+        source=f"synthetic, seed {seed}",
     )
 
 
-def _draw_strokes(strokes: tuple, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, 28, 28, 1) uint8 images of one digit."""
+def _render_strokes(strokes: tuple, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Render (count, 28, 28, 1) uint8 images of one digit."""
 
     def uniform(low, high):
         return rng.uniform(low, high, (count, 1)).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Test-time augmentation of uint8 images: the mean logits of several views of an image, instead of its own."""
+"""Test-time augmentation of uint8 images: logits are averaged over several views of each image."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-# By name, each view's weight, the pixels by which it is moved down and to the right, and whether it is mirrored then.
+# By name, for each view: its weight, the shift down and right in pixels, and whether it is then flipped.
 TTA = {
     "none": ((1.0, 0, False),),
     "flip": ((0.5, 0, False), (0.5, 0, True)),
@@ -20,22 +20,21 @@ TTA = {
 
 
 def augmented_views(images: np.ndarray, name: str) -> Iterator[tuple[float, np.ndarray]]:
-    """The views of images (n, height, width, channels), each of the same shape, with their weights, whose sum is 1.
+    """Yield (weight, view) for the views of images (n, height, width, channels); the weights sum to 1.
 
-    "none" is the images themselves; "flip" adds those mirrored left to right; "flip_shift" adds to these, at half of
-    their weight, both moved by a pixel up and left and by a pixel down and right, the border reflected (Jordan 2024,
+    "none" is the images themselves; "flip" adds those mirrored left to right; "flip_shift" also adds, at half the
+    weight, both shifted by a pixel up and left and by a pixel down and right, with a reflected border (Jordan 2024,
     https://arxiv.org/abs/2404.00498, section 3.5).
-
     Raises:
         ValueError: an unknown name.
     """
     if name not in TTA:
         raise ValueError(f"tta must be one of {', '.join(TTA)}, got {name!r}")
     height, width = images.shape[1:3]
-    for weight, move, mirrored in TTA[name]:
+    for weight, shift, flipped in TTA[name]:
         view = images
-        if move:
-            before, after = max(move, 0), max(-move, 0)
+        if shift:
+            before, after = max(shift, 0), max(-shift, 0)
             view = np.pad(view, ((0, 0), (before, after), (before, after), (0, 0)), "reflect")
             view = view[:, after : after + height, after : after + width]
-        yield weight, view[:, :, ::-1] if mirrored else view
+        yield weight, view[:, :, ::-1] if flipped else view

@@ -1,6 +1,6 @@
-"""Reading CIFAR's pickles without unpickling them: dictionaries, strings, numbers and one NumPy array.
+"""Safe reader of CIFAR's pickles: dictionaries, strings, numbers and NumPy arrays.
 
-`kvision.safe_pickle` interprets them; the array is rebuilt here from its bytes.
+`kvision.safe_pickle` interprets the opcodes; arrays are rebuilt here from their bytes.
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 
 from kvision.data.dataset import DataError
-from kvision.safe_pickle import BROKEN, Refused, expect, interpret, raw, text
-from kvision.untrusted import Budget
+from kvision.safe_pickle import Refused, expect, interpret, raw, text
+from kvision.untrusted import READ_ERRORS, Budget
 
 _DTYPES = ("u1", "i4", "i8")
 
-# What the files may name, with the kind of thing it stands for here. NumPy moved these functions in its
-# version 2; `encode` is how Python 3 writes bytes at protocols 0 to 2, and `bytes` how it writes empty ones.
+# Names allowed in the files, mapped to the kinds handled here. NumPy 2 moved these functions; Python 3 writes bytes
+# by `encode` at protocols 0 to 2, and empty ones by `bytes`.
 _GLOBALS = {
     "_codecs encode": "encode",
     "__builtin__ bytes": "bytes",
@@ -37,39 +37,38 @@ class _Type:
 
 @dataclass
 class _Array:
-    """A NumPy array under construction: empty until its state comes."""
+    """A NumPy array under construction: None until its state is set."""
 
     value: np.ndarray | None = None
 
 
 def unpickle(blob: bytes, where: str) -> dict[str, object]:
-    """The dictionary that a CIFAR batch holds, keys as str, strings inside as str or bytes, arrays as NumPy
-    arrays.
+    """Read the dictionary of a CIFAR batch: str keys, str or bytes strings, NumPy arrays.
 
     Args:
-        blob: the pickle: protocol 2 of Python 2, as published, or any of the protocols 0 to 5 of Python 3.
+        blob: the pickle: protocol 2 of Python 2, as published, or any of protocols 0 to 5 of Python 3.
         where: the file's name, for messages.
 
     Raises:
-        DataError: a broken pickle, or one that holds anything else; no code of it has run.
+        DataError: a broken pickle, or one with other contents; none of its code is executed.
     """
     try:
         budget = Budget(len(blob))
         result = interpret(blob, _GLOBALS, partial(_call, budget), _set_state, budget)
     except Refused as refusal:
-        raise DataError(f"{where} is no CIFAR batch: it holds {refusal}; it was not executed") from None
-    except BROKEN as error:
+        raise DataError(f"{where} is not a CIFAR batch: it contains {refusal}; it was not executed") from None
+    except READ_ERRORS as error:
         raise DataError(f"{where} is not a readable CIFAR batch: {type(error).__name__}: {error}") from None
     if not isinstance(result, dict):
-        raise DataError(f"{where} is no CIFAR batch: expected a dictionary, got {type(result).__name__}")
+        raise DataError(f"{where} is not a CIFAR batch: expected a dictionary, got {type(result).__name__}")
     try:
         return {text(key): value.value if isinstance(value, _Array) else value for key, value in result.items()}
-    except ValueError as error:  # a key of bytes that are no ASCII
+    except ValueError as error:  # a key of bytes that are not ASCII
         raise DataError(f"{where} is not a readable CIFAR batch: {error}") from None
 
 
 def _call(budget: Budget, kind: str, arguments: tuple) -> object:
-    """What a call that the file asks for makes: plain bytes, or a thing under construction."""
+    """Return the result of a call in the pickle: bytes, or an object under construction."""
     if kind == "encode":
         string, codec = arguments
         if codec != "latin1":
@@ -104,7 +103,7 @@ def _set_state(target: object, state: object) -> None:
 
 
 def _array(shape: object, dtype: object, fortran: bool, content: object) -> np.ndarray:
-    """A view on `content`; NumPy refuses a shape that is not exactly its size."""
+    """Return a view of `content`; NumPy raises if the shape does not match its size."""
     dtype = expect(dtype, _Type)
     if dtype.code not in _DTYPES or dtype.order not in ("|", "<", ">", "="):
         raise Refused(f"an array of {dtype.order[:4]}{dtype.code[:20]}")

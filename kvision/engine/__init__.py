@@ -24,13 +24,20 @@ result is `Means`, {name: (sum, weight)}, which adds up over examples, steps and
 - `sync_variables()`: write the state back to the variables of models, optimizers and task. Where the engine keeps the
   state elsewhere between steps (JAX), they cannot be read before. What is assigned to a variable afterwards counts in
   the next step.
+- `keras_steps() -> (train_step, test_step)`: the steps of a `kvision.tasks.compiled.Compiled`, as the methods of these
+  names that Keras's own `fit` calls on the backend; the state is Keras's to keep.
 
 A phase changes only the models that it trains: running statistics and generators of the others are as before after it.
 Keras's own step (`engine="keras"`) has `train_step`, `evaluate`, `predict` and `sync_variables` alone.
 
-Each backend's module also has `mean_over_replicas(tensor)`, the differentiable mean over the replicas that train
-together, for `kvision.layers.norm.sync_batch_norm`: of the replicas of `tf.distribute`, of the processes of
-`torch.distributed`; on JAX the tensor itself, because a program on a sharded batch is one program.
+Each backend's module also has:
+
+- `why_keras(model)`: why Keras's own `fit` must train a compiled model, or None.
+- `generator_states()` and `set_generator_states(states)`: the backend's global random generators as arrays, where it
+  has such.
+- `mean_over_replicas(tensor)`: the differentiable mean over the replicas that train together, for
+  `kvision.layers.norm.sync_batch_norm`: of the replicas of `tf.distribute`, of the processes of `torch.distributed`; on
+  JAX the tensor itself, because a program on a sharded batch is one program.
 """
 
 import importlib

@@ -1,11 +1,11 @@
-"""A functional model's graph as a list of calls, made ready once and run in every step.
+"""A functional model's graph as a list of calls, prepared once and run in every step.
 
-Calling a Keras model walks its graph anew each time, through scopes, signatures and nested structures that cost Python
-more time than a small layer costs the device. Here every call is prepared once; a value that nobody reads any more is
-let go at once; and neighbours that are one operation in every framework become one call:
+Calling a Keras model walks its graph each time, through scopes, signatures and nested structures that cost Python more
+time than a small layer costs the device. Here every call is prepared once, a value is freed after its last use, and
+consecutive layers that are one operation in every framework are fused into one call:
 
-- a border of zeros and the convolution without padding behind it are a convolution with padding;
-- a batch norm or an addition and the ReLU behind it are one call, which can be done in the memory of the first.
+- zero padding and the convolution without padding after it are a convolution with padding;
+- a batch norm or an addition and the ReLU after it are one call, which can run in place.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ from kvision.layers import ConstantPad2D
 
 CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 
-# The options that the engines know of the layers that they compute their own way.
+# The options that the engines support of the layers that they compute in another way than Keras.
 KNOWN = {
     keras.layers.Conv2D: "filters kernel_size strides padding data_format dilation_rate groups activation use_bias",
     keras.layers.DepthwiseConv2D: "kernel_size strides padding depth_multiplier data_format dilation_rate activation "
@@ -45,6 +45,10 @@ KNOWN = {
     keras.layers.Add: "",
     keras.layers.ZeroPadding2D: "padding data_format",
     ConstantPad2D: "pads value",
+    keras.layers.LSTM: "units activation recurrent_activation use_bias unit_forget_bias dropout recurrent_dropout seed "
+    "return_sequences return_state go_backwards stateful unroll use_cudnn",
+    keras.layers.GRU: "units activation recurrent_activation use_bias dropout recurrent_dropout seed return_sequences "
+    "return_state go_backwards stateful unroll reset_after use_cudnn",
 }
 VALUES = ("_initializer", "_regularizer", "_constraint")  # of variables: no part of a call
 
@@ -59,7 +63,7 @@ class Graph:
             ((above, below), (left, right)), are zeros that a convolution puts around its input itself; with `relu` a
             batch norm or an addition ends in a ReLU.
         training: as for calling the model.
-        joined: whether neighbours become one call. For looking at each layer's output they must not.
+        fuse: whether consecutive layers become one call. To read each layer's output they must not.
     """
 
     def __init__(self, model: keras.Model, lower: Callable, training: bool, fuse: bool = True):
@@ -74,19 +78,19 @@ class Graph:
             uses.update(map(id, node.arguments.keras_tensors))
         maker = {id(tensor): node for node in nodes for tensor in node.outputs}
 
-        joined_calls = {}  # the call of two neighbours, by the second
-        taken = set()  # the first of two neighbours
+        fused_calls = {}  # the call of two layers, by the second
+        taken = set()  # the first of two layers
         for node in nodes if fuse else ():
             tensor = only_tensor(node.arguments)
             first = maker.get(id(tensor)) if tensor is not None and uses[id(tensor)] == 1 else None
-            function = None if first is None or first in taken else self._join(first, node)
+            function = None if first is None or first in taken else self._fuse(first, node)
             if function is not None:
-                joined_calls[node] = function, first.arguments
+                fused_calls[node] = function, first.arguments
                 taken.add(first)
         self.calls = []
         for node in nodes:
             if node not in taken:
-                function, arguments = joined_calls.get(node) or (self._function(node), node.arguments)
+                function, arguments = fused_calls.get(node) or (self._function(node), node.arguments)
                 outputs = [id(tensor) for tensor in node.outputs]
                 self.calls.append(_Call(node.operation, function, arguments, outputs))
         later = set(self.outputs)
@@ -95,8 +99,8 @@ class Graph:
             call.last = tuple((read | set(call.outputs)) - later)
             later |= read
 
-    def _join(self, first, second) -> Callable | None:
-        """The function that is two neighbours at once, or None."""
+    def _fuse(self, first, second) -> Callable | None:
+        """The function that computes two consecutive layers, or None."""
         if not (is_plain(first) and is_plain(second)):
             return None
         layer, next_layer = first.operation, second.operation

@@ -70,6 +70,18 @@ def full_precision():
     return jax.default_matmul_precision("highest")
 
 
+def generator_states():
+    return []
+
+
+def set_generator_states(states):
+    pass
+
+
+def why_keras(model):
+    return "Keras runs on Flax NNX" if keras.config.is_nnx_enabled() else None
+
+
 class Engine:
     def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
         self.program = Program(models, task, optimizers)
@@ -200,7 +212,7 @@ class Engine:
     def train_steps(self, dataset, params):
         if self._state is None:
             self._state = self._values()
-        # Convolutions within a loop are slow on a CPU: there each step is a program of its own.
+        # Convolutions within a loop are slow on a CPU: there each step is a separate program.
         pieces = [params] if accelerated() else np.split(params, len(params))
         results = []
         for piece in pieces:
@@ -253,6 +265,28 @@ class Engine:
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
         self._state = None
+
+    def keras_steps(self):
+        program, task = self.program, self.program.task
+        count = len(program.fixed) - len(program.task_variables)
+
+        def train_step(state, data):
+            trainable, fixed, slots, metrics = state
+            state, _ = self._train((trainable, [*fixed, *metrics], [slots]), task.batch(data))
+            trainable, fixed, (slots,) = state
+            with self._scope(trainable, fixed):
+                logs = task.logs()
+            return logs, (trainable, fixed[:count], slots, fixed[count:])
+
+        def test_step(state, data):
+            trainable, fixed, metrics = state
+            with self._scope(trainable, [*fixed, *metrics]) as scope:
+                program.metrics(self._call, task.batch(data))
+                logs = task.logs()
+            fixed = [scope.get_current_value(variable) for variable in program.fixed]
+            return logs, (trainable, fixed[:count], fixed[count:])
+
+        return train_step, test_step
 
 
 def _ordered(means):

@@ -13,6 +13,7 @@ import keras
 from keras import tree
 
 _functional = importlib.import_module("keras.src.models.functional")
+_arrays = importlib.import_module("keras.src.trainers.data_adapters.array_data_adapter")
 _dtypes = importlib.import_module("keras.src.backend.common.dtypes")
 
 # What `train_on_batch` calls of a model, which a subclass may write anew.
@@ -40,6 +41,15 @@ def graph_of(model: keras.Model):
 def own_step(model: keras.Model) -> list[str]:
     """The parts of Keras's step that a model's class writes anew."""
     return [name for name in STEP_METHODS if getattr(type(model), name) is not getattr(keras.Model, name)]
+
+
+def steps_of_its_own(model: keras.Model) -> list[str]:
+    """The parts of the steps of `model.fit` that a model's class writes anew, or that are set on the model, but
+    `compute_loss`."""
+    names = ("train_step", "test_step", "compute_metrics", "make_train_function", "make_test_function")
+    return [
+        name for name in names if name in vars(model) or getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
 
 
 def nodes_of(functional) -> list:
@@ -192,7 +202,7 @@ def with_methods(optimizer, methods_for: Callable[[keras.optimizers.Optimizer], 
     """An optimizer of the same state with other methods; the optimizer that is given stays as it is.
 
     Args:
-        methods_for: the methods by name, for the innermost of wrapped optimizers.
+        methods_for: the methods by name, for the optimizer inside all wrappers.
     """
     kind, inner = type(optimizer), inner_name(optimizer)
     if inner is None:
@@ -212,3 +222,33 @@ def options_of(kind: type) -> list[str]:
     """The names of the arguments of a layer's constructor, those of `keras.layers.Layer` left out."""
     _, *parameters = inspect.signature(kind.__init__).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def loss_tracker(model: keras.Model):
+    """The metric of a compiled model that has the mean loss of the steps since `reset_metrics`."""
+    return model._loss_tracker
+
+
+def copy_mask(tensor, other):
+    """`other` with the mask that a tensor carries, as an `Embedding(mask_zero=True)` gives it."""
+    mask = getattr(tensor, "_keras_mask", None)
+    if mask is not None:
+        other._keras_mask = mask
+    return other
+
+
+def is_built(model: keras.Model) -> bool:
+    """Whether a model, its layers, its optimizer, and the losses and metrics of `compile` have their variables."""
+    parts = (model._compile_loss, model._compile_metrics, model.optimizer, *model._flatten_layers())
+    return all(part is None or part.built for part in parts)
+
+
+def build_compiled(model: keras.Model, data) -> None:
+    """Make the variables of a compiled model, of its losses, metrics and optimizer, for a batch (x, y, sample weights);
+    nothing is computed."""
+    model._symbolic_build(data_batch=data)
+
+
+def are_arrays(data) -> bool:
+    """Whether what is nested in `data` are arrays to Keras's `fit`, which divides them into batches itself."""
+    return _arrays.can_convert_arrays(data)

@@ -2,7 +2,7 @@
 
 Batch norm is PyTorch's own operation (Keras composes it of a dozen operations, each a pass over the activations), a
 ReLU after it works in place, and convolution and pooling get channels_last format: Keras's (n, h, w, c) viewed as
-(n, c, h, w) is exactly that, but Keras copies it first.
+(n, c, h, w) is exactly that, but Keras copies it first. LSTM and GRU are PyTorch's own, one call for all time steps.
 """
 
 import keras
@@ -12,6 +12,9 @@ from kvision.engine.fuse import is_channels_last
 
 F = torch.nn.functional
 EXACT = ("float32", "float64")  # of variables
+
+
+RECURRENT = {keras.layers.LSTM: keras.layers.LSTMCell, keras.layers.GRU: keras.layers.GRUCell}
 
 
 class BatchStatistics:
@@ -60,6 +63,8 @@ def lower(layer, pads=None, relu=False, *, training, statistics):
         return lambda x, **_: _batch_norm(layer, x, training, relu, statistics)
     if kind is keras.layers.Dense:
         return lambda x, **_: _dense(layer, x)
+    if kind in RECURRENT and _is_fused(layer):
+        return lambda x, **_: _recurrent(layer, x)
     if kind is keras.layers.Activation:
         return lambda x, **_: layer.activation(_cast(x, layer))
     if kind is keras.layers.Add:
@@ -140,3 +145,58 @@ def _batch_norm(layer, x, training, relu, statistics):
         y = F.batch_norm(x, *running, gamma, beta, eps=layer.epsilon)
     y = F.relu_(y) if relu else y
     return y.movedim(1, -1) if y.ndim > 2 else y
+
+
+def _is_fused(layer):
+    """Whether PyTorch has a recurrent layer like it. On a GPU Keras calls cuDNN itself."""
+    cell = layer.cell
+    return (
+        type(cell) is RECURRENT[type(layer)]
+        and "call" not in vars(cell)
+        and layer.compute_dtype in EXACT
+        and cell.compute_dtype == layer.compute_dtype
+        and cell.activation is keras.activations.tanh
+        and cell.recurrent_activation is keras.activations.sigmoid
+        and not (cell.dropout or cell.recurrent_dropout or layer.stateful)
+        and getattr(cell, "reset_after", True)
+        and layer.use_cudnn == "auto"
+    )
+
+
+def _recurrent(layer, x):
+    """What `layer(x)` computes."""
+    if x.is_cuda:
+        return layer(x)
+    x, cell = _cast(x, layer), layer.cell
+    x = x.flip(1) if layer.go_backwards else x
+    weights = [cell.kernel.value, cell.recurrent_kernel.value]
+    state = x.new_zeros(1, x.shape[0], layer.units)
+    lstm = type(layer) is keras.layers.LSTM
+    if layer.use_bias:
+        bias = cell.bias.value
+        weights += [bias, torch.zeros_like(bias)] if lstm else list(bias)
+    weights = [_cast(weight, layer) for weight in weights]
+    if lstm:
+        sequence, *states = torch.lstm(
+            x,
+            (state, state),
+            [weight.T if weight.ndim == 2 else weight for weight in weights],
+            layer.use_bias,
+            1,
+            0.0,
+            False,
+            False,
+            True,
+        )
+    else:
+        weights = [_reset_first(weight).T if weight.ndim == 2 else _reset_first(weight) for weight in weights]
+        sequence, *states = torch.gru(x, state, weights, layer.use_bias, 1, 0.0, False, False, True)
+    states = [state[0] for state in states]
+    output = sequence if layer.return_sequences else states[0]
+    return (output, *states) if layer.return_state else output
+
+
+def _reset_first(weight):
+    """A GRU's weight, whose gates Keras keeps as (update, reset, new), as PyTorch has them: (reset, update, new)."""
+    update, reset, new = weight.chunk(3, dim=-1)
+    return torch.cat([reset, update, new], dim=-1)

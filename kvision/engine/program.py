@@ -68,6 +68,7 @@ class Program:
         self.task = task
         if hasattr(task, "check_models"):
             task.check_models(self.models)
+        self.has_penalties = getattr(task, "has_penalties", False)
         self.task_variables = list(getattr(task, "variables", ()))
         own = {id(variable) for variable in self.task_variables}
         groups = [model.trainable_variables for model in self.models.values()]
@@ -126,7 +127,7 @@ class Program:
         """The loss of a phase with the penalties of the models that it trains, and its Means; in training mode."""
         models = BoundModels(self.models, call, training=True)
         loss, means = phase.loss(models, batch)
-        total = loss + models.penalties(phase.trains)
+        total = loss if self.has_penalties else loss + models.penalties(phase.trains)
         count = weight_of(batch, total.dtype)
         return total, {phase.reported: (total * count, count), **means}
 
@@ -134,7 +135,7 @@ class Program:
         """The task's Means of a batch in inference mode; "loss" is with the models' penalties."""
         models = BoundModels(self.models, call, training=False)
         means = dict(self.task.metrics(models, batch))
-        if "loss" in means:
+        if "loss" in means and not self.has_penalties:
             total, weight = means["loss"]
             means["loss"] = total + models.penalties(self.models) * weight, weight
         return means
@@ -200,7 +201,8 @@ def weight_of(batch, dtype):
     """What a batch counts for in a mean: the sum of its "weight", a tensor of `dtype`, or its number of examples."""
     if "weight" in batch:
         return ops.cast(ops.sum(batch["weight"]), dtype)
-    return next(_leaves(batch)).shape[0]
+    leaf = next(_leaves(batch))
+    return ops.cast(ops.shape(leaf)[0], dtype) if leaf.shape[0] is None else leaf.shape[0]
 
 
 def _leaves(batch):
@@ -209,7 +211,7 @@ def _leaves(batch):
         if hasattr(value, "shape"):
             yield value
         else:
-            yield from keras.tree.flatten(value)
+            yield from (leaf for leaf in keras.tree.flatten(value) if leaf is not None)
 
 
 def split(batch: Mapping, count: int) -> list[dict]:

@@ -17,7 +17,7 @@ from kvision.engine.program import Program, gradients_or_zeros, split
 def configure(dtype: str, deterministic: bool, compile_cache) -> None:
     if deterministic:
         tf.config.experimental.enable_op_determinism()  # for the whole process: TensorFlow knows no way back
-        tf.random.set_seed(0)  # or what params numbers without a seed of its own would fail
+        tf.random.set_seed(0)  # without it, operations that have no seed would fail
 
 
 def accelerated() -> bool:
@@ -32,6 +32,19 @@ def full_precision():
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
+
+
+def generator_states():
+    return []
+
+
+def set_generator_states(states):
+    pass
+
+
+def why_keras(model):
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    return f"tf.distribute trains it on {replicas} replicas" if replicas > 1 else None
 
 
 class Engine:
@@ -156,9 +169,25 @@ class Engine:
     def sync_variables(self):
         pass
 
+    def keras_steps(self):
+        task = self.program.task
+
+        def train_step(data):
+            self._train(task.batch(data))
+            return task.logs()
+
+        def test_step(data):
+            self.program.metrics(self._call, task.batch(data))
+            return task.logs()
+
+        return train_step, test_step
+
 
 def _tensors(tree):
-    return tf.nest.map_structure(tf.convert_to_tensor, dict(tree) if isinstance(tree, Mapping) else tree)
+    def tensor(leaf):
+        return None if leaf is None else tf.convert_to_tensor(leaf)
+
+    return tf.nest.map_structure(tensor, dict(tree) if isinstance(tree, Mapping) else tree)
 
 
 def _arrays(tree):

@@ -68,6 +68,22 @@ def full_precision():
             switch.allow_tf32 = allowed
 
 
+def generator_states():
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [np.asarray(state) for state in (torch.get_rng_state(), *cards)]
+
+
+def set_generator_states(states):
+    first, *cards = map(torch.from_numpy, states)
+    torch.set_rng_state(first)
+    if len(cards) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cards)
+
+
+def why_keras(model):
+    return "it is compiled with jit_compile=True" if model.jit_compile and not model.run_eagerly else None
+
+
 class Engine:
     def __init__(self, models, task=None, optimizers=None, gradient_accumulation_steps=1):
         self.program = Program(models, task, optimizers)
@@ -182,9 +198,25 @@ class Engine:
     def sync_variables(self):
         pass
 
+    def keras_steps(self):
+        task = self.program.task
+
+        def train_step(data):
+            self._train(_tensors(task.batch(data)))
+            return task.logs()
+
+        def test_step(data):
+            self.program.metrics(self._call, _tensors(task.batch(data)))
+            return task.logs()
+
+        return train_step, test_step
+
 
 def _tensors(tree):
-    return keras.tree.map_structure(ops.convert_to_tensor, dict(tree) if isinstance(tree, Mapping) else tree)
+    def tensor(leaf):
+        return None if leaf is None else ops.convert_to_tensor(leaf)
+
+    return keras.tree.map_structure(tensor, dict(tree) if isinstance(tree, Mapping) else tree)
 
 
 def _map(function, means):
@@ -212,7 +244,7 @@ def _lay_out(variables):
 
 
 def _fast_methods(optimizer):
-    """Keras's own methods of an optimizer in a quicker form; a method that its class has of its own stays."""
+    """Faster forms of Keras's methods of an optimizer; a method that its class overrides stays."""
     kind, methods = type(optimizer), {}
     if has_plain_weight_decay(optimizer):
         methods[WEIGHT_DECAY] = _weight_decay()

@@ -1,7 +1,7 @@
-"""The layers of the networks; the functions return layers, or a short chain of them, to be called on a tensor.
+"""Layers of the networks. The functions return a layer, or a short chain of layers, to be called on a tensor:
+`conv(64, 3, name="stem_conv")(x)`.
 
-`conv(64, 3, name="stem_conv")(x)`. Policies that all networks share are bound once, here; where a published network
-differs, a row of its `VARIANTS` says so.
+Defaults shared by all networks are set here; the rows of `VARIANTS` state where a published network differs.
 """
 
 from kvision.layers.conv import (

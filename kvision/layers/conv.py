@@ -1,6 +1,6 @@
-"""Convolutions with symmetric padding, as in torchvision, so that weights trained elsewhere mean the same here.
+"""Convolutions with symmetric padding, as in torchvision, so that weights trained there give the same outputs.
 
-Keras's "same" pads one row more below than above where the stride is 2. A convolution before a batch norm has no bias.
+At stride 2, Keras's "same" pads one row more below than above. A convolution before a batch norm has no bias.
 """
 
 import math
@@ -34,7 +34,7 @@ class ConstantPad2D(keras.layers.Layer):
 
 
 def least_side(input_shape: tuple[int | None, int | None, int]) -> float:
-    """The shorter side of images in pixels, as far as it is known; None is any size, and infinite here."""
+    """Return the shorter side of images in pixels, as far as it is known; infinity if both sides are None."""
     return min((side for side in input_shape[:2] if side is not None), default=math.inf)
 
 
@@ -43,15 +43,15 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _padded(layer: keras.layers.Layer, size: tuple[int, int], value: float = 0.0) -> Callable:
-    """`layer` behind a border of half a window on every side; the window's sides must be odd."""
+    """Put a padding of half a window on every side before `layer`; the window's sides must be odd."""
     if any(side % 2 == 0 for side in size):
-        raise ValueError(f"{layer.name}: symmetric padding wants an odd window, got {size}; give padding='valid'")
+        raise ValueError(f"{layer.name}: symmetric padding needs an odd window, got {size}; use padding='valid'")
     pads = tuple((side // 2, side // 2) for side in size)
-    border = ConstantPad2D(pads, value, name=f"{layer.name}_pad")
-    return lambda x: layer(border(x))
+    pad = ConstantPad2D(pads, value, name=f"{layer.name}_pad")
+    return lambda x: layer(pad(x))
 
 
-PADDINGS = {"same": "valid", "valid": "valid", "tensorflow": "same"}  # and what Keras's layer is told
+PADDINGS = {"same": "valid", "valid": "valid", "tensorflow": "same"}  # to the padding of Keras's layer
 
 
 def _convolution(make: Callable, size, strides, padding: str, name: str) -> Callable:
@@ -59,7 +59,7 @@ def _convolution(make: Callable, size, strides, padding: str, name: str) -> Call
     if padding not in PADDINGS:
         raise ValueError(f"{name}: padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
     if padding == "same" and strides == (1, 1) and all(side % 2 for side in size):
-        return make(size, strides, padding="same", name=name)  # then Keras's is symmetric
+        return make(size, strides, padding="same", name=name)  # here Keras's padding is symmetric
     layer = make(size, strides, padding=PADDINGS[padding], name=name)
     return _padded(layer, size) if padding == "same" and size != (1, 1) else layer
 
@@ -75,16 +75,16 @@ def conv(
     initializer: keras.initializers.Initializer | None = None,
     **options,
 ) -> Callable:
-    """A 2-D convolution with symmetric padding: (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), filters).
+    """Create a 2-D convolution, padded symmetrically: (n, h, w, c) to (n, ceil(h / strides), ..., filters).
 
     Args:
-        padding: "same", `kernel_size // 2` zeros on every side; "valid", none; "tensorflow", that of TensorFlow's and
-            Keras's "same", which at stride 2 pads one more below than above: for lineages trained there.
-        initializer: of the kernel; the default is He's normal initialiser over the outputs, as in torchvision.
+        padding: "same", `kernel_size // 2` zeros on every side; "valid", none; "tensorflow", TensorFlow's and Keras's
+            "same", which at stride 2 pads one more below than above: for weights trained there.
+        initializer: of the kernel; the default is He's normal initializer over the outputs, as in torchvision.
         options: further arguments of `keras.layers.Conv2D`.
 
     Raises:
-        ValueError: "same" with an even kernel, which has no centre; an unknown padding.
+        ValueError: "same" with an even kernel, which has no center; an unknown padding.
     """
     initializer = initializer or VarianceScaling(2.0, "out")
     options = {"kernel_initializer": initializer, "bias_initializer": Constant(), **options}
@@ -95,7 +95,7 @@ def conv(
 def depthwise_conv(
     kernel_size: int, strides: int = 1, *, name: str, use_bias: bool = False, padding: str = "same", **options
 ) -> Callable:
-    """A convolution of each channel by itself; padding as `conv` has it."""
+    """Create a depthwise convolution; padding as for `conv`."""
     initializer = VarianceScaling(2.0, "out")  # of the kernel (h, w, c, 1): 2 / (h w)
     options = {"depthwise_initializer": initializer, "bias_initializer": Constant(), **options}
     make = partial(keras.layers.DepthwiseConv2D, use_bias=use_bias, **options)

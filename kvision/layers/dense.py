@@ -6,14 +6,14 @@ from kvision.layers.initializers import Constant, VarianceScaling
 
 
 def activation(kind: str, *, name: str) -> keras.layers.Layer:
-    """An element-wise activation by its Keras name: "relu", "gelu" ..."""
+    """Create an element-wise activation by its Keras name: "relu", "gelu" ..."""
     return keras.layers.Activation(kind, name=name)
 
 
 def dense(
     units: int, *, name: str, initializer: keras.initializers.Initializer | None = None, **options
 ) -> keras.layers.Layer:
-    """A fully connected layer; its kernel starts from He's normal initialiser unless told otherwise."""
+    """Create a fully connected layer; the kernel's default is He's normal initializer."""
     options = {
         "kernel_initializer": initializer or VarianceScaling(2.0, "in"),
         "bias_initializer": Constant(),
@@ -23,6 +23,6 @@ def dense(
 
 
 def logits(classes: int, *, name: str = "logits", **options) -> keras.layers.Layer:
-    """The last layer of a classifier. It computes in full precision under a mixed policy too."""
+    """Create the last layer of a classifier. It computes in full precision under a mixed policy, too."""
     options = {"initializer": VarianceScaling(1.0, "in"), "dtype": keras.config.floatx(), **options}
     return dense(classes, name=name, **options)

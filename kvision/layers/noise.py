@@ -1,13 +1,12 @@
-"""Noise on activations: dropout by unit, channel, block or branch, Gaussian noise, shake-shake.
+"""Noise on activations: dropout of units, channels, blocks or branches, Gaussian noise, shake-shake.
 
-Each layer draws from `kvision.random`, so that every backend draws the same numbers; Keras's own layers differ. Each
-holds one `keras.random.SeedGenerator`, but only as the holder of the two numbers (key, step): a training call draws by
-them and counts the step on. The state is a variable: it travels in checkpoints, `kvision.weights.initialize` sets it by
-seed and layer name, and it stays out of weight files. An example's noise depends on its index in the batch, not on how
-many others there are.
+All layers sample by `kvision.random`, so that the numbers are the same on every backend; Keras's own layers differ.
+Each has one `keras.random.SeedGenerator`, used only as the variable of two numbers (key, step): a training call samples
+by them and increments the step. This state is stored in checkpoints, set by `kvision.weights.initialize` from seed and
+layer name, and left out of weights files. An example's noise depends on its index in the batch, not on the batch size.
 
-At inference the layers pass their inputs on; shake-shake takes the mean of its branches. Masks are scaled in the
-layer's compute dtype, so under bfloat16 and float16 the expectation holds to that type's rounding.
+At inference the layers return their inputs; shake-shake returns the mean of its branches. Masks are scaled in the
+layer's compute dtype, so under bfloat16 and float16 the expectation is exact up to that type's rounding.
 """
 
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from keras import ops
 from kvision.random import bernoulli, key, normal, uniform
 
 
-def _next(generator: keras.random.SeedGenerator):
-    """(key, step) of this call; the generator's state moves on to the next step."""
+def _next_step(generator: keras.random.SeedGenerator):
+    """Return (key, step) of this call and increment the generator's step."""
     state = generator.next()
     return state[0], state[1]
 
@@ -38,8 +37,8 @@ class Dropout(keras.layers.Dropout):
     Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
 
     Args:
-        rate: from 0, which changes nothing, to less than 1.
-        seed: the key of the draws, from 0 to 2**31 - 1; None takes one by chance.
+        rate: from 0, which has no effect, to less than 1.
+        seed: the key, from 0 to 2**31 - 1; None chooses one at random.
 
     Raises:
         ValueError: a rate or seed out of range.
@@ -56,9 +55,9 @@ class Dropout(keras.layers.Dropout):
         return shape
 
     def _mask(self, shape: tuple, dtype: str):
-        """What an input of `shape` is multiplied by."""
+        """Return the factor on an input of `shape`."""
         keep = 1 - self.rate
-        kept = bernoulli(*_next(self.seed_generator), self._mask_shape(shape), keep)
+        kept = bernoulli(*_next_step(self.seed_generator), self._mask_shape(shape), keep)
         return ops.cast(kept, dtype) * (1 / keep)
 
     def call(self, inputs, training=False):
@@ -74,7 +73,7 @@ class Dropout(keras.layers.Dropout):
 
 @keras.saving.register_keras_serializable("kvision")
 class SpatialDropout(Dropout):
-    """Dropout of whole channels: (n, ..., c) loses each of an example's c maps with probability `rate`.
+    """Dropout of whole channels: each of the c maps of an example (n, ..., c) is dropped with probability `rate`.
 
     Tompson et al. 2014, https://arxiv.org/abs/1411.4280. Arguments and errors as for `Dropout`.
     """
@@ -85,15 +84,15 @@ class SpatialDropout(Dropout):
 
 @keras.saving.register_keras_serializable("kvision")
 class StochasticDepth(Dropout):
-    """Drops a residual branch: before its addition, with probability `rate`, or else divides it by `1 - rate`.
+    """Drops a residual branch before its addition with probability `rate`, or else divides it by `1 - rate`.
 
-    Huang et al. 2016, https://arxiv.org/abs/1603.09382. The survival probability is `1 - rate`; the paper lets it fall
-    with depth, which is for the network to say. The paper multiplies by it at inference; dividing in training is the
-    same expectation, as in torchvision.
+    Huang et al. 2016, https://arxiv.org/abs/1603.09382. The survival probability is `1 - rate`; in the paper it
+    decreases with depth, which the network must set. The paper multiplies by it at inference; dividing in training
+    gives the same expectation, as in torchvision.
 
     Args:
         rate, seed: as for `Dropout`.
-        mode: "row", each example for itself; "batch", all together, as in the paper.
+        mode: "row", independently for each example; "batch", for all together, as in the paper.
 
     Raises:
         ValueError: as for `Dropout`, and an unknown mode.
@@ -114,20 +113,21 @@ class StochasticDepth(Dropout):
 
 @keras.saving.register_keras_serializable("kvision")
 class DropBlock(Dropout):
-    """Sets squares of `block_size` pixels to 0 in maps (n, h, w, c), each channel for itself.
+    """Sets squares of `block_size` pixels to 0 in maps (n, h, w, c), independently for each channel.
 
-    Ghiasi, Lin and Le 2018, https://arxiv.org/abs/1810.12890. A square starts at each place where it fits with
+    Ghiasi, Lin and Le 2018, https://arxiv.org/abs/1810.12890. A square starts at each position where it fits with
     probability `rate / block_size**2 * h w / ((h - block_size + 1) (w - block_size + 1))`, so that about `rate` of the
-    units go (less where squares overlap). What stays is multiplied by count / count kept: over each example, where the
-    authors' code counts over the batch, so that the other examples do not matter. An example that keeps nothing is 0.
+    units are dropped (fewer where squares overlap). The rest is multiplied by count / count kept, counted per example;
+    the authors' code counts over the batch, which makes examples depend on each other. An example without any unit left
+    is 0.
 
     Args:
         rate, seed: as for `Dropout`.
         block_size: the square's side in pixels; 1 is dropout.
 
     Raises:
-        ValueError: as for `Dropout`; a block that is no positive integer; when called, inputs that are no maps of known
-            size at least as large as the block.
+        ValueError: as for `Dropout`; a block size that is not a positive integer; when called, inputs that are not maps
+            of a known size of at least the block's.
     """
 
     def __init__(self, rate: float, block_size: int = 7, seed: int | None = None, **options):
@@ -138,29 +138,29 @@ class DropBlock(Dropout):
 
     def build(self, input_shape):
         if len(input_shape) != 4:
-            raise ValueError(f"{self.name}: DropBlock wants maps (n, h, w, c), got shape {tuple(input_shape)}")
+            raise ValueError(f"{self.name}: DropBlock expects maps (n, h, w, c), got shape {tuple(input_shape)}")
         self._check_size(*input_shape[1:3])
 
     def _check_size(self, height, width):
         if any(side is not None and side < self.block_size for side in (height, width)):
             raise ValueError(
                 f"{self.name}: a block of {self.block_size}x{self.block_size} pixels does not fit into maps of "
-                f"{height}x{width}; take a smaller block_size or larger images"
+                f"{height}x{width}; use a smaller block_size or larger images"
             )
 
     def _mask(self, shape, dtype):
         n, height, width, channels = shape
         if not (isinstance(height, int) and isinstance(width, int)):
-            raise ValueError(f"{self.name}: DropBlock wants maps whose height and width are known, got {shape}")
+            raise ValueError(f"{self.name}: DropBlock expects maps of known height and width, got {shape}")
         self._check_size(height, width)
         size = self.block_size
         rows, columns = height - size + 1, width - size + 1
         probability = self.rate / size**2 * (height * width) / (rows * columns)
-        corners = bernoulli(*_next(self.seed_generator), (n, rows, columns, channels), probability)
-        border = (size - 1, size - 1)
-        dropped = ops.pad(corners, ((0, 0), border, border, (0, 0)))
-        # A pixel goes where any of the size x size corners from here to the upper left is set: rows, then columns.
-        # (Max pooling says the same, slower.)
+        corners = bernoulli(*_next_step(self.seed_generator), (n, rows, columns, channels), probability)
+        pad = (size - 1, size - 1)
+        dropped = ops.pad(corners, ((0, 0), pad, pad, (0, 0)))
+        # A pixel is dropped if any of the size x size corners from here to the upper left is set: rows, then columns.
+        # (Max pooling gives the same, but slower.)
         dropped = reduce(or_, (dropped[:, i : i + height] for i in range(size)))
         dropped = reduce(or_, (dropped[:, :, i : i + width] for i in range(size)))
         kept = ops.cast(ops.logical_not(dropped), "float32")
@@ -176,50 +176,50 @@ class GaussianNoise(keras.layers.Layer):
     """Adds normal noise of mean 0.
 
     Bishop 1995, "Training with noise is equivalent to Tikhonov regularization",
-    https://doi.org/10.1162/neco.1995.7.1.108. The noise of two backends agrees as `kvision.random.normal` says.
+    https://doi.org/10.1162/neco.1995.7.1.108. Backends agree up to the rounding of `kvision.random.normal`.
 
     Args:
-        deviation: its standard deviation, in the inputs' units; 0 changes nothing.
+        stddev: standard deviation, in the inputs' units; 0 has no effect.
         seed: as for `Dropout`.
 
     Raises:
-        ValueError: a negative deviation, a seed out of range.
+        ValueError: a negative stddev, a seed out of range.
     """
 
-    def __init__(self, deviation: float, seed: int | None = None, **options):
+    def __init__(self, stddev: float, seed: int | None = None, **options):
         super().__init__(**options)
-        if not isinstance(deviation, int | float) or not 0 <= deviation < float("inf"):
-            raise ValueError(f"{self.name}: deviation must be a number from 0 on, got {deviation!r}")
+        if not isinstance(stddev, int | float) or not 0 <= stddev < float("inf"):
+            raise ValueError(f"{self.name}: stddev must be a non-negative number, got {stddev!r}")
         _check_seed(self.name, seed)
-        self.deviation, self.seed, self.supports_masking = deviation, seed, True
+        self.stddev, self.seed, self.supports_masking = stddev, seed, True
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, inputs, training=False):
-        if not training or not self.deviation:
+        if not training or not self.stddev:
             return inputs
-        noise = normal(*_next(self.seed_generator), ops.shape(inputs)) * self.deviation
+        noise = normal(*_next_step(self.seed_generator), ops.shape(inputs)) * self.stddev
         return inputs + ops.cast(noise, inputs.dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "deviation": self.deviation, "seed": self.seed}
+        return {**super().get_config(), "stddev": self.stddev, "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable("kvision")
 class ShakeShake(keras.layers.Layer):
-    """Adds two branches (n, ...) by random shares: `a x + (1 - a) y` forward, shares b and 1 - b of the gradient back.
+    """Adds two branches with random weights: `a x + (1 - a) y` forward, with b and 1 - b in the backward pass.
 
     Gastaldi 2017, https://arxiv.org/abs/1705.07485: a and b are independent and uniform from 0 to 1 for each example
-    and call, the paper's best form on CIFAR-10 (Shake-Shake-Image). At inference the mean of the two. Called on a list
-    of two tensors of one shape.
+    and call, the paper's best variant on CIFAR-10 (Shake-Shake-Image). At inference it returns the mean of the two.
+    Called on a list of two tensors (n, ...) of one shape.
 
     Args:
         seed: as for `Dropout`.
 
     Raises:
-        ValueError: a seed out of range; when built, other than two inputs of one shape.
+        ValueError: a seed out of range; when built, inputs other than two of one shape.
     """
 
     def __init__(self, seed: int | None = None, **options):
@@ -231,16 +231,16 @@ class ShakeShake(keras.layers.Layer):
     def build(self, input_shape):
         shapes = [tuple(shape) for shape in input_shape if isinstance(shape, tuple | list)]
         if len(shapes) != 2 or shapes[0] != shapes[1]:
-            raise ValueError(f"{self.name}: shake-shake wants a list of two tensors of one shape, got {input_shape}")
+            raise ValueError(f"{self.name}: shake-shake expects a list of two tensors of one shape, got {input_shape}")
 
     def call(self, inputs, training=False):
         x, y = inputs
         if not training:
             return (x + y) * 0.5
-        shares = uniform(*_next(self.seed_generator), (ops.shape(x)[0], 2))
-        shares = ops.cast(ops.reshape(shares, (-1, 2, *[1] * (len(x.shape) - 1))), x.dtype)
-        forward, backward = shares[:, 0], shares[:, 1]
-        # The second term has no gradient and makes the value that of the forward share.
+        weights = uniform(*_next_step(self.seed_generator), (ops.shape(x)[0], 2))
+        weights = ops.cast(ops.reshape(weights, (-1, 2, *[1] * (len(x.shape) - 1))), x.dtype)
+        forward, backward = weights[:, 0], weights[:, 1]
+        # The last term has no gradient; it makes the value that of the forward weight.
         difference = x - y
         return y + backward * difference + ops.stop_gradient((forward - backward) * difference)
 
@@ -252,7 +252,7 @@ class ShakeShake(keras.layers.Layer):
 
 
 def dropout(rate: float, *, name: str) -> Callable:
-    """`Dropout` whose seed is made of its name; no layer at all where the rate is 0."""
+    """Create `Dropout` with a seed derived from its name; the identity if the rate is 0."""
     if not rate:
         return lambda x: x
     return Dropout(rate, seed=key(0, name), name=name)

@@ -1,9 +1,8 @@
-"""Normalization: batch norm, its other forms (frozen, fused into the layer before it, synchronized over replicas, with
+"""Normalization: batch norm and its variants (frozen, fused into the layer before it, synchronized over replicas, with
 statistics of many images), and local response normalization.
 
 Batch norm is Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; `batch_norm` has PyTorch's defaults: epsilon
-1e-5, and 0.9 of its running statistics kept. Functions of a model change the layers of functional models, nested ones
-included where said.
+1e-5 and momentum 0.9. Functions of a model change the layers of functional models, and of nested ones where stated.
 """
 
 from collections import Counter
@@ -16,7 +15,7 @@ from keras import ops
 from kvision.layers.initializers import Constant
 
 BatchNorm = keras.layers.BatchNormalization
-FOLDABLE = (
+FUSABLE = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
     keras.layers.Conv3D,
@@ -26,7 +25,7 @@ FOLDABLE = (
 
 
 def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **options) -> keras.layers.Layer:
-    """Batch normalisation over the last axis (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)."""
+    """Create a batch norm over the last axis (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)."""
     constants = {
         "gamma_initializer": Constant(1.0),
         "beta_initializer": Constant(),
@@ -39,14 +38,14 @@ def batch_norm(*, name: str, momentum: float = 0.9, epsilon: float = 1e-5, **opt
 
 @keras.saving.register_keras_serializable("kvision")
 class LocalResponseNorm(keras.layers.Layer):
-    """Each value divided by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
+    """Divides each value by `(k + alpha * s) ** beta`, where s sums the squares of its `size` nearest channels.
 
     Krizhevsky, Sutskever and Hinton 2012 (see `kvision.models.alexnet`), section 3.3, with its values as defaults.
-    Channels beyond the first and last count as 0. Caffe, PyTorch and cuDNN divide their alpha by `size` first: theirs
+    Channels beyond the first and last count as 0. Caffe, PyTorch and cuDNN first divide their alpha by `size`: theirs
     is `size` times the one here.
 
     Args:
-        size: channels in a sum, the value's own in the middle; an odd number.
+        size: number of channels in a sum, centered on the value's own; odd.
 
     Raises:
         ValueError: an even size.
@@ -55,11 +54,11 @@ class LocalResponseNorm(keras.layers.Layer):
     def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75, **options):
         super().__init__(**options)
         if size % 2 == 0:
-            raise ValueError(f"local response normalisation wants an odd number of channels, got {size}")
+            raise ValueError(f"local response normalization needs an odd number of channels, got {size}")
         self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
 
     def call(self, x):
-        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # float16 ends at 256 squared
+        wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))  # the square of 256 overflows float16
         channels, reach = x.shape[-1], self.size // 2
         squares = ops.pad(wide * wide, ((0, 0), (0, 0), (0, 0), (reach, reach)))
         total = sum(squares[..., i : i + channels] for i in range(self.size))
@@ -69,19 +68,19 @@ class LocalResponseNorm(keras.layers.Layer):
         return input_shape
 
     def get_config(self):
-        own = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
-        return {**super().get_config(), **own}
+        arguments = {"size": self.size, "k": self.k, "alpha": self.alpha, "beta": self.beta}
+        return {**super().get_config(), **arguments}
 
 
 def batch_norms(model: keras.Model) -> list[keras.layers.Layer]:
-    """The batch norms of a model, nested models' too, in the network's order."""
+    """Return the batch norms of a model, including nested models, in the network's order."""
     nested = [(layer, batch_norms(layer) if hasattr(layer, "layers") else []) for layer in model.layers]
     return [norm for layer, inner in nested for norm in ([layer] if isinstance(layer, BatchNorm) else inner)]
 
 
 def freeze_batch_norm(model: keras.Model) -> list[str]:
-    """Freeze every batch norm: in training too it normalises with its running statistics and leaves them, its scale
-    and its offset alone.
+    """Freeze every batch norm: in training, too, it uses its running statistics and updates neither them nor its scale
+    and offset.
 
     Returns:
         The names of the frozen layers.
@@ -91,8 +90,8 @@ def freeze_batch_norm(model: keras.Model) -> list[str]:
     return [layer.name for layer in batch_norms(model)]
 
 
-def _pairs(model: keras.Model) -> dict[str, keras.layers.Layer]:
-    """The batch norm behind a convolution or dense layer that it can be folded into, by that layer's name."""
+def _find_fusable(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """Return the batch norms that can be fused into the convolution or dense layer before, by that layer's name."""
     uses, calls, maker = Counter(map(id, model.outputs)), Counter(), {}
     nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
     for node in nodes:
@@ -108,49 +107,48 @@ def _pairs(model: keras.Model) -> dict[str, keras.layers.Layer]:
         layer = maker[id(x)]
         alone = uses[id(x)] == 1 and calls[id(layer)] == calls[id(norm)] == 1
         last = norm.axis in (-1, len(x.shape) - 1) and getattr(layer, "data_format", "channels_last") == "channels_last"
-        if alone and last and type(layer) in FOLDABLE and layer.activation is keras.activations.linear:
+        if alone and last and type(layer) in FUSABLE and layer.activation is keras.activations.linear:
             pairs[layer.name] = norm
     return pairs
 
 
 def fuse_conv_bn(model: keras.Model) -> keras.Model:
-    """The same network for inference with each batch norm folded into the convolution or dense layer before it.
+    """Return the same network for inference, with each batch norm fused into the convolution or dense layer before it.
 
     With `scale = gamma / sqrt(variance + epsilon)` the kernel becomes `kernel * scale` and the bias
     `(bias - mean) * scale + beta`, computed in float64 (Jacob et al. 2017, https://arxiv.org/abs/1712.05877, section
-    3.2). Names stay; the folded batch norms are gone.
+    3.2). Names stay; fused batch norms are removed.
 
-    A batch norm stays where it does not follow such a layer at once (pre-activation, DenseNet), where somebody else
-    reads that layer's output, where the layer has an activation or is shared, and in nested models:
-    `batch_norms(folded)` names those.
+    A batch norm stays if it does not directly follow such a layer (pre-activation, DenseNet), if that layer's output is
+    used elsewhere, if the layer has an activation or is shared, and in nested models: `batch_norms(fused)` lists those.
 
     Raises:
-        ValueError: the model is not functional: its graph cannot be read.
+        ValueError: the model is not functional, so its graph cannot be read.
     """
     if not hasattr(model, "_nodes_by_depth"):
-        raise ValueError(f"only a functional model's graph can be read, and {model.name} is a {type(model).__name__}")
-    pairs = _pairs(model)
-    gone = {norm.name for norm in pairs.values()}
+        raise ValueError(f"fuse_conv_bn needs a functional model, and {model.name} is a {type(model).__name__}")
+    pairs = _find_fusable(model)
+    removed = {norm.name for norm in pairs.values()}
 
     def clone(layer):
         biased = {"use_bias": True} if layer.name in pairs else {}
         return type(layer).from_config(layer.get_config() | biased)
 
     def call(layer, *arguments, **options):
-        return arguments[0] if layer.name in gone else layer(*arguments, **options)
+        return arguments[0] if layer.name in removed else layer(*arguments, **options)
 
-    folded = keras.models.clone_model(model, clone_function=clone, call_function=call)
+    fused = keras.models.clone_model(model, clone_function=clone, call_function=call)
     for layer in model.layers:
-        if isinstance(layer, keras.layers.InputLayer) or layer.name in gone:
+        if isinstance(layer, keras.layers.InputLayer) or layer.name in removed:
             continue
-        new, norm = folded.get_layer(layer.name), pairs.get(layer.name)
+        new, norm = fused.get_layer(layer.name), pairs.get(layer.name)
         new.trainable = layer.trainable
-        new.set_weights(_fused(layer, norm) if norm else layer.get_weights())
-    return folded
+        new.set_weights(_fuse(layer, norm) if norm else layer.get_weights())
+    return fused
 
 
-def _fused(layer, norm) -> list[np.ndarray]:
-    """Kernel and bias of `layer` with `norm` in them, float32."""
+def _fuse(layer, norm) -> list[np.ndarray]:
+    """Return the kernel and bias of `layer` fused with `norm`, float32."""
     kernel, *bias = (weights.astype(np.float64) for weights in layer.get_weights())
     read = lambda variable: np.asarray(ops.convert_to_numpy(variable.value), np.float64)  # noqa: E731
     scale = (read(norm.gamma) if norm.scale else 1.0) / np.sqrt(read(norm.moving_variance) + norm.epsilon)
@@ -164,7 +162,7 @@ def _fused(layer, norm) -> list[np.ndarray]:
 
 @keras.saving.register_keras_serializable("kvision")
 class BatchStatistics(keras.layers.Layer):
-    """What a batch norm does to a batch in training, and the batch's mean and biased variance: three outputs."""
+    """Applies a batch norm in training mode and also returns the batch's mean and biased variance: three outputs."""
 
     def __init__(self, norm: BatchNorm, **options):
         super().__init__(**options)
@@ -174,7 +172,7 @@ class BatchStatistics(keras.layers.Layer):
         norm, y = self.norm, ops.cast(x, "float32")
         axes = [axis for axis in range(len(x.shape)) if axis != norm.axis % len(x.shape)]
         mean = ops.mean(y, axes, keepdims=True)
-        variance = ops.mean(ops.square(y - mean), axes)  # E[x^2] - E[x]^2 loses it where the mean is large
+        variance = ops.mean(ops.square(y - mean), axes)  # E[x^2] - E[x]^2 is inaccurate for a large mean
         mean = ops.squeeze(mean, axes)
         gamma, beta = (norm.gamma if norm.scale else None), (norm.beta if norm.center else None)
         y = ops.batch_normalization(y, mean, variance, norm.axis, beta, gamma, norm.epsilon)
@@ -186,12 +184,12 @@ class BatchStatistics(keras.layers.Layer):
 
 
 def batch_statistics_model(model: keras.Model) -> keras.Model | None:
-    """A model from images (n, h, w, c) to what its batch norms see, (1, 2 k): the mean of each of the k channels in the
-    order of the layers, then the variances, where each batch norm before uses the batch's. All other layers work as at
-    inference, dropout is off.
+    """Return a model from images (n, h, w, c) to the statistics of its batch norms, (1, 2 k): the mean of each of the k
+    channels in the order of the layers, then the variances. Batch norms use the batch's statistics; all other layers
+    work as at inference, without dropout.
 
-    Shares the layers of `model`, which must be functional. A frozen batch norm counts as another layer; None where
-    there is no other.
+    It shares the layers of `model`, which must be functional. Frozen batch norms are treated as other layers; None if
+    no other batch norm exists.
     """
     found = {}
 
@@ -204,22 +202,22 @@ def batch_statistics_model(model: keras.Model) -> keras.Model | None:
     clone = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
     if not found:
         return None
-    # A graph is not walked in the order of its layers.
+    # Calls follow the graph, whose order differs from that of `model.layers`.
     means, variances = zip(*(found[layer.name] for layer in model.layers if layer.name in found), strict=True)
     return keras.Model(clone.inputs, ops.concatenate([*means, *variances], axis=-1))
 
 
-def update_bn(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
-    """Set the running statistics to those of many images instead of the last few batches', as weights that were
-    averaged need (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2).
+def update_bn(model: keras.Model, statistics: Sequence[np.ndarray]) -> None:
+    """Set the running statistics to those of many images instead of the last few batches, as needed after averaging
+    weights (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2).
 
     The batches' moments are pooled: the variance is that within the batches plus that of their means (Wu and Johnson
     2021, https://arxiv.org/abs/2105.07576).
 
     Args:
-        seen: what `batch_statistics_model(model)` predicts of batches of equal size.
+        statistics: the predictions of `batch_statistics_model(model)` for batches of equal size.
     """
-    means, variances = np.split(np.concatenate(seen).astype(np.float64), 2, axis=1)
+    means, variances = np.split(np.concatenate(statistics).astype(np.float64), 2, axis=1)
     mean = means.mean(axis=0)
     variance = variances.mean(axis=0) + means.var(axis=0)
     at = 0
@@ -233,10 +231,10 @@ def update_bn(model: keras.Model, seen: Sequence[np.ndarray]) -> None:
 
 @keras.saving.register_keras_serializable("kvision")
 class SynchronizedBatchNorm(BatchNorm):
-    """Batch norm over the images of all replicas, which must have equally many.
+    """Batch norm over the images of all replicas, which must have equal batch sizes.
 
     Args:
-        average: the mean over the replicas of a tensor, differentiable; None leaves the replica alone. Not saved.
+        average: returns the mean of a tensor over the replicas, differentiable; None uses the replica alone. Not saved.
     """
 
     def __init__(self, average: Callable | None = None, **options):
@@ -245,8 +243,8 @@ class SynchronizedBatchNorm(BatchNorm):
 
     def _moments(self, inputs, mask):
         if mask is not None:
-            raise ValueError(f"{self.name}: synchronised batch norm takes no mask")
-        # Two averages, because E[x^2] - E[x]^2 loses the variance where the mean is large.
+            raise ValueError(f"{self.name}: synchronized batch norm does not support a mask")
+        # Two averages, because E[x^2] - E[x]^2 is inaccurate for a large mean.
         mean = self.average(ops.mean(inputs, self._reduction_axes))
         shape = [-1 if axis == self.axis % len(inputs.shape) else 1 for axis in range(len(inputs.shape))]
         apart = inputs - ops.reshape(mean, shape)
@@ -254,12 +252,12 @@ class SynchronizedBatchNorm(BatchNorm):
 
 
 def sync_batch_norm(model: keras.Model, average: Callable) -> keras.Model:
-    """The same network, weights included, whose batch norms take their moments over all replicas.
+    """Return the same network, including weights, whose batch norms compute their moments over all replicas.
 
     Args:
-        average: see `SynchronizedBatchNorm`; `kvision.engine.backend_module().mean_over_replicas` for replicas under
-            PyTorch's `torch.distributed` or TensorFlow's `MirroredStrategy`. A JAX program on a sharded batch is one
-            program, whose batch norms see the whole batch anyhow.
+        average: see `SynchronizedBatchNorm`; `kvision.engine.backend_module().mean_over_replicas` for replicas of
+            PyTorch's `torch.distributed` or TensorFlow's `MirroredStrategy`. JAX does not need it: a program on a
+            sharded batch computes the moments of the whole batch.
     """
 
     def clone(layer):
@@ -267,6 +265,6 @@ def sync_batch_norm(model: keras.Model, average: Callable) -> keras.Model:
             return SynchronizedBatchNorm(average, **layer.get_config())
         return type(layer).from_config(layer.get_config())
 
-    synchronised = keras.models.clone_model(model, clone_function=clone)
-    synchronised.set_weights(model.get_weights())
-    return synchronised
+    synchronized = keras.models.clone_model(model, clone_function=clone)
+    synchronized.set_weights(model.get_weights())
+    return synchronized

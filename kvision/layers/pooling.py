@@ -1,4 +1,4 @@
-"""Pooling with symmetric padding, and to a fixed number of cells."""
+"""Pooling with symmetric padding, and adaptive pooling."""
 
 import math
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from kvision.layers.conv import PADDINGS, ConstantPad2D, _padded
 def max_pool(
     size: int, strides: int | None = None, *, name: str, padding: str = "valid", ceil: bool = False
 ) -> Callable:
-    """Max pooling; a window that does not fit at the border is dropped, as in torchvision.
+    """Create max pooling; a window that does not fit at the border is dropped, as in torchvision.
 
     Args:
         strides: the default is `size`.
-        padding: "valid"; "same", half a window on every side, which no maximum sees; "tensorflow" as for `conv`.
-        ceil: keep a last window that reaches over the lower and right border, where it starts inside the image
-            (torchvision's `ceil_mode`).
+        padding: "valid"; "same", half a window of minus infinity on every side; "tensorflow" as for `conv`.
+        ceil: keep a last window that crosses the lower or right border if it starts inside the image (torchvision's
+            `ceil_mode`).
     """
     strides = strides or size
     if padding not in PADDINGS:
@@ -39,28 +39,28 @@ def max_pool(
 
 
 def avg_pool(size: int, strides: int | None = None, *, name: str, padding: str = "valid") -> Callable:
-    """Average pooling.
+    """Create average pooling.
 
     Args:
         strides: the default is `size`.
         padding: "valid"; "same", half a window of zeros on every side, which count, as in torchvision; "tensorflow",
-            where only the image's own pixels count.
+            which counts only the image's own pixels.
     """
     layer = keras.layers.AveragePooling2D(size, strides or size, padding=PADDINGS[padding], name=name)
     return _padded(layer, (size, size)) if padding == "same" else layer
 
 
 def global_pool(*, name: str = "pool") -> keras.layers.Layer:
-    """The mean over all pixels: (n, h, w, c) to (n, c)."""
+    """Create a layer that averages over all pixels: (n, h, w, c) to (n, c)."""
     return keras.layers.GlobalAveragePooling2D(name=name)
 
 
 @keras.saving.register_keras_serializable("kvision")
 class AdaptiveAveragePooling2D(keras.layers.Layer):
-    """The mean over `size` (height, width) cells of a map: (n, h, w, c) to (n, *size, c).
+    """Averages over a grid of `size` (height, width) cells: (n, h, w, c) to (n, *size, c).
 
-    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n): cells overlap where n does not divide h, and repeat
-    pixels where h is less than n, as PyTorch has it. Keras's own layer gives NaN on JAX.
+    Cell i of n spans floor(i h / n) to ceil((i + 1) h / n): cells overlap if n does not divide h, and repeat pixels if
+    h is less than n, as in PyTorch. Keras's own layer gives NaN on JAX.
     """
 
     def __init__(self, size: tuple[int, int], **options):
@@ -69,7 +69,7 @@ class AdaptiveAveragePooling2D(keras.layers.Layer):
 
     def call(self, x):
         for axis, cells in enumerate(self.size, start=1):
-            length = int(x.shape[axis])  # PyTorch's tracer, which ONNX is made with, makes a tensor of it
+            length = int(x.shape[axis])  # PyTorch's tracer for ONNX makes it a tensor
             ends = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
             parts = [x[:, start:end] if axis == 1 else x[:, :, start:end] for start, end in ends]
             x = ops.concatenate([ops.mean(part, axis, keepdims=True) for part in parts], axis)

@@ -1,4 +1,4 @@
-"""One paper, one file: blocks, a builder, and `VARIANTS`, a row for each network."""
+"""One module per paper: blocks, a builder, and `VARIANTS`, one row per network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a file's networks were published, and what they read and give unless told otherwise.
+    """The publication of a module's networks, and their default input and output sizes.
 
     Args:
         input_shape: (height, width, channels) of the images.
-        classes: the number of logits; None for networks that give an image of the input's shape instead.
-        shapes: rows of the file that read other images.
+        classes: the number of logits; None for networks whose output is an image of the input's shape.
+        shapes: variants with another input shape.
     """
 
     title: str

@@ -1,13 +1,13 @@
-"""A small network that learns CIFAR-10 in minutes.
+"""Small networks that train on CIFAR-10 in minutes.
 
 Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", https://arxiv.org/abs/2404.00498: a 2x2 convolution that
-whitens patches, then three stages of two 3x3 convolutions, pooled between, each started as the identity and followed by
-a batch norm without scale; its features are divided by 9 before the last layer. The recipe that goes with it
-(whitening from the training images, label smoothing, a large rate on the batch norms' biases, lookahead, the views that
-a test image is scored on) is the app's.
+whitens patches, then three stages of two 3x3 convolutions with pooling between them, initialized as the identity and
+followed by batch norms without scale; the features are divided by 9 before the last layer. The paper's recipe
+(whitening from the training images, label smoothing, a large rate on the batch norms' biases, Lookahead, test-time
+augmentation) is in the app.
 
 `airbench94` has the paper's widths; `airbench_small` has a seventh of its weights and is this project's network for two
-CPU cores. Departure: the whitening convolution has no bias unless `whiten_bias` asks for the paper's, which is trained
+CPU cores. Departure: the whitening convolution has no bias, unless `whiten_bias` adds the paper's, which is trained
 for the first three epochs.
 """
 
@@ -20,7 +20,7 @@ from kvision.models import Paper
 
 PAPER = Paper("94% on CIFAR-10 in 3.29 seconds on a single GPU", "Jordan", 2024, "https://arxiv.org/abs/2404.00498")
 
-# The running statistics follow quickly because training is short (the paper's section 3.1).
+# A low momentum, because training is short (the paper's section 3.1).
 norm = partial(batch_norm, momentum=0.6, epsilon=1e-12, scale=False)
 
 
@@ -32,19 +32,20 @@ def airbench(
     whiten_bias: bool = False,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the last width's pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the last width's pooled features if
+    `classes` is 0.
 
     Args:
         widths: filters of each stage.
-        whiten_bias: give the whitening convolution a bias, uniform at first as PyTorch's is.
+        whiten_bias: add a bias to the whitening convolution, with a uniform initializer as in PyTorch.
 
     Raises:
-        ValueError: the images are smaller than 9 pixels, which three poolings need.
+        ValueError: images smaller than 9 pixels, which three poolings need.
     """
     if least_side(input_shape) < 9:
         raise ValueError(f"airbench needs images of at least 9x9 pixels, got {input_shape[0]}x{input_shape[1]}")
     inputs = keras.Input(input_shape, name="image")
-    limit = (4 * input_shape[-1]) ** -0.5  # of as many inputs as the 2x2 window has
+    limit = (4 * input_shape[-1]) ** -0.5  # from the number of inputs of the 2x2 window
     bias = {"use_bias": True, "bias_initializer": keras.initializers.RandomUniform(-limit, limit)}
     x = conv(8 * input_shape[-1], 2, name="whiten_conv", padding="valid", **(bias if whiten_bias else {}))(inputs)
     x = activation("gelu", name="whiten")(x)

@@ -5,13 +5,13 @@ https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutiona
 max poolings whose windows of 3 overlap at a stride of 2, three dense layers.
 
 - `alexnet`: the network of Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks",
-  https://arxiv.org/abs/1404.5997, as in torchvision: one tower, no normalisation, dropout before the hidden layers.
-- `alexnet_2012`: the paper's own. The second, fourth and fifth convolutions are in two groups, for the two GPUs it was
-  trained on; local response normalisation follows the ReLUs of the first two; dropout comes after the hidden layers.
-  The paper's figures want images of 227 pixels, not the 224 it states.
+  https://arxiv.org/abs/1404.5997, as in torchvision: one tower, no normalization, dropout before the hidden layers.
+- `alexnet_2012`: the paper's. The second, fourth and fifth convolutions are in two groups, for the two GPUs of its
+  training; local response normalization follows the first two ReLUs; dropout follows the hidden layers. The paper's
+  map sizes require images of 227 pixels, not the 224 it states.
 
-The dense layers belong to maps of 6x6 pixels. Others are averaged, or repeated, to these, as in torchvision. Kernels
-start from He's values, not from the paper's deviation of 0.01, which suits its widths and its biases of 1 alone.
+The dense layers expect maps of 6x6 pixels; others are averaged or repeated to this size, as in torchvision. Kernels
+use He's initializer, not the paper's deviation of 0.01, which suits only its widths and its biases of 1.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ PAPER = Paper(
     shapes={"alexnet_2012": (227, 227, 3)},
 )
 
-# The convolutions of each stage: the window, and whether the two towers stay apart. A pooling ends each stage.
+# The convolutions of each stage: the window, and whether the two towers are separate. A pooling ends each stage.
 STAGES = (((11, False),), ((5, True),), ((3, False), (3, True), (3, True)))
 
 
@@ -58,7 +58,8 @@ def alexnet(
     dropout_rate: float = 0.5,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the pooled features of the last convolution where it is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the last convolution's pooled features if
+    `classes` is 0.
 
     Args:
         filters: of each convolution.
@@ -67,7 +68,7 @@ def alexnet(
         dropout_rate: of the two dropouts.
 
     Raises:
-        ValueError: other than 1 or 2 towers; images too small for the poolings, 63 pixels with one and 67 with two.
+        ValueError: not 1 or 2 towers; images too small for the poolings: 63 pixels with one tower, 67 with two.
     """
     if towers not in (1, 2):
         raise ValueError(f"{name} has 1 or 2 towers, got {towers}")
@@ -80,9 +81,9 @@ def alexnet(
     x = inputs if towers == 2 else ConstantPad2D(((2, 2), (2, 2)), name="stage1_1_conv_pad")(inputs)
     convolution, widths = partial(conv, use_bias=True, initializer=VarianceScaling(2.0, "in")), iter(filters)
     for i, convolutions in enumerate(STAGES, start=1):
-        for j, (size, parted) in enumerate(convolutions, start=1):
+        for j, (size, separate) in enumerate(convolutions, start=1):
             strides, padding = (4, "valid") if size == 11 else (1, "same")
-            groups = towers if parted else 1
+            groups = towers if separate else 1
             x = convolution(next(widths), size, strides, name=f"stage{i}_{j}_conv", padding=padding, groups=groups)(x)
             x = activation("relu", name=f"stage{i}_{j}_relu")(x)
         if towers == 2 and i < 3:

@@ -3,7 +3,7 @@
 Hinton and Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks",
 https://doi.org/10.1126/science.1127647.
 
-- `autoencoder`: one dense layer each way, 784-32-784, the least there is.
+- `autoencoder`: one dense layer each way, 784-32-784.
 - `deep_autoencoder`: the paper's 784-1000-500-250-2, whose code of two numbers is a map of the digits. The paper trains
   it layer by layer as Boltzmann machines with logistic units first; here its units are rectified, and it is trained as
   a whole.
@@ -12,7 +12,7 @@ https://doi.org/10.1126/science.1127647.
   https://doi.org/10.1007/978-3-642-21735-7_7). It has strides instead of max pooling, a batch norm after each
   convolution, and a 3x3 convolution after the transposed one, whose 2x2 blocks do not overlap.
 
-All give the logits of the pixels: their sigmoid is the image. The layer `code` is linear.
+All return the logits of the pixels: their sigmoid is the image. The layer `code` is linear.
 """
 
 import math
@@ -34,18 +34,18 @@ PAPER = Paper(
 
 
 def to_code(x, code: int):
-    """The layer `code`: `code` numbers, linear."""
+    """Apply the linear layer `code` with `code` units."""
     return dense(code, name="code", initializer=VarianceScaling(1.0, "in"))(x)
 
 
 def dense_autoencoder(
     input_shape: tuple[int, int, int], classes: int | None, *, hidden: tuple[int, ...] = (), code: int = 32, name: str
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, h, w, c); to the code (n, code) where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, h, w, c), or to the code (n, code) if `classes` is 0.
 
     Args:
-        hidden: units of the layers between the image and the code; behind it they stand in reverse.
-        code: numbers in the code.
+        hidden: units of the layers between the image and the code; after it in reverse order.
+        code: size of the code.
     """
     inputs = keras.Input(input_shape, name="image")
     x = keras.layers.Flatten(name="flatten")(inputs)
@@ -71,11 +71,11 @@ def conv_autoencoder(
     code: int = 32,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, h, w, c); to the code (n, code) where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, h, w, c), or to the code (n, code) if `classes` is 0.
 
     Args:
         widths: filters of the stages; each halves the maps, and on the way back each doubles them.
-        code: numbers in the code.
+        code: size of the code.
 
     Raises:
         ValueError: a side of the images cannot be halved by every stage.

@@ -1,10 +1,10 @@
-"""The DenseNets for CIFAR-10.
+"""DenseNets for CIFAR-10.
 
 Huang, Liu, van der Maaten and Weinberger 2016, "Densely connected convolutional networks",
 https://arxiv.org/abs/1608.06993, section 3, "Implementation details", and table 2: three dense blocks on maps of 32, 16
-and 8 pixels, in which every layer adds `growth` channels to all that came before it. In a DenseNet-BC each layer has a
-1x1 convolution to `4 * growth` channels before its 3x3 convolution (B), and the transitions halve the channels (C).
-`densenet_bc_100_12` has depth 100 and growth 12. The paper trains without augmentation with dropout 0.2 after every
+and 8 pixels; every layer adds `growth` channels to all preceding ones. In a DenseNet-BC each layer has a 1x1
+convolution to `4 * growth` channels before its 3x3 convolution (B), and the transitions halve the channels (C).
+`densenet_bc_100_12` has depth 100 and growth 12. Without augmentation the paper trains with dropout 0.2 after every
 convolution but the first: `dropout_rate`.
 """
 
@@ -34,7 +34,7 @@ PAPER = Paper(
 
 
 def activated_conv(x, filters: int, size: int, dropout_rate: float, *, name: str):
-    """Batch norm, ReLU, convolution, dropout."""
+    """Apply batch norm, ReLU, convolution, dropout."""
     x = batch_norm(name=f"{name}_bn")(x)
     x = activation("relu", name=f"{name}_relu")(x)
     x = conv(filters, size, name=f"{name}_conv", initializer=VarianceScaling(2.0, "in"))(x)
@@ -51,11 +51,11 @@ def cifar_densenet(
     dropout_rate: float = 0.0,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the pooled features if `classes` is 0.
 
     Args:
         growth: channels that each layer adds.
-        compressed: a DenseNet-BC; else the paper's plain DenseNet.
+        compressed: a DenseNet-BC; False is the paper's plain DenseNet.
         dropout_rate: after every convolution but the first.
 
     Raises:

@@ -1,10 +1,9 @@
-"""The residual networks for CIFAR-10.
+"""Residual networks for CIFAR-10.
 
 He, Zhang, Ren and Sun 2015, "Deep residual learning for image recognition", https://arxiv.org/abs/1512.03385, section
 4.2: three stages of 16, 32 and 64 filters on maps of 32, 16 and 8 pixels, `depth = 6 n + 2`. The shortcut has no
-parameters (option A): where the shape changes it takes every second pixel and fills the new channels with zeros. The
-zeros go half before and half after the old channels, as in the PyTorch weights in circulation, so that those mean the
-same here; the paper leaves the place open.
+parameters (option A): where the shape changes it takes every second pixel and fills the new channels with zeros, half
+of them before and half after the old channels, as in the PyTorch weights in circulation; the paper leaves this open.
 """
 
 from functools import partial
@@ -22,7 +21,7 @@ PAPER = Paper(
 
 @keras.saving.register_keras_serializable("kvision")
 class PaddedShortcut(keras.layers.Layer):
-    """Option A: every `strides`-th pixel, and zeros for the channels that the input lacks."""
+    """Option A: takes every `strides`-th pixel and fills missing channels with zeros."""
 
     def __init__(self, filters: int, strides: int, **options):
         super().__init__(**options)
@@ -35,15 +34,15 @@ class PaddedShortcut(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         n, height, width, _ = input_shape
-        shorten = lambda size: None if size is None else -(-size // self.strides)  # noqa: E731
-        return (n, shorten(height), shorten(width), self.filters)
+        reduce = lambda size: None if size is None else -(-size // self.strides)  # noqa: E731
+        return (n, reduce(height), reduce(width), self.filters)
 
     def get_config(self):
         return {**super().get_config(), "filters": self.filters, "strides": self.strides}
 
 
-def block(x, filters: int, strides: int, *, name: str, tap: str):
-    """Two 3x3 convolutions around a shortcut; `tap` names the block's output."""
+def block(x, filters: int, strides: int, *, name: str, output_name: str):
+    """Apply two 3x3 convolutions and add a shortcut; `output_name` names the block's output."""
     y = conv(filters, 3, strides, name=f"{name}_1_conv")(x)
     y = batch_norm(name=f"{name}_1_bn")(y)
     y = activation("relu", name=f"{name}_1_relu")(y)
@@ -52,11 +51,11 @@ def block(x, filters: int, strides: int, *, name: str, tap: str):
     if x.shape != y.shape:
         x = PaddedShortcut(filters, strides, name=f"{name}_shortcut")(x)
     y = keras.layers.Add(name=f"{name}_add")([x, y])
-    return activation("relu", name=tap)(y)
+    return activation("relu", name=output_name)(y)
 
 
 def cifar_resnet(input_shape: tuple[int, int, int], classes: int, *, depth: int, name: str) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the 64 pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the 64 pooled features if `classes` is 0.
 
     Raises:
         ValueError: `depth` is not 6 n + 2.
@@ -71,8 +70,8 @@ def cifar_resnet(input_shape: tuple[int, int, int], classes: int, *, depth: int,
     for i, filters in enumerate((16, 32, 64), start=1):
         for j in range(1, blocks + 1):
             strides = 2 if i > 1 and j == 1 else 1
-            tap = f"stage{i}" if j == blocks else f"stage{i}_block{j}"
-            x = block(x, filters, strides, name=f"stage{i}_block{j}", tap=tap)
+            output_name = f"stage{i}" if j == blocks else f"stage{i}_block{j}"
+            x = block(x, filters, strides, name=f"stage{i}_block{j}", output_name=output_name)
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     outputs = logits(classes)(x) if classes else x
     return keras.Model(inputs, outputs, name=name)

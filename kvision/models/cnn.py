@@ -1,11 +1,10 @@
-"""The small convolutional networks every course begins with.
+"""Small convolutional networks for MNIST and CIFAR-10.
 
 LeCun, Bottou, Bengio and Haffner 1998, "Gradient-based learning applied to document recognition",
-https://doi.org/10.1109/5.726791, drew the pattern: convolutions and subsampling, then fully connected layers. These are
-its present-day forms, as Keras's own examples for MNIST and CIFAR-10 made them known: 3x3 convolutions, rectified
-units, max pooling, and dropout (Srivastava et al. 2014,
-https://jmlr.org/papers/v15/srivastava14a.html) after every stage.
-`dropout_rate` is that of the convolutional stages; the fully connected layer has twice as much.
+https://doi.org/10.1109/5.726791, introduced the pattern: convolutions and subsampling, then fully connected layers.
+These are its present forms, known from Keras's examples for MNIST and CIFAR-10: 3x3 convolutions, rectified linear
+units, max pooling, and dropout (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) after every
+stage. `dropout_rate` is that of the convolutional stages; the fully connected layer has twice that rate.
 """
 
 from functools import partial
@@ -34,7 +33,8 @@ def convolutional_network(
     dropout_rate: float = 0.25,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the fully connected layer's features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the fully connected layer's features if
+    `classes` is 0.
 
     Args:
         stages: the filters of each stage's convolutions; every stage ends in a 2x2 max pooling.
@@ -42,7 +42,7 @@ def convolutional_network(
         first_padding: "valid" or "same", of the first convolution of a stage.
 
     Raises:
-        ValueError: the images are too small for the stages' poolings.
+        ValueError: the images are too small for the poolings.
     """
     inputs = keras.Input(input_shape, name="image")
     glorot = VarianceScaling(1.0, "average", "uniform")

@@ -1,9 +1,9 @@
-"""The DenseNets for ImageNet.
+"""DenseNets for ImageNet.
 
 Huang, Liu, van der Maaten and Weinberger 2016, "Densely connected convolutional networks",
-https://arxiv.org/abs/1608.06993, table 1: in a dense block every layer adds `growth` channels to all that came before
-it, and the transitions between the blocks halve the channels and the map. `densenet121` is as in torchvision;
-`densenet121_tf` is the same with the batch norms of `keras.applications`.
+https://arxiv.org/abs/1608.06993, table 1: in a dense block every layer adds `growth` channels to all preceding ones,
+and the transitions between the blocks halve the channels and the map. `densenet121` is torchvision's;
+`densenet121_keras` has the batch norms of `keras.applications`.
 """
 
 from functools import partial
@@ -35,15 +35,15 @@ PAPER = Paper(
 convolution = partial(conv, initializer=VarianceScaling(2.0, "in"))
 
 
-def layer(x, growth: int, norm, *, name: str, tap: str):
-    """`growth` channels from a 1x1 and a 3x3 convolution, appended to `x`; `tap` names the whole."""
+def layer(x, growth: int, norm, *, name: str, output_name: str):
+    """Append `growth` channels, from a 1x1 and a 3x3 convolution, to `x`; `output_name` names the output."""
     y = norm(name=f"{name}_1_bn")(x)
     y = activation("relu", name=f"{name}_1_relu")(y)
     y = convolution(4 * growth, 1, name=f"{name}_1_conv")(y)
     y = norm(name=f"{name}_2_bn")(y)
     y = activation("relu", name=f"{name}_2_relu")(y)
     y = convolution(growth, 3, name=f"{name}_2_conv")(y)
-    return keras.layers.Concatenate(name=tap)([x, y])
+    return keras.layers.Concatenate(name=output_name)([x, y])
 
 
 def densenet(
@@ -56,15 +56,15 @@ def densenet(
     epsilon: float = 1e-5,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the pooled features if `classes` is 0.
 
     Args:
-        layers: how many in each dense block.
-        growth: channels that each adds; the first convolution has twice as many filters.
+        layers: number of layers in each dense block.
+        growth: channels that each layer adds; the first convolution has twice as many filters.
         momentum, epsilon: of the batch norms.
 
     Raises:
-        ValueError: the images are too small for the transitions: 29 pixels for four dense blocks.
+        ValueError: images too small for the transitions: 29 pixels for four dense blocks.
     """
     least = 2 ** (len(layers) + 1) - 3
     if least_side(input_shape) < least:
@@ -79,8 +79,8 @@ def densenet(
     x = max_pool(3, 2, name="stem_pool", padding="same")(x)
     for i, count in enumerate(layers, start=1):
         for j in range(1, count + 1):
-            tap = f"stage{i}" if j == count else f"stage{i}_block{j}"
-            x = layer(x, growth, norm, name=f"stage{i}_block{j}", tap=tap)
+            output_name = f"stage{i}" if j == count else f"stage{i}_block{j}"
+            x = layer(x, growth, norm, name=f"stage{i}_block{j}", output_name=output_name)
         if i < len(layers):
             x = norm(name=f"stage{i}_transition_bn")(x)
             x = activation("relu", name=f"stage{i}_transition_relu")(x)
@@ -99,6 +99,6 @@ LAYERS = {
 }
 
 VARIANTS = {name: partial(densenet, layers=row, name=name) for name, row in LAYERS.items()} | {
-    f"{name}_tf": partial(densenet, layers=row, momentum=0.99, epsilon=1.001e-5, name=f"{name}_tf")
+    f"{name}_keras": partial(densenet, layers=row, momentum=0.99, epsilon=1.001e-5, name=f"{name}_keras")
     for name, row in LAYERS.items()
 }

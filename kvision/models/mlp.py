@@ -1,9 +1,9 @@
-"""The perceptron and its many-layered descendant.
+"""The perceptron and the multilayer perceptron.
 
 - Rosenblatt 1958, "The perceptron: a probabilistic model for information storage and organization in the brain",
-  https://doi.org/10.1037/h0042519. `softmax` is its form with one output a class, trained by maximum likelihood.
+  https://doi.org/10.1037/h0042519. `softmax` is its form with one output per class, trained by maximum likelihood.
 - Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors",
-  https://doi.org/10.1038/323533a0. `mlp` is two hidden layers of rectified units with dropout between them, the
+  https://doi.org/10.1038/323533a0. `mlp` is two hidden layers of rectified linear units, each followed by dropout, the
   textbook network for MNIST.
 """
 
@@ -31,7 +31,8 @@ def multilayer_perceptron(
     dropout_rate: float = 0.0,
     name: str = "softmax",
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the last hidden layer's features where `classes` is 0."""
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the last hidden layer's features if
+    `classes` is 0."""
     inputs = keras.Input(input_shape, name="image")
     x = keras.layers.Flatten(name="flatten")(inputs)
     for i, units in enumerate(hidden, start=1):

@@ -1,10 +1,10 @@
 """MobileNetV2.
 
 Sandler, Howard, Zhu, Zhmoginov and Chen 2018, "MobileNetV2: inverted residuals and linear bottlenecks",
-https://arxiv.org/abs/1801.04381, table 2: a block widens its channels by a 1x1 convolution, filters each by itself, and
-narrows them by a 1x1 convolution that no activation follows; the shortcut joins the narrow ends.
+https://arxiv.org/abs/1801.04381, table 2: a block expands its channels by a 1x1 convolution, applies a depthwise
+convolution, and projects them by a 1x1 convolution without activation; the shortcut connects the narrow ends.
 
-`mobilenet_v2` is as in torchvision. `mobilenet_v2_tf` is that of `keras.applications`: TensorFlow's padding and batch
+`mobilenet_v2` is torchvision's. `mobilenet_v2_keras` is that of `keras.applications`: TensorFlow's padding and batch
 norms, no dropout.
 """
 
@@ -35,13 +35,13 @@ STAGES = (
 
 
 def rounded(filters: float) -> int:
-    """The nearest multiple of 8, at least 8 and not less than nine tenths of `filters`."""
+    """Return the nearest multiple of 8, at least 8 and at least nine tenths of `filters`."""
     near = max(8, int(filters + 4) // 8 * 8)
     return near if near >= 0.9 * filters else near + 8
 
 
-def block(x, expansion: int, filters: int, strides: int, padding: str, norm, *, name: str, tap: str):
-    """An inverted residual; `tap` names its output."""
+def block(x, expansion: int, filters: int, strides: int, padding: str, norm, *, name: str, output_name: str):
+    """Apply an inverted residual; `output_name` names its output."""
     y = x
     if expansion > 1:
         y = conv(expansion * x.shape[-1], 1, name=f"{name}_expand_conv")(y)
@@ -53,8 +53,8 @@ def block(x, expansion: int, filters: int, strides: int, padding: str, norm, *, 
     y = conv(filters, 1, name=f"{name}_project_conv")(y)
     y = norm(name=f"{name}_project_bn")(y)
     if strides == 1 and x.shape == y.shape:
-        return keras.layers.Add(name=tap)([x, y])
-    return activation("linear", name=tap)(y)
+        return keras.layers.Add(name=output_name)([x, y])
+    return activation("linear", name=output_name)(y)
 
 
 def mobilenet_v2(
@@ -68,11 +68,12 @@ def mobilenet_v2(
     dropout_rate: float = 0.2,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the pooled features, 1280 and more, where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the pooled features, 1280 or more, if
+    `classes` is 0.
 
     Args:
-        width: what all filters are multiplied by, rounded to multiples of 8; the last convolution never has less than
-            the paper's 1280.
+        width: factor on all filter counts, rounded to multiples of 8; the last convolution has at least the paper's
+            1280.
         padding: of all convolutions, see `kvision.layers.conv`.
         momentum, epsilon: of the batch norms.
         dropout_rate: before the last layer.
@@ -86,23 +87,22 @@ def mobilenet_v2(
         blocks = [(expansion, rounded(filters * width)) for expansion, filters, count in rows for _ in range(count)]
         for j, (expansion, filters) in enumerate(blocks, start=1):
             strides = 2 if i > 1 and j == 1 else 1
-            tap = f"stage{i}" if j == len(blocks) else f"stage{i}_block{j}"
-            x = block(x, expansion, filters, strides, padding, norm, name=f"stage{i}_block{j}", tap=tap)
+            output_name = f"stage{i}" if j == len(blocks) else f"stage{i}_block{j}"
+            x = block(x, expansion, filters, strides, padding, norm, name=f"stage{i}_block{j}", output_name=output_name)
     x = conv(rounded(1280 * max(1.0, width)), 1, name="final_conv")(x)
     x = norm(name="final_bn")(x)
     x = activation("relu6", name="final_relu")(x)
     x = global_pool()(x)
     if classes:
         x = dropout(dropout_rate, name="head_dropout")(x)
-        x = logits(classes, initializer=VarianceScaling(0.01**2 * x.shape[-1], "in"))(
-            x
-        )  # torchvision's deviation is 0.01
+        # torchvision's standard deviation is 0.01.
+        x = logits(classes, initializer=VarianceScaling(0.01**2 * x.shape[-1], "in"))(x)
     return keras.Model(inputs, x, name=name)
 
 
 VARIANTS = {
     "mobilenet_v2": partial(mobilenet_v2, name="mobilenet_v2"),
-    "mobilenet_v2_tf": partial(
-        mobilenet_v2, padding="tensorflow", momentum=0.999, epsilon=1e-3, dropout_rate=0.0, name="mobilenet_v2_tf"
+    "mobilenet_v2_keras": partial(
+        mobilenet_v2, padding="tensorflow", momentum=0.999, epsilon=1e-3, dropout_rate=0.0, name="mobilenet_v2_keras"
     ),
 }

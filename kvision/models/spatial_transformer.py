@@ -1,15 +1,15 @@
-"""Spatial transformer networks: a layer that straightens images, and the networks for distorted MNIST digits.
+"""Spatial transformer networks: a layer that rectifies images, and networks for distorted MNIST digits.
 
 Jaderberg, Simonyan, Zisserman and Kavukcuoglu 2015, "Spatial transformer networks", https://arxiv.org/abs/1506.02025.
-A localisation network reads the image and gives the parameters of a transformation; `SpatialTransformer` samples the
-image where it points; a classifier reads the result. All of it learns from the classifier's loss alone.
+A localization network computes the parameters of a transformation from the image, `SpatialTransformer` resamples the
+image by it, and a classifier reads the result. All are trained by the classifier's loss alone.
 
-Rows: `stn_cnn` is the classifier alone, `stn_affine` and `stn_thin_plate` put a transformer before it (the paper's CNN,
-ST-CNN Aff and ST-CNN TPS). The classifier: 9x9 and 7x7 convolutions without padding, each with 2x2 max pooling behind.
-The localisation network: two 5x5 convolutions of 20 filters with 2x2 max pooling between, on the image at half its
-size, and 20 fully connected units. The classifier's widths are ours, chosen for the paper's budget of some 400,000
-parameters. The paper starts the localisation network's last layer from zero weights and the identity's bias; here the
-weights are small instead (a hundredth of the usual), so that the layers before it learn from the first step on.
+Variants: `stn_cnn` is the classifier alone, `stn_affine` and `stn_thin_plate` put a transformer before it (the paper's
+CNN, ST-CNN Aff and ST-CNN TPS). The classifier: 9x9 and 7x7 convolutions without padding, each followed by 2x2 max
+pooling. The localization network: two 5x5 convolutions of 20 filters with 2x2 max pooling between them, on the image at
+half its size, and 20 fully connected units. The classifier's widths are ours, chosen for the paper's budget of about
+400,000 parameters. The paper initializes the localization network's last layer to zero weights and the identity's bias;
+here the weights are small instead (a hundredth of the usual), so that all layers train from the first step.
 """
 
 from functools import partial
@@ -30,19 +30,19 @@ PAPER = Paper(
 )
 
 
-def centres(size: int) -> np.ndarray:
-    """The normalised places of a row's pixels: -1 and 1 are the outer edges of the first and the last pixel."""
+def pixel_centers(size: int) -> np.ndarray:
+    """Return the normalized positions of a row's pixels: -1 and 1 are the outer edges of the first and last pixel."""
     return (2 * np.arange(size) + 1) / size - 1
 
 
 def control_points(points: int) -> np.ndarray:
-    """(points**2, 2) of (x, y): a square grid from -1 to 1, row by row."""
+    """Return (points**2, 2) of (x, y): a square grid from -1 to 1, row by row."""
     line = np.linspace(-1, 1, points)
     return np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
 
 
 def thin_plate_basis(places: np.ndarray, points: int) -> np.ndarray:
-    """How far each control point's displacement moves each place: (n, 2) places to (n, points**2).
+    """Return the weight of each control point's displacement at each position: (n, 2) to (n, points**2).
 
     The thin plate spline (Bookstein 1989, https://doi.org/10.1109/34.24792) through given values v at the control
     points is linear in them: `[U, 1, x, y] @ inverse([[K, P], [P', 0]])[:, :len(v)] @ v`, with U and K of r**2 log r**2
@@ -62,15 +62,15 @@ def thin_plate_basis(places: np.ndarray, points: int) -> np.ndarray:
 
 
 def bilinear(image, x, y, border: str = "zeros"):
-    """Bilinear samples of images at given pixels, of gather and arithmetic: the same on every backend.
+    """Sample images bilinearly at given pixels, by gather and arithmetic: the same on every backend.
 
     Args:
         image: (n, h, w, c) floats; h and w are known.
-        x, y: (n, rows, columns) floats, column and row; the first pixel's centre is 0.
-        border: "zeros", the image lies in zeros; "edge", its outermost pixels go on for ever.
+        x, y: (n, rows, columns) floats, column and row; the first pixel's center is 0.
+        border: "zeros", the image is surrounded by zeros; "edge", its outermost pixels extend without limit.
 
     Returns:
-        (n, rows, columns, c) of the image's dtype, with gradients to all three. Outside the image x and y have none.
+        (n, rows, columns, c) of the image's dtype, with gradients to all three; outside the image x and y have none.
     """
     if border == "zeros":
         image, x, y = ops.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))), x + 1, y + 1
@@ -78,10 +78,10 @@ def bilinear(image, x, y, border: str = "zeros"):
     flat = ops.reshape(image, (-1, channels))
     first = ops.arange(ops.shape(image)[0], dtype="int32")[:, None, None] * (height * width)
 
-    def split(place, size):  # the pixels on both sides, and the way from the one to the other
+    def split(place, size):  # the pixels on both sides, and the fraction of the way between them
         place = ops.clip(place, 0, size - 1)
         before = ops.floor(place)
-        # Again, because a number that is none must not become an index; it still shows in the result.
+        # Clip again, because NaN must not become an index; it still appears in the result.
         index = ops.clip(ops.cast(before, "int32"), 0, size - 1)
         return index, ops.minimum(index + 1, size - 1), ops.cast(place - before, image.dtype)[..., None]
 
@@ -98,26 +98,26 @@ def bilinear(image, x, y, border: str = "zeros"):
 
 @keras.saving.register_keras_serializable("kvision")
 class SpatialTransformer(keras.layers.Layer):
-    """Samples an image where its parameters say.
+    """Resamples an image by a parametrized transformation.
 
-    Places are normalised: x to the right and y downwards, -1 and 1 at the outer edges of the outermost pixels (not
-    their centres), so that a transformation means the same at every resolution. The affine kind is PyTorch's
+    Positions are normalized: x to the right and y downwards, -1 and 1 at the outer edges of the outermost pixels (not
+    their centers), so that a transformation is independent of the resolution. The affine kind is PyTorch's
     `affine_grid` and `grid_sample` with `align_corners=False`, and padding_mode "zeros" or "border".
 
     Called on [image, theta]: image (n, h, w, c), and theta
     - (n, 6), kind "affine": the rows of the 2x3 matrix that maps (x, y, 1) of the output to (x, y) of the image; the
       identity is (1, 0, 0, 0, 1, 0);
     - (n, 2 points**2), kind "thin_plate": (dx, dy) for each of a grid of control points of the output, from -1 to 1
-      row by row: the place of the image that it shows, less its own. Between them runs a thin plate spline; zeros are
+      row by row: the displacement of its source in the image. A thin plate spline interpolates between them; zeros are
       the identity.
 
-    Gives (n, *size, c) in the layer's compute dtype; places are computed in at least float32.
+    Returns (n, *size, c) in the layer's compute dtype; positions are computed in at least float32.
 
     Args:
         kind: "affine" or "thin_plate".
         size: (height, width) of the output; None is the image's.
         points: control points on a side of the grid, at least 2.
-        border: what lies outside the image, as for `bilinear`.
+        border: values outside the image, as for `bilinear`.
 
     Raises:
         ValueError: an unknown kind or border, too few points, an image of unknown size, a theta of another length.
@@ -131,13 +131,13 @@ class SpatialTransformer(keras.layers.Layer):
         border: str = "zeros",
         **options,
     ):
-        super().__init__(autocast=False, **options)  # theta in bfloat16 would be off by pixels
+        super().__init__(autocast=False, **options)  # theta in bfloat16 would be inaccurate by pixels
         if kind not in ("affine", "thin_plate"):
             raise ValueError(f"{self.name}: kind must be 'affine' or 'thin_plate', got {kind!r}")
         if border not in ("zeros", "edge"):
             raise ValueError(f"{self.name}: border must be 'zeros' or 'edge', got {border!r}")
         if points < 2:
-            raise ValueError(f"{self.name}: a thin plate wants at least 2 control points on a side, got {points}")
+            raise ValueError(f"{self.name}: a thin plate needs at least 2 control points on a side, got {points}")
         self.kind, self.points, self.border = kind, points, border
         self.size = None if size is None else tuple(size)
 
@@ -149,8 +149,8 @@ class SpatialTransformer(keras.layers.Layer):
         if tuple(theta[1:]) != (length,):
             raise ValueError(f"{self.name}: theta must be (n, {length}) for kind {self.kind!r}, got {tuple(theta)}")
         height, width = self.size or image[1:3]
-        x, y = np.meshgrid(centres(width), centres(height))
-        self._places = x, y
+        x, y = np.meshgrid(pixel_centers(width), pixel_centers(height))
+        self._positions = x, y
         if self.kind == "thin_plate":
             basis = thin_plate_basis(np.stack([x.ravel(), y.ravel()], axis=-1), self.points)
             self._basis = basis.T.reshape(self.points**2, height, width)
@@ -161,8 +161,8 @@ class SpatialTransformer(keras.layers.Layer):
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
         constant = partial(ops.convert_to_tensor, dtype=dtype)
         theta = ops.cast(theta, dtype)
-        x, y = map(constant, self._places)
-        # Sums of products, because a matrix product may be in lower precision than its operands.
+        x, y = map(constant, self._positions)
+        # Sums of products, because a matrix product may have lower precision than its operands.
         if self.kind == "affine":
             a, b, c, d, e, f = (theta[:, i, None, None] for i in range(6))
             x, y = a * x + b * y + c, d * x + e * y + f
@@ -177,26 +177,26 @@ class SpatialTransformer(keras.layers.Layer):
         return (image[0], *(self.size or image[1:3]), image[3])
 
     def get_config(self):
-        own = {"kind": self.kind, "size": self.size, "points": self.points, "border": self.border}
-        return {**super().get_config(), **own}
+        arguments = {"kind": self.kind, "size": self.size, "points": self.points, "border": self.border}
+        return {**super().get_config(), **arguments}
 
 
 @keras.saving.register_keras_serializable("kvision")
 class AffineIdentity(VarianceScaling):
-    """The bias of a layer that gives affine parameters: the identity."""
+    """Initializes the bias of a layer of affine parameters to the identity."""
 
     def __init__(self):
         super().__init__()
 
-    def draw(self, shape, generator):
+    def sample(self, shape, generator):
         return np.array([1, 0, 0, 0, 1, 0], np.float32)
 
     def get_config(self):
         return {}
 
 
-def localisation(x, kind: str):
-    """The image's transformation: (n, h, w, c) to the parameters of `SpatialTransformer` of that kind."""
+def localization(x, kind: str):
+    """Compute the parameters of `SpatialTransformer` of this kind from images (n, h, w, c)."""
     x = avg_pool(2, name="locate_half")(x)
     x = conv(20, 5, name="locate_1_conv", padding="valid", use_bias=True)(x)
     x = activation("relu", name="locate_1_relu")(x)
@@ -208,7 +208,7 @@ def localisation(x, kind: str):
     x = activation("relu", name="locate_hidden")(x)
     outputs, bias = (6, AffineIdentity()) if kind == "affine" else (32, "zeros")
     small = VarianceScaling(1e-4, "in")
-    options = {"bias_initializer": bias, "dtype": keras.config.floatx()}  # in full precision under a mixed policy too
+    options = {"bias_initializer": bias, "dtype": keras.config.floatx()}  # full precision under a mixed policy, too
     return dense(outputs, name="locate_theta", initializer=small, **options)(x)
 
 
@@ -220,23 +220,24 @@ def spatial_transformer_network(
     filters: tuple[int, int] = (64, 128),
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the last pooling's features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the last pooling's features if
+    `classes` is 0.
 
-    The layer `transformer` gives the straightened images, `locate_theta` the parameters.
+    The layer `transformer` returns the rectified images, `locate_theta` the parameters.
 
     Args:
         kind: "affine", "thin_plate" with 16 control points, or "none", the classifier alone.
         filters: of the classifier's two convolutions.
 
     Raises:
-        ValueError: images of less than 28x28 pixels, which leave nothing to the localisation network.
+        ValueError: images smaller than 28x28 pixels, which the localization network needs.
     """
     if min(input_shape[:2]) < 28:
         height, width, _ = input_shape
         raise ValueError(f"a spatial transformer network needs images of at least 28x28 pixels, got {height}x{width}")
     x = inputs = keras.Input(input_shape, name="image")
     if kind != "none":
-        x = SpatialTransformer(kind, name="transformer")([x, localisation(x, kind)])
+        x = SpatialTransformer(kind, name="transformer")([x, localization(x, kind)])
     for i, (width, window) in enumerate(zip(filters, (9, 7), strict=True), start=1):
         x = conv(width, window, name=f"stage{i}_conv", padding="valid", use_bias=True)(x)
         x = activation("relu", name=f"stage{i}_relu")(x)

@@ -2,11 +2,11 @@
 
 Iandola, Han, Moskewicz, Ashraf, Dally and Keutzer 2016, "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters
 and < 0.5MB model size", https://arxiv.org/abs/1602.07360, table 1: "fire" modules, where a 1x1 convolution squeezes the
-channels for a 1x1 and a 3x3 convolution beside each other. `squeezenet1_0` is the paper's. `squeezenet1_1` is the
-authors' later network, https://github.com/forresti/SqueezeNet, which costs 2.4 times less: a smaller first convolution,
-and the poolings earlier.
+channels for parallel 1x1 and 3x3 convolutions. `squeezenet1_0` is the paper's. `squeezenet1_1` is the authors' later
+network, https://github.com/forresti/SqueezeNet, which costs 2.4 times less: a smaller first convolution, and earlier
+poolings.
 
-Both as in torchvision: the first convolution of 1.0 is not padded, poolings keep a last window that reaches over the
+Both as in torchvision: the first convolution of 1.0 is not padded, and poolings keep a last window that crosses the
 border. There are no dense layers: `logits` is a 1x1 convolution, and the logits are the mean of its ReLU over all
 pixels. There is no batch norm.
 """
@@ -30,15 +30,15 @@ PAPER = Paper(
 convolution = partial(conv, use_bias=True, initializer=VarianceScaling(2.0, "in", "uniform"))
 
 
-def fire(x, squeeze: int, expand: int, *, name: str, tap: str):
-    """`squeeze` filters of 1x1, then `expand` of 1x1 and `expand` of 3x3; `tap` names the output."""
+def fire(x, squeeze: int, expand: int, *, name: str, output_name: str):
+    """Apply `squeeze` filters of 1x1, then `expand` of 1x1 and `expand` of 3x3; `output_name` names the output."""
     x = convolution(squeeze, 1, name=f"{name}_squeeze_conv")(x)
     x = activation("relu", name=f"{name}_squeeze_relu")(x)
     sides = []
     for size in (1, 3):
         y = convolution(expand, size, name=f"{name}_expand{size}_conv")(x)
         sides.append(activation("relu", name=f"{name}_expand{size}_relu")(y))
-    return keras.layers.Concatenate(name=tap)(sides)
+    return keras.layers.Concatenate(name=output_name)(sides)
 
 
 def squeezenet(
@@ -50,15 +50,16 @@ def squeezenet(
     dropout_rate: float = 0.5,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the pooled features of the last fire where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the pooled features of the last fire
+    module if `classes` is 0.
 
     Args:
         stem: filters and size of the first convolution.
-        stages: the fires (squeeze, expand) of each; a pooling stands before each stage.
+        stages: the fire modules (squeeze, expand) of each stage; a pooling precedes each stage.
         dropout_rate: before the last convolution.
 
     Raises:
-        ValueError: the images are smaller than 14 pixels and the first window, which three poolings need.
+        ValueError: images smaller than 14 pixels plus the first window, which three poolings need.
     """
     filters, size = stem
     if least_side(input_shape) < size + 14:
@@ -71,12 +72,12 @@ def squeezenet(
     for i, fires in enumerate(stages, start=1):
         x = max_pool(3, 2, name=f"stage{i}_pool", ceil=True)(x)
         for j, (squeeze, expand) in enumerate(fires, start=1):
-            tap = f"stage{i}" if j == len(fires) else f"stage{i}_fire{j}"
-            x = fire(x, squeeze, expand, name=f"stage{i}_fire{j}", tap=tap)
+            output_name = f"stage{i}" if j == len(fires) else f"stage{i}_fire{j}"
+            x = fire(x, squeeze, expand, name=f"stage{i}_fire{j}", output_name=output_name)
     if not classes:
         return keras.Model(inputs, global_pool()(x), name=name)
     x = dropout(dropout_rate, name="head_dropout")(x)
-    # Its published deviation is 0.01. The head computes in full precision, as every network's.
+    # The published standard deviation is 0.01. The head computes in full precision, as in every network.
     dtype, initializer = keras.config.floatx(), VarianceScaling(0.01**2 * x.shape[-1], "in")
     x = conv(classes, 1, name="logits", use_bias=True, initializer=initializer, dtype=dtype)(x)
     x = keras.layers.ReLU(name="logits_relu", dtype=dtype)(x)

@@ -4,8 +4,8 @@ Ronneberger, Fischer and Brox 2015, "U-Net: convolutional networks for biomedica
 https://arxiv.org/abs/1505.04597, figure 1: stages of two 3x3 convolutions with ReLU, 2x2 max pooling between them; then
 the way back up, where a 2x2 transposed convolution doubles the maps and the stage of the same size is concatenated.
 
-`unet_denoiser` reads an image with noise and gives the logits of its pixels: their sigmoid is the clean image. It
-departs from the paper in four ways. Convolutions are padded, so nothing is cropped. Batch norm stands between
+`unet_denoiser` reads a noisy image and returns the logits of its pixels: their sigmoid is the clean image. It
+departs from the paper in four ways. Convolutions are padded, so nothing is cropped. Batch norm is between
 convolution and ReLU. Widths and depth are for digits of 28x28 pixels. And all stages work at half the size and less: a
 5x5 convolution of stride 2 reads the image and a transposed convolution writes it, as in FFDNet (Zhang, Zuo and Zhang
 2018, https://arxiv.org/abs/1710.04026, section III), which halves the cost.
@@ -31,12 +31,12 @@ PAPER = Paper(
 )
 
 
-def block(x, filters: int, *, name: str, tap: str):
-    """Two 3x3 convolutions with batch norm and ReLU; `tap` names the output."""
+def block(x, filters: int, *, name: str, output_name: str):
+    """Apply two 3x3 convolutions with batch norm and ReLU; `output_name` names the output."""
     for i in (1, 2):
         x = conv(filters, 3, name=f"{name}_{i}_conv")(x)
         x = batch_norm(name=f"{name}_{i}_bn")(x)
-        x = activation("relu", name=tap if i == 2 else f"{name}_{i}_relu")(x)
+        x = activation("relu", name=output_name if i == 2 else f"{name}_{i}_relu")(x)
     return x
 
 
@@ -47,7 +47,8 @@ def unet_denoiser(
     widths: tuple[int, ...] = (32, 64),
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits of their pixels (n, h, w, c); to the pooled maps of `code` where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits of their pixels (n, h, w, c), or to the pooled maps of `code` if
+    `classes` is 0.
 
     Args:
         widths: filters of the stages, from half the images' size down; `code` is the last one's output.
@@ -64,17 +65,17 @@ def unet_denoiser(
     x = activation("relu", name="stem")(x)
     skips = []
     for i, filters in enumerate(widths[:-1], start=1):
-        x = block(x, filters, name=f"stage{i}", tap=f"stage{i}")
+        x = block(x, filters, name=f"stage{i}", output_name=f"stage{i}")
         skips.append(x)
         x = max_pool(2, name=f"stage{i}_pool")(x)
-    x = block(x, widths[-1], name="code", tap="code")
+    x = block(x, widths[-1], name="code", output_name="code")
     if classes == 0:
         return keras.Model(inputs, global_pool()(x), name=name)
     for i in range(len(skips), 0, -1):
         x = up_conv(widths[i - 1], name=f"up{i}_conv")(x)
         x = keras.layers.Concatenate(name=f"up{i}_concat")([skips[i - 1], x])
-        x = block(x, widths[i - 1], name=f"up{i}", tap=f"up{i}")
-    # The head computes in full precision, as every network's.
+        x = block(x, widths[i - 1], name=f"up{i}", output_name=f"up{i}")
+    # The head computes in full precision, as in every network.
     outputs = up_conv(input_shape[-1], name="logits", use_bias=True, dtype=keras.config.floatx())(x)
     return keras.Model(inputs, outputs, name=name)
 

@@ -2,12 +2,12 @@
 
 Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale image recognition",
 https://arxiv.org/abs/1409.1556: stages of 3x3 convolutions, each ended by a 2x2 max pooling, then two wide fully
-connected layers. The rows are the paper's table 1, configurations A, B, D and E; the `_bn` rows put a batch norm after
-each convolution, as torchvision does. The convolutions keep their biases in both.
+connected layers. The variants are the paper's table 1, configurations A, B, D and E; the `_bn` variants have a batch
+norm after each convolution, as in torchvision. The convolutions have biases in both.
 
-The paper's 4,096 hidden units belong to images of 224 pixels, whose last maps have 7x7 pixels. Larger maps are averaged
-down to these, as in torchvision; smaller ones stay as they are, unless `maps` asks for 7x7 (torchvision repeats their
-pixels). `hidden` makes the units fewer for small images: 512 is usual on CIFAR-10.
+The paper's 4,096 hidden units expect images of 224 pixels, whose last maps have 7x7 pixels. Larger maps are averaged to
+this size, as in torchvision; smaller ones stay, unless `maps` is 7x7 (torchvision repeats their pixels). For small
+images use a smaller `hidden`: 512 is usual on CIFAR-10.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ PAPER = Paper(
 
 
 def head_maps(input_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """(height, width) of the maps that the fully connected layers see where nothing else is asked for."""
+    """Return the default (height, width) of the maps that the fully connected layers read."""
     return tuple(min(7, size // 32) for size in input_shape[:2])
 
 
@@ -48,25 +48,27 @@ def vgg(
     classes: int,
     *,
     convolutions: tuple[int, ...],
-    normalised: bool = False,
+    normalized: bool = False,
     width: int = 64,
     hidden: int = 4096,
     maps: tuple[int, int] | None = None,
     dropout_rate: float = 0.5,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the 8 * `width` pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the 8 * `width` pooled features if
+    `classes` is 0.
 
     Args:
-        convolutions: how many in each of the five stages.
+        convolutions: number of convolutions in each of the five stages.
+        normalized: add a batch norm after each convolution.
         width: filters of the first stage; the others have 2, 4, 8 and 8 times as many.
         hidden: units of each of the two fully connected layers.
-        maps: (height, width) of the maps that these see; others are averaged, or their pixels repeated. None is 7x7, or
-            less where the images make less; (7, 7) is what weights made for 224 pixels need at any other size.
-        dropout_rate: after each of them.
+        maps: (height, width) of the maps that these read; others are averaged, or their pixels repeated. None is 7x7,
+            or less for smaller images; weights made for 224 pixels need (7, 7) at any other size.
+        dropout_rate: after each of the fully connected layers.
 
     Raises:
-        ValueError: the images are smaller than 32 pixels, which five poolings need.
+        ValueError: images smaller than 32 pixels, which five poolings need.
     """
     if least_side(input_shape) < 32:
         raise ValueError(f"VGG needs images of at least 32x32 pixels, got {input_shape[0]}x{input_shape[1]}")
@@ -75,7 +77,7 @@ def vgg(
     for i, (filters, count) in enumerate(zip((1, 2, 4, 8, 8), convolutions, strict=True), start=1):
         for j in range(1, count + 1):
             x = conv(filters * width, 3, name=f"stage{i}_{j}_conv", use_bias=True)(x)
-            if normalised:
+            if normalized:
                 x = batch_norm(name=f"stage{i}_{j}_bn")(x)
             x = activation("relu", name=f"stage{i}_{j}_relu")(x)
         x = max_pool(2, name=f"stage{i}")(x)
@@ -100,6 +102,6 @@ CONFIGURATIONS = {
 }
 
 VARIANTS = {name: partial(vgg, convolutions=row, name=name) for name, row in CONFIGURATIONS.items()} | {
-    f"{name}_bn": partial(vgg, convolutions=row, normalised=True, name=f"{name}_bn")
+    f"{name}_bn": partial(vgg, convolutions=row, normalized=True, name=f"{name}_bn")
     for name, row in CONFIGURATIONS.items()
 }

@@ -1,9 +1,9 @@
 """Wide residual networks.
 
-Zagoruyko and Komodakis 2016, "Wide residual networks", https://arxiv.org/abs/1605.07146: the CIFAR ResNet made shallow
-and `width` times as wide, with batch norm and ReLU before each convolution and, where the shape changes, a 1x1
-convolution as shortcut that shares the block's first activation. `dropout_rate` acts between the two convolutions of a
-block (section 2.4). `wide_resnet` is the paper's WRN-16-8.
+Zagoruyko and Komodakis 2016, "Wide residual networks", https://arxiv.org/abs/1605.07146: a shallow CIFAR ResNet,
+`width` times as wide, with batch norm and ReLU before each convolution and, where the shape changes, a 1x1 convolution
+as shortcut that shares the block's first activation. `dropout_rate` applies between the two convolutions of a block
+(section 2.4). `wide_resnet` is the paper's WRN-16-8.
 """
 
 from functools import partial
@@ -16,8 +16,8 @@ from kvision.models import Paper
 PAPER = Paper("Wide residual networks", "Zagoruyko and Komodakis", 2016, "https://arxiv.org/abs/1605.07146")
 
 
-def block(x, filters: int, strides: int, dropout_rate: float, *, name: str, tap: str):
-    """Two pre-activated 3x3 convolutions around a shortcut; `tap` names the block's output."""
+def block(x, filters: int, strides: int, dropout_rate: float, *, name: str, output_name: str):
+    """Apply two pre-activated 3x3 convolutions and add a shortcut; `output_name` names the block's output."""
     y = batch_norm(name=f"{name}_1_bn")(x)
     y = activated = activation("relu", name=f"{name}_1_relu")(y)
     y = conv(filters, 3, strides, name=f"{name}_1_conv")(y)
@@ -27,7 +27,7 @@ def block(x, filters: int, strides: int, dropout_rate: float, *, name: str, tap:
     y = conv(filters, 3, name=f"{name}_2_conv")(y)
     if x.shape != y.shape:
         x = conv(filters, 1, strides, name=f"{name}_shortcut_conv")(activated)
-    return keras.layers.Add(name=tap)([x, y])
+    return keras.layers.Add(name=output_name)([x, y])
 
 
 def wide_resnet(
@@ -39,7 +39,8 @@ def wide_resnet(
     dropout_rate: float = 0.0,
     name: str,
 ) -> keras.Model:
-    """Images (n, h, w, c) to logits (n, classes); to the 64 * `width` pooled features where `classes` is 0.
+    """Build a model from images (n, h, w, c) to logits (n, classes), or to the 64 * `width` pooled features if
+    `classes` is 0.
 
     Raises:
         ValueError: `depth` is not 6 n + 4.
@@ -52,8 +53,8 @@ def wide_resnet(
     for i, filters in enumerate((16, 32, 64), start=1):
         for j in range(1, blocks + 1):
             strides = 2 if i > 1 and j == 1 else 1
-            tap = f"stage{i}" if j == blocks else f"stage{i}_block{j}"
-            x = block(x, filters * width, strides, dropout_rate, name=f"stage{i}_block{j}", tap=tap)
+            output_name = f"stage{i}" if j == blocks else f"stage{i}_block{j}"
+            x = block(x, filters * width, strides, dropout_rate, name=f"stage{i}_block{j}", output_name=output_name)
     x = batch_norm(name="final_bn")(x)
     x = activation("relu", name="final_relu")(x)
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)

@@ -134,7 +134,7 @@ def start(model, spec: Spec) -> None:
         for variable, value in weights:
             if value.size and (value != value.flat[0]).any():
                 generator = rng(spec.seed, "initial", variable.path)
-                variable.assign(VarianceScaling(1.0, "in").draw(value.shape, generator))
+                variable.assign(VarianceScaling(1.0, "in").sample(value.shape, generator))
         for i, variable in enumerate(v for v in model.variables if v.dtype in ("uint32", "int32", "int64")):
             if tuple(variable.shape) == (2,):
                 variable.assign(np.array([rng(spec.seed, "generator", i).integers(2**31), 0], np.uint32))

@@ -37,13 +37,14 @@ class Task(Protocol):
 
     Optional, looked up by name:
 
-    - `variables`: `keras.Variable`s of its own, as metrics or the weights of a momentum teacher; carried through every
+    - `variables`: the task's `keras.Variable`s, as metrics or the weights of a momentum teacher; carried through every
       step and stored in checkpoints.
     - `phases() -> Sequence[Phase]`: several gradient steps in the place of one by `loss`.
     - `predict(models, batch)`: tensors of fixed shape, nested as one likes.
     - `summarize(totals) -> dict[str, float]`: figures of added Means, as `mean`.
     - `begin()`: start metrics among `variables` anew; called before each epoch and each evaluation.
     - `check(batch)` and `check_models(models)`: raise an error for what it cannot train on.
+    - `has_penalties`: True where its loss has the models' penalties (`model.losses`) in it; else the engine adds them.
     - `masks_padding`: False where its Means do not leave out examples of weight 0; then no batch is padded.
     - `keras_step()` and `keras_batch(batch)`: how Keras's own step trains it, see `kvision.engine.keras`.
     - `for_keras() -> dict`: the arguments "loss" and "metrics" of `model.compile`, so that a `.keras` file has them.

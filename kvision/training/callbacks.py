@@ -87,7 +87,7 @@ class Callbacks:
         if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
             raise ValueError(
                 "BackupAndRestore keeps no optimizer and no place in an epoch: give fit(checkpoint=FOLDER) instead, "
-                "which goes on to the bit"
+                "which resumes bit-exactly"
             )
         # ModelCheckpoint has hooks for batches, which do nothing where it saves after epochs.
         waiting = [callback for callback in self.callbacks if getattr(callback, "save_freq", None) != "epoch"]
@@ -122,6 +122,10 @@ class Callbacks:
             if getattr(callback, "mode", None) == "auto" and self.directions.get(monitored):
                 callback.mode = {"up": "max", "down": "min"}[self.directions[monitored]]
         self.call("on_train_begin")
+        self.restore(states)
+
+    def restore(self, states: Sequence[dict] = ()) -> None:
+        """Set the callbacks, whose `on_train_begin` was called, to the states of a checkpoint; none leaves them."""
         self._first = [_attributes(callback) for callback in self.callbacks]
         for callback, state in zip(self.callbacks, states, strict=False):
             _restore(callback, state)

@@ -1,8 +1,8 @@
 """The checkpoints of a run: a folder of files `step-00000123.npz`, each of which holds all that the run needs to go on.
 
-A file is written whole or not at all (`kvision.files`), and an older one is removed only after the new one and its name
-are on the disk: a process that is killed, or a machine that loses power, leaves a sound checkpoint, and at most a
-temporary file, which the next process removes. Arrays are keyed by the variables' names, so that a checkpoint of one
+A file is written atomically (`kvision.files`), and an older one is removed only after the new one and its name are on
+the disk: a process that is killed, or a machine that loses power, leaves a valid checkpoint, and at most a temporary
+file, which the next process removes. Arrays are keyed by the variables' names, so that a checkpoint of one
 backend is read on another. Nothing in a checkpoint is code.
 """
 
@@ -152,7 +152,7 @@ class Checkpoints:
         found = [path for path in self.folder.glob("step-*.npz") if re.fullmatch(r"step-[0-9]+", path.stem)]
         return sorted(found, key=lambda path: int(path.stem[5:]))
 
-    def sweep(self) -> None:
+    def remove_temp_files(self) -> None:
         """Remove what a killed process left of the checkpoint that it was writing."""
         remove_temp_files(self.folder, "step-*")
 
@@ -235,7 +235,7 @@ class Checkpoints:
             OtherRunError: the newest sound checkpoint is of another run; the message says what differs.
             kvision.weights.WeightsError: there are checkpoints, but none that is sound. Nothing was changed.
         """
-        self.sweep()
+        self.remove_temp_files()
         faults: list[WeightsError] = []
         for path in reversed(self.files()):
             try:

@@ -105,7 +105,7 @@ def predict_on_device(engine, dataset: DeviceDataset, batch_size: int | None = N
         tta: as for `predict`; views that are moved need images with a border of a pixel at least.
     """
     batch_size = min(batch_size or at_once((dataset.height, dataset.width), ON_DEVICE), dataset.count)
-    border = dataset.border
+    border = dataset.padding
     count = math.ceil(dataset.count / batch_size)
     numbers = np.arange(count * batch_size, dtype=np.int32) % dataset.count  # the last batch is filled up
     total = 0

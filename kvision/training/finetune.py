@@ -26,7 +26,7 @@ def swap_head(model: keras.Model, classes: int, head: str = "logits") -> keras.M
 def freeze(model: keras.Model, until: str | None = None, *, except_: str | None = None) -> list[str]:
     """Freeze the layers up to and including `until`, in the network's order; release those after it.
 
-    A frozen batch norm normalises with its running statistics and leaves them alone, in training too.
+    A frozen batch norm normalizes with its running statistics and does not update them, in training too.
 
     Args:
         until: a layer's name, such as the tap "stage4"; None freezes all.
@@ -40,8 +40,8 @@ def freeze(model: keras.Model, until: str | None = None, *, except_: str | None 
     """
     names = [layer.name for layer in model.layers]
     if until is not None and until not in names:
-        taps = [name for name in names if re.fullmatch(r"stem|stage\d+", name)]
-        raise ValueError(f"{model.name} has no layer {until!r}; its stages are {', '.join(taps)}")
+        stages = [name for name in names if re.fullmatch(r"stem|stage\d+", name)]
+        raise ValueError(f"{model.name} has no layer {until!r}; its stages are {', '.join(stages)}")
     last = len(names) if until is None else names.index(until) + 1
     frozen = []
     for i, layer in enumerate(model.layers):

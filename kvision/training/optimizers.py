@@ -37,9 +37,10 @@ def make_optimizer(
         clip_global_norm: all gradients are scaled down together where they are longer than this as one vector (Pascanu,
             Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063, algorithm 1). One of the three, or none.
     """
+    beta_2, epsilon = 0.999, 1e-7
     if keras.config.floatx() == "float64":
         # Keras casts Python's numbers to the variables' type, which TensorFlow does by way of float32; not NumPy's.
-        momentum, weight_decay = np.float64(momentum), np.float64(weight_decay)
+        momentum, weight_decay, beta_2, epsilon = map(np.float64, (momentum, weight_decay, beta_2, epsilon))
     options = {
         "weight_decay": weight_decay or None,
         "clipvalue": clip_value,
@@ -49,7 +50,7 @@ def make_optimizer(
     if name == "sgd":
         optimizer = keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=bool(momentum > 0), **options)
     elif name in ("adam", "adamw"):
-        optimizer = keras.optimizers.Adam(learning_rate, beta_1=momentum, **options)
+        optimizer = keras.optimizers.Adam(learning_rate, momentum, beta_2, epsilon, **options)
     else:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if weight_decay:

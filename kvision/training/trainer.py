@@ -511,7 +511,7 @@ def fit(
             training (of a `WeightAverage`, not the average), and at the end the final ones. The model is compiled with
             the optimizer and the task's loss for them.
         checkpoint: folder of the run's checkpoints, or a `kvision.training.checkpoints.Checkpoints`. Where it has one,
-            the run resumes from the newest and ends with the weights of an uninterrupted run: to the bit on the same
+            the run resumes from the newest and ends with the weights of an uninterrupted run: bit-exact on the same
             backend, within rounding on another. With it SIGTERM, SIGHUP and Ctrl-C take effect between two steps.
         execution: how steps are computed.
         on_epoch: called after every epoch (and once on resumption) with the history so far.

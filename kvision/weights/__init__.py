@@ -1,4 +1,4 @@
-"""Weights as plain `.npz` files that any framework reads: docs/npz.md describes the format in one page."""
+"""Weights as plain `.npz` files that any framework can read; docs/npz.md describes the format."""
 
 from kvision.weights.archive import WeightsError
 from kvision.weights.input_channels import adapt_kernel

@@ -1,7 +1,7 @@
-"""Arrays in a zip file, NumPy's `.npz`: written byte for byte the same, read without trust.
+"""Arrays in a zip file, NumPy's `.npz`: reproducible writes, safe reads.
 
-A weights file comes from anywhere, so nothing in it is believed before it is checked, nothing in it is code
-(pickled arrays are refused), and no size it states is allocated unless the file has the bytes to back it.
+Weights files are untrusted: nothing is used before it is checked, pickled arrays (which are code) are rejected, and a
+stated size is allocated only if the file has the bytes for it.
 
 The zip format is PKWARE's APPNOTE (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT), the array
 format NumPy's NEP 1 (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
@@ -32,9 +32,9 @@ MAX_KEY = 1_000  # characters
 
 
 class WeightsError(ValueError):
-    """A weights file is refused, or cannot be written. The message is one line that starts with its path.
+    """A weights file that cannot be read or written. The message is one line that starts with its path.
 
-    Names from a file may hold anything, so what is not printable in the message is replaced here.
+    Unprintable characters, which names from a file may contain, are replaced in the message.
     """
 
     def __init__(self, message: str = ""):
@@ -42,51 +42,51 @@ class WeightsError(ValueError):
 
 
 def weights_error(path: str | os.PathLike, message: str) -> WeightsError:
-    """The error to raise about a file."""
+    """Return the error for a file."""
     return WeightsError(f"{os.fspath(path)}: {message}")
 
 
 def shorten(names: Iterable[str], most: int = 3) -> str:
-    """The first few names, printable, and how many more there are."""
+    """Return the first few names, printable, and the number of further ones."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name, 80) for name in names[:most]) + more
 
 
 def key_fault(key: str) -> str | None:
-    """What is wrong with an array's name, or None: unpacked, it must stay inside the folder."""
+    """Return what is wrong with an array's name, or None: unpacked, it must stay inside the folder."""
     if not key or len(key) > MAX_KEY:
-        return f"an array's name has {len(key)} characters, 1 to {MAX_KEY} are allowed"
+        return f"an array's name has {len(key)} characters, expected 1 to {MAX_KEY}"
     if "\\" in key or not key.isprintable():
-        return f"the array name {key!r} holds a backslash or a control character"
+        return f"the array name {key!r} contains a backslash or a control character"
     if key.startswith("/") or re.match("[A-Za-z]:", key) or any(part in ("", ".", "..") for part in key.split("/")):
         return f"the array name {key!r} is not a plain relative path"
     return None
 
 
 def dtype_fault(dtype: np.dtype) -> str | None:
-    """What keeps a dtype out of a weights file, or None: it must be a number that plain NumPy knows."""
+    """Return why a dtype is not allowed in a weights file, or None: it must be a number of plain NumPy."""
     if dtype.kind in "biuf" and dtype.itemsize <= 8:
         return None
     return f"has dtype {dtype}; {PLAIN_NUMBERS}"
 
 
 def digest(array: np.ndarray) -> str:
-    """The sha256, in hexadecimal, of an array's values: in C order, little-endian, without any header."""
+    """Return the sha256, in hexadecimal, of an array's values: in C order, little-endian, without header."""
     return hashlib.sha256(plain_bytes(array)).hexdigest()
 
 
 def plain_bytes(array: np.ndarray) -> np.ndarray:
-    """An array's values as bytes: in C order, little-endian."""
+    """Return an array's values as bytes: in C order, little-endian."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file: what its header says, and where its bytes lie."""
+    """One array of a file: its header's fields and the position of its bytes."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype  # as stored; the byte order may be foreign
+    dtype: np.dtype  # as stored, in any byte order
     fortran_order: bool
     header: bytes
     size: int  # bytes of header and values, unpacked
@@ -97,13 +97,13 @@ class Member:
 
 
 class Archive:
-    """The arrays of an `.npz` file. Opening it checks the directory and every header, and reads no values.
+    """The arrays of an `.npz` file. Opening it checks the directory and every header; no values are read.
 
     Args:
         path: the file. Members may be stored or deflated (`np.savez`, `np.savez_compressed`).
 
     Raises:
-        WeightsError: the file cannot be read or is not a sound `.npz` of plain numbers.
+        WeightsError: the file cannot be read or is not a valid `.npz` of plain numbers.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -112,7 +112,7 @@ class Archive:
             raise weights_error(path, "no such file")
         try:
             self._file = open_regular(path)
-            self._lock = threading.Lock()  # of the file's position
+            self._lock = threading.Lock()  # guards the file's position
         except OSError as error:
             raise weights_error(path, f"cannot be opened: {error.strerror}") from None
         try:
@@ -134,10 +134,10 @@ class Archive:
             for entry in zipped.directory(self._file):
                 key = self._key(entry.name)
                 if entry.deflated:
-                    budget.take(entry.size, f"unpacking {key}: a zip bomb, or write it again with np.savez; it")
+                    budget.take(entry.size, f"unpacking {key} (a zip bomb, or write it again with np.savez)")
                 members[key] = self._member(entry, key)
         except zipfile.BadZipFile as error:
-            raise weights_error(self.path, f"is not an .npz file, or is cut short ({error})") from None
+            raise weights_error(self.path, f"is not an .npz file, or is truncated ({error})") from None
         except WeightsError:
             raise
         except ValueError as error:
@@ -146,7 +146,7 @@ class Archive:
 
     def _key(self, name: str) -> str:
         if not name.endswith(".npy"):
-            raise weights_error(self.path, f"holds {name[:80]!r}, which is not an array (.npy)")
+            raise weights_error(self.path, f"contains {name[:80]!r}, which is not an array (.npy)")
         if fault := key_fault(name[:-4]):
             raise weights_error(self.path, fault)
         return name[:-4]
@@ -166,8 +166,8 @@ class Archive:
         if entry.size != (expected := header_size + math.prod(shape) * dtype.itemsize):
             raise weights_error(
                 self.path,
-                f"{key} has {entry.size:,} bytes where shape {shape} of {dtype.name} takes {expected:,}: "
-                "cut short, or followed by something else",
+                f"{key} has {entry.size:,} bytes, but shape {shape} of {dtype.name} takes {expected:,}: "
+                "truncated, or followed by something else",
             )
         return Member(
             shape,
@@ -182,14 +182,14 @@ class Archive:
         )
 
     def read(self, key: str, sha256: str | None = None) -> np.ndarray:
-        """One array: writable, C order, in this machine's byte order.
+        """Read one array: writable, C order, in this machine's byte order.
 
         Args:
             key: one of `members`.
-            sha256: what `digest` of the values must be. Without it the zip's checksum (CRC-32) is compared.
+            sha256: the expected `digest` of the values. Without it the zip's checksum (CRC-32) is verified.
 
         Raises:
-            WeightsError: the bytes are not those that were written.
+            WeightsError: the bytes differ from those written.
         """
         member = self.members[key]
         size = member.size - len(member.header)
@@ -202,18 +202,18 @@ class Archive:
             except (ValueError, zlib.error) as error:
                 raise weights_error(self.path, f"{key} cannot be unpacked ({error}): the file is damaged") from None
         else:
-            # Read, not mapped: a mapped file that another process writes to would change the weights after
-            # their check.
+            # Read, not mapped: a mapped file that another process writes to would change the weights after they are
+            # checked.
             values = np.empty(size, np.uint8)
             with self._lock:
                 self._file.seek(member.start + len(member.header))
                 got = self._file.readinto(values)
             if got != size:
-                raise weights_error(self.path, f"ends inside {key}: the file was cut short while it was read")
+                raise weights_error(self.path, f"ends inside {key}: the file was truncated while it was read")
         if sha256 is None and zlib.crc32(values, zlib.crc32(member.header)) != member.crc:
             raise weights_error(self.path, f"{key} does not match its checksum: the file is damaged")
         if member.dtype.kind == "b" and values.max(initial=0) > 1:
-            raise weights_error(self.path, f"{key} is of dtype bool but holds other bytes than 0 and 1")
+            raise weights_error(self.path, f"{key} is of dtype bool but contains bytes other than 0 and 1")
         array = values.view(member.dtype).reshape(member.shape, order="F" if member.fortran_order else "C")
         array = np.ascontiguousarray(array, member.dtype.newbyteorder("=")).reshape(member.shape)
         if sha256 is not None and digest(array) != sha256:
@@ -222,8 +222,8 @@ class Archive:
 
 
 def _header(array: np.ndarray) -> bytes:
-    """The header of a C-order array, format 1.0, padded so that values start at a multiple of 64 bytes."""
-    # Written here because NumPy's padding has changed between versions, and the bytes of a file must not.
+    """Return the header of a C-order array, format 1.0, padded so that values start at a multiple of 64 bytes."""
+    # Written here because NumPy's padding has changed between versions, and a file's bytes must not.
     descr = array.dtype.newbyteorder("<").str
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {array.shape!r}, }}"
     padded = -(-(len(text) + 11) // 64) * 64 - 10
@@ -231,10 +231,10 @@ def _header(array: np.ndarray) -> bytes:
 
 
 def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays to an `.npz` file, whole or not at all. The same arrays give the same bytes everywhere.
+    """Write arrays to an `.npz` file, atomically. The same arrays give the same bytes everywhere.
 
     Raises:
-        WeightsError: a name or dtype that weights files do not hold, or the disk refuses.
+        WeightsError: a name or dtype that is not allowed in weights files, or a disk error.
     """
     for key, array in arrays.items():
         if fault := key_fault(key):
@@ -246,17 +246,17 @@ def write(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[bytes | np.ndarray]]]) -> None:
-    """Write a zip file of members, stored, whole or not at all; the same members give the same bytes.
+    """Write a zip file of stored members, atomically; the same members give the same bytes.
 
     Args:
-        members: by name, in the order of the file: what gives each one's bytes, in pieces.
+        members: by name, in the order of the file: functions that return their bytes, in pieces.
 
     Raises:
-        WeightsError: the disk refuses.
+        WeightsError: a disk error.
     """
     with atomic_weights_file(path) as file, zipfile.ZipFile(file, "w") as target:
         for name, pieces in members.items():
-            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the earliest that zip knows
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # the earliest date in a zip
             info.create_system = 3  # Unix, on every system
             info.external_attr = (stat.S_IFREG | 0o644) << 16
             pieces = list(pieces())
@@ -268,10 +268,10 @@ def write_zip(path: str | os.PathLike, members: dict[str, Callable[[], Iterable[
 
 @contextmanager
 def atomic_weights_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` only once everything is written and on the disk.
+    """Open a file that appears at `path` only after it is complete and on the disk.
 
     Raises:
-        WeightsError: the disk refuses.
+        WeightsError: a disk error.
     """
     try:
         with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""The manifest of a weights file: what it says of its network, checked when it is written and when it is read.
+"""The manifest of a weights file, a description of its network, checked when it is written and read.
 
 docs/npz.md describes it.
 """
@@ -11,7 +11,7 @@ from types import NoneType
 import numpy as np
 
 from kvision.data.preprocessing import Preprocessing
-from kvision.untrusted import MALFORMED, Budget, name_fault, unique
+from kvision.untrusted import READ_ERRORS, Budget, name_fault, unique
 from kvision.weights.archive import Archive, WeightsError, shorten, weights_error
 
 FORMAT = "kvision-npz"
@@ -21,7 +21,7 @@ MAX_MANIFEST = 64 << 20  # bytes
 MAX_IMAGE = 1 << 24  # values: 2,364 pixels square in three channels
 FLOAT32_MAX = 3.4028234663852886e38
 
-# What the caller may state in a manifest, and as what. The rest is counted or computed.
+# Fields that the caller states, with their types. The others are computed.
 STATED = {
     "architecture": (str,),
     "arguments": (dict,),
@@ -35,24 +35,24 @@ STATED = {
 }
 
 
-def plain(value, place: str):
-    """`value` as JSON has it, with lists for tuples; ValueError names the place of what JSON cannot hold."""
+def to_json(value, place: str):
+    """Return `value` as JSON types, with lists for tuples; ValueError, with `place`, if JSON does not support it."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(item, f"{place}.{key}" if place else key) for key, item in value.items()}
+        return {key: to_json(item, f"{place}.{key}" if place else key) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, f"{place}[{i}]") for i, item in enumerate(value)]
     raise ValueError(
-        f"{place} in the manifest is {str(value)[:40]} ({type(value).__name__}); JSON holds strings, finite "
+        f"{place} in the manifest is {str(value)[:40]} ({type(value).__name__}); JSON supports strings, finite "
         "numbers, true, false, null, lists, and dictionaries with strings for keys"
     )
 
 
 def check_fields(manifest: dict) -> None:
-    """ValueError where a field that a person states is missing or is not what docs/npz.md says."""
+    """Raise ValueError if a stated field is missing or does not match docs/npz.md."""
     for field, types in STATED.items():
         if not isinstance(manifest.get(field, 0), types):
             names = " or ".join(
@@ -65,7 +65,7 @@ def check_fields(manifest: dict) -> None:
         expected = manifest["arguments"].get("classes", len(classes))
         if len(classes) != expected or not all(isinstance(name, str) for name in classes):
             raise ValueError(
-                f"classes in the manifest must be {expected} strings, one a logit, got {len(classes)} entries"
+                f"classes in the manifest must be {expected} strings, one per logit, got {len(classes)} entries"
             )
     if size is not None and not (len(size) == 2 and all(type(length) is int and length > 0 for length in size)):
         raise ValueError(f"input_size in the manifest must be [height, width] in pixels, got {str(size)[:40]}")
@@ -88,17 +88,17 @@ def check_fields(manifest: dict) -> None:
 
 
 def _check_image(field: str, shape: object) -> None:
-    """ValueError where an image of a shape cannot be: it would be made, and shown to a network."""
+    """Raise ValueError if an image of a shape is impossible or too large: it would be made and fed to a network."""
     lengths = [1 if length is None else length for length in shape] if isinstance(shape, list | tuple) else [None]
     if not all(type(length) is int and length > 0 for length in lengths) or math.prod(lengths) > MAX_IMAGE:
         raise ValueError(
-            f"{field} in the manifest must be positive whole numbers, with at most {MAX_IMAGE:,} values an image; got "
+            f"{field} in the manifest must be positive integers, with at most {MAX_IMAGE:,} values per image; got "
             f"{str(shape)[:40]}"
         )
 
 
 def _check_probe(probe: object) -> None:
-    """ValueError where the probe is not four images' logits."""
+    """Raise ValueError if the probe is not the logits of four images."""
     if probe is None:
         return
     shape, logits = (probe.get("shape"), probe.get("logits")) if isinstance(probe, dict) else (None, None)
@@ -112,62 +112,62 @@ def _check_probe(probe: object) -> None:
         raise ValueError("probe.logits in the manifest must be 4 rows of float32 numbers")
 
 
-def room_for(parameters: int) -> int:
-    """How many numbers the kernels of a network may hold whose file holds so many: more are not built.
+def max_parameters(parameters: int) -> int:
+    """Return the maximum number of values in the kernels of a network whose file has `parameters` values.
 
-    Twice as many, and a million: a network may be asked for with another head or other channels than its file's.
+    Twice as many plus a million: a network may be requested with another head or other channels than its file's.
     """
     return 2 * parameters + (1 << 20)
 
 
-def _whole_number(text: str) -> int:
-    if len(text) > 20:  # more than 64 bits; NumPy and Keras stumble over larger ones
+def _parse_int(text: str) -> int:
+    if len(text) > 20:  # more than 64 bits, which NumPy and Keras do not support
         raise ValueError(f"{text[:40]}... is beyond 64 bits")
     return int(text)
 
 
-def _finite_float(text: str) -> float:
+def _parse_float(text: str) -> float:
     if not math.isfinite(value := float(text)):  # 1e999 reads as infinity
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
 def read_manifest(archive: Archive, required: bool = True) -> dict:
-    """The manifest of an opened file, checked against the headers of its arrays; {} where there is none.
+    """Read the manifest of an open file, checked against the headers of its arrays; {} if there is none.
 
     Raises:
-        WeightsError: it is missing though `required`, malformed, of a newer format, or the arrays are not
-            those it lists.
+        WeightsError: it is missing although `required`, malformed, of a newer format, or does not list exactly the
+            file's arrays.
     """
     path = archive.path
     if MANIFEST not in archive.members:
         if required:
             raise weights_error(
                 path,
-                "has no manifest, so nothing tells what it holds or whether it is whole; load(..., "
-                "manifest_required=False) takes it all the same",
+                "has no manifest, so its contents and integrity are unknown; load(..., manifest_required=False) "
+                "accepts it",
             )
         return {}
     member = archive.members[MANIFEST]
     if member.dtype != np.uint8 or len(member.shape) != 1 or member.size > MAX_MANIFEST:
         raise weights_error(path, f"the manifest must be at most {MAX_MANIFEST:,} bytes in one row, got {member.shape}")
     try:
-        # As Python's objects JSON takes up to thirty times its bytes.
+        # JSON as Python's objects takes up to thirty times its bytes.
         Budget(archive.bytes).take(30 * member.size, "its manifest")
         manifest = json.loads(
             archive.read(MANIFEST).tobytes().decode("utf-8"),
-            parse_float=_finite_float,
-            parse_int=_whole_number,
-            parse_constant=_finite_float,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
+            parse_constant=_parse_float,
             object_pairs_hook=unique,
         )
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
-        json.dumps(manifest, ensure_ascii=False).encode("utf-8")  # half a surrogate could be written nowhere
+        json.dumps(manifest, ensure_ascii=False).encode("utf-8")  # raises on lone surrogates
     except WeightsError:
         raise
     except (ValueError, RecursionError) as error:
-        raise weights_error(path, f"the manifest is not JSON as docs/npz.md has it ({error})") from None
+        raise weights_error(path, f"the manifest is not JSON as in docs/npz.md ({error})") from None
     if manifest.get("format") != FORMAT:
         raise weights_error(
             path, f"the manifest is of format {str(manifest.get('format'))[:40]!r}, expected {FORMAT!r}"
@@ -182,7 +182,7 @@ def read_manifest(archive: Archive, required: bool = True) -> dict:
     try:
         check_fields(manifest)
         _check_probe(manifest.get("probe"))
-    except MALFORMED as error:
+    except READ_ERRORS as error:
         raise weights_error(path, str(error)) from None
     _check_arrays(archive, manifest)
     return manifest
@@ -195,12 +195,12 @@ def _check_arrays(archive: Archive, manifest: dict) -> None:
     if missing := entries.keys() - members.keys():
         raise weights_error(archive.path, f"lacks arrays that its manifest lists: {shorten(sorted(missing))}")
     if extra := members.keys() - entries.keys() - {MANIFEST}:
-        raise weights_error(archive.path, f"holds arrays that its manifest does not list: {shorten(sorted(extra))}")
+        raise weights_error(archive.path, f"contains arrays that its manifest does not list: {shorten(sorted(extra))}")
     for key, entry in entries.items():
         member = members[key]
-        said = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else None
-        held = (list(member.shape), member.dtype.name)
-        if said != held and (said, member.dtype) != ((held[0], "bfloat16"), np.uint16):
-            raise weights_error(archive.path, f"{key} is {held}, its manifest says {str(said)[:80]}")
+        stated = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else None
+        found = (list(member.shape), member.dtype.name)
+        if stated != found and (stated, member.dtype) != ((found[0], "bfloat16"), np.uint16):
+            raise weights_error(archive.path, f"{key} is {found}, its manifest states {str(stated)[:80]}")
         if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
             raise weights_error(archive.path, f"the manifest states no sha256 of {key}")

@@ -1,4 +1,4 @@
-"""The table of a folder of weights files, made from their manifests, so that it says what they say."""
+"""The Markdown table of a folder of weights files, generated from their manifests."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ START, END = "<!-- weights:start -->", "<!-- weights:end -->"
 
 
 def file_size(count: int) -> str:
-    """Bytes as people read them: `1.1 MB`."""
+    """Format a number of bytes: `1.1 MB`."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
@@ -21,20 +21,20 @@ def _cell(text: object) -> str:
 
 
 def table(folder: str | os.PathLike) -> str:
-    """A Markdown table of every `*.npz` in a folder, by name, without a newline at its end.
+    """Return a Markdown table of every `*.npz` in a folder, by name, without a trailing newline.
 
-    Accuracy has a column for each backend that a file names. The parameters include the statistics of batch
-    norm; the sha256 is the first 12 digits of the file's.
+    Accuracy has a column for each backend in the files. The parameters include the statistics of batch norm; the
+    sha256 is shortened to 12 digits.
 
     Raises:
-        WeightsError: there is no such folder, or a file in it is damaged or has no manifest.
+        WeightsError: the folder does not exist, or a file in it is damaged or has no manifest.
     """
     if not os.path.isdir(folder):
         raise weights_error(folder, "is not a folder")
     files = {path: inspect(path) for path in sorted(Path(folder).glob("*.npz"))}
     for path, found in files.items():
         if found["manifest"] is None:
-            raise weights_error(path, "has no manifest to make a table row of; write it with kvision.weights.save")
+            raise weights_error(path, "has no manifest for a table row; write it with kvision.weights.save")
     backends = sorted({backend for found in files.values() for backend in found["manifest"]["accuracy"]})
     columns = ["file", "architecture", "data set", "parameters"]
     columns += [f"accuracy, {backend}" for backend in backends]
@@ -60,18 +60,18 @@ def table(folder: str | os.PathLike) -> str:
 
 
 def write_table(folder: str | os.PathLike, readme: str | os.PathLike) -> None:
-    """Put `table(folder)` between the lines `<!-- weights:start -->` and `<!-- weights:end -->` of a file.
+    """Write `table(folder)` between the lines `<!-- weights:start -->` and `<!-- weights:end -->` of a file.
 
     Raises:
         WeightsError: as `table`; or the file cannot be read or written, or lacks the two lines.
     """
-    made = table(folder)
+    text_of_table = table(folder)
     try:
         text = Path(readme).read_text(encoding="utf-8")
         before, start, rest = text.partition(START)
         _, end, after = rest.partition(END)
         if not (start and end):
-            raise weights_error(readme, f"lacks the lines {START} and {END}; put them where the table should stand")
-        write_text(readme, f"{before}{START}\n{made}\n{END}{after}")
+            raise weights_error(readme, f"lacks the lines {START} and {END}; put them where the table should be")
+        write_text(readme, f"{before}{START}\n{text_of_table}\n{END}{after}")
     except OSError as error:
         raise weights_error(readme, f"cannot be rewritten: {error.strerror}") from None

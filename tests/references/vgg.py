@@ -10,14 +10,14 @@ CONVOLUTIONS = {"11": (1, 1, 2, 2, 2), "13": (2, 2, 2, 2, 2), "16": (2, 2, 3, 3,
 
 
 class VGG(nn.Module):
-    def __init__(self, convolutions, normalised, hidden, width, classes):
+    def __init__(self, convolutions, normalized, hidden, width, classes):
         super().__init__()
         features, inputs = [], 3
         for filters, count in zip((1, 2, 4, 8, 8), convolutions, strict=True):
             filters *= width
             for _ in range(count):
                 features.append(nn.Conv2d(inputs, filters, 3, padding=1))
-                features += [nn.BatchNorm2d(filters)] if normalised else []
+                features += [nn.BatchNorm2d(filters)] if normalized else []
                 features.append(nn.ReLU())
                 inputs = filters
             features.append(nn.MaxPool2d(2))
@@ -37,5 +37,5 @@ class VGG(nn.Module):
 
 
 def build(name, classes, hidden=4096, width=64):
-    depth, _, normalised = name.removeprefix("vgg").partition("_")
-    return VGG(CONVOLUTIONS[depth], normalised == "bn", hidden, width, classes)
+    depth, _, normalized = name.removeprefix("vgg").partition("_")
+    return VGG(CONVOLUTIONS[depth], normalized == "bn", hidden, width, classes)

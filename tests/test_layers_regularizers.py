@@ -1,4 +1,4 @@
-"""Penalties, constraints and decay of weights: values and gradients against their closed forms, through a step."""
+"""Weight penalties, constraints and decay: values and gradients against their closed forms, through a step."""
 
 import json
 
@@ -45,7 +45,7 @@ def step(model, optimizer, loss=lambda labels, outputs: 0.0 * ops.sum(outputs)):
 
 
 def gram(kernel, factor):
-    """Value and gradient of soft orthogonality in float64."""
+    """Return value and gradient of soft orthogonality in float64."""
     matrix = kernel.astype(np.float64).reshape(-1, kernel.shape[-1])
     wide = matrix.shape[0] < matrix.shape[1]
     matrix = matrix.T if wide else matrix
@@ -64,8 +64,8 @@ def gram(kernel, factor):
     ],
     ids=["l1", "l2", "elastic_net", "orthogonal"],
 )
-def test_a_penalty_is_its_closed_form(regularizer, closed):
-    """With a loss of zero the step is the penalty's gradient alone."""
+def test_a_penalty_equals_its_closed_form(regularizer, closed):
+    """With a loss of zero, the step is the penalty's gradient alone."""
     model = network()
     assert add_regularizer(model, regularizer) == [CONV, DENSE]
     loss, before, after = step(model, make_optimizer("sgd", 1.0, momentum=0.0))
@@ -78,7 +78,7 @@ def test_a_penalty_is_its_closed_form(regularizer, closed):
         )
 
 
-def test_the_pattern_chooses():
+def test_the_pattern_selects_variables():
     model = network()
     assert add_regularizer(model, L1L2(l2=0.02), ".*_conv/.*") == [CONV, "stage1_conv/bias"]
     assert [v.path for v in model.trainable_variables if v.regularizer is not None] == [CONV, "stage1_conv/bias"]
@@ -99,8 +99,8 @@ def test_orthonormal_columns_cost_nothing():
         assert float(ops.convert_to_numpy(Orthogonal(1.0)(ops.convert_to_tensor(kernel)))) < 1e-10
 
 
-def test_orthogonality_wants_a_kernel():
-    with pytest.raises(ValueError, match=r"of the columns of a kernel, got a variable of shape \(3,\)"):
+def test_orthogonality_requires_a_kernel():
+    with pytest.raises(ValueError, match=r"needs the columns of a kernel, got a variable of shape \(3,\)"):
         Orthogonal()(ops.ones((3,)))
 
 
@@ -111,7 +111,7 @@ def bounded(kernel, limit):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_max_norm_holds_after_each_step(kind):
-    """The engines' optimizers apply it: the step is that without a bound, and then the bound."""
+    """The step equals that without a bound, followed by the bound."""
     models = [network(), network()]
     assert add_constraint(models[1], MaxNorm(1.5)) == [CONV, DENSE]
     loss = lambda labels, outputs: ops.sum(ops.square(outputs))  # noqa: E731
@@ -123,25 +123,25 @@ def test_max_norm_holds_after_each_step(kind):
         np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-def test_max_norm_leaves_what_is_within_to_the_bit():
+def test_max_norm_keeps_weights_within_the_bound_exactly():
     kernel = noise(3, 3, 2, 5) * np.array([0.0, 0.01, 0.1, 10, 100], np.float32)
     found = ops.convert_to_numpy(MaxNorm(2.0)(kernel))
     np.testing.assert_array_equal(found[..., :3], kernel[..., :3])
     np.testing.assert_allclose(np.sqrt((found[..., 3:] ** 2).sum(axis=(0, 1, 2))), 2, rtol=1e-6)
 
 
-def test_one_constraint_a_variable():
+def test_a_second_constraint_raises():
     model = network()
     add_constraint(model, MaxNorm(2.0), DENSE)
-    with pytest.raises(ValueError, match="logits/kernel has a constraint already: MaxNorm"):
+    with pytest.raises(ValueError, match="logits/kernel already has a constraint: MaxNorm"):
         add_constraint(model, MaxNorm(1.0))
     assert model.get_layer("stage1_conv").kernel.constraint is None
-    with pytest.raises(ValueError, match="a largest norm is positive, got 0"):
+    with pytest.raises(ValueError, match="limit must be positive, got 0"):
         MaxNorm(0)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_decay_reaches_what_matches(kind):
+def test_decay_applies_to_matching_variables(kind):
     model = network()
     optimizer = make_optimizer(kind, 0.5, weight_decay=0.1)
     assert set_weight_decay_mask(model, optimizer, "stage1_(conv|bn)/(kernel|gamma)") == [CONV, "stage1_bn/gamma"]
@@ -151,26 +151,26 @@ def test_decay_reaches_what_matches(kind):
         np.testing.assert_allclose(after[variable.path], share * before[variable.path], rtol=1e-6, atol=1e-7)
 
 
-def test_decay_wants_an_optimizer_that_decays():
+def test_decay_requires_an_optimizer_with_weight_decay():
     with pytest.raises(ValueError, match="has no weight decay: give it weight_decay="):
         set_weight_decay_mask(network(), make_optimizer("sgd", 0.1))
 
 
 @pytest.mark.parametrize("lay", [add_regularizer, add_constraint])
-def test_a_pattern_that_matches_nothing_is_an_error(lay):
+def test_a_pattern_without_a_match_raises(lay):
     with pytest.raises(ValueError, match="no trainable variable of net matches 'kernel'; it has stage1_conv/kernel"):
         lay(network(), MaxNorm(), "kernel")
 
 
 @pytest.mark.parametrize("lay", [add_regularizer, add_constraint])
-def test_inference_is_left_alone(lay):
+def test_inference_is_unchanged(lay):
     model, images = network(), noise(3, 4, 4, 2)
     before = engine.create(model).predict(images)
     lay(model, {add_regularizer: Orthogonal(), add_constraint: MaxNorm(0.1)}[lay], KERNELS)
     np.testing.assert_array_equal(engine.create(model).predict(images), before)
 
 
-def test_they_survive_their_configuration():
+def test_they_are_restored_from_their_configuration():
     kernel = noise(3, 3, 2, 4)
     for part in (Orthogonal(0.01), Sum(Orthogonal(0.01), L1L2(0.1, 0.2))):
         again = keras.regularizers.get(json.loads(json.dumps(keras.regularizers.serialize(part))))

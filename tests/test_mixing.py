@@ -1,4 +1,4 @@
-"""Mixup, CutMix and random erasing against loops in NumPy; their params, frozen; and in training."""
+"""Mixup, CutMix and random erasing against loops in NumPy; frozen parameters; use in training."""
 
 import hashlib
 
@@ -30,27 +30,27 @@ def applied(kind, images, targets, params):
 # The closed forms
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_mixup_blends_images_and_targets(share):
-    images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(Mixup(), images, TARGETS, {"lam": np.float32(share), "permutation": partner})
-    for i, j in enumerate(partner):
-        np.testing.assert_allclose(found[i], share * images[i] + (1 - share) * images[j], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_mixup_blends_images_and_targets(lam):
+    images, permutation = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
+    found, targets = applied(Mixup(), images, TARGETS, {"lam": np.float32(lam), "permutation": permutation})
+    for i, j in enumerate(permutation):
+        np.testing.assert_allclose(found[i], lam * images[i] + (1 - lam) * images[j], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(targets[i], lam * TARGETS[i] + (1 - lam) * TARGETS[j], rtol=1e-6, atol=1e-7)
     assert found.dtype == targets.dtype == np.float32
 
 
 @pytest.mark.parametrize("box", [(1, 3, 2, 6), (0, 5, 0, 6), (2, 2, 3, 3), (4, 5, 0, 1)])
-def test_cutmix_pastes_a_rectangle_and_shares_by_area(box):
-    images, partner = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
-    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "permutation": partner})
+def test_cutmix_pastes_a_rectangle_and_mixes_targets_by_area(box):
+    images, permutation = noise(7, 5, 6, 3), np.array([3, 1, 0, 6, 5, 4, 2], np.int32)
+    found, targets = applied(CutMix(), images, TARGETS, {"box": np.array(box, np.int32), "permutation": permutation})
     top, bottom, left, right = box
-    share = 1 - (bottom - top) * (right - left) / 30
-    for i, j in enumerate(partner):
+    lam = 1 - (bottom - top) * (right - left) / 30
+    for i, j in enumerate(permutation):
         expected = images[i].copy()
         expected[top:bottom, left:right] = images[j, top:bottom, left:right]
         np.testing.assert_array_equal(found[i], expected)
-        np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[j], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(targets[i], lam * TARGETS[i] + (1 - lam) * TARGETS[j], rtol=1e-6, atol=1e-7)
 
 
 def test_erasing_puts_noise_into_each_rectangle():
@@ -64,38 +64,39 @@ def test_erasing_puts_noise_into_each_rectangle():
     np.testing.assert_array_equal(targets, TARGETS)
 
 
-# The params
+# Parameters. The digests are of this order.
+ORDER = ("box", "noise", "permutation", "lam")
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
-def test_mixup_draws_from_beta(alpha):
-    """Mean 1/2 and variance 1 / (4 (2 alpha + 1)); partners are a permutation."""
+def test_mixup_samples_from_beta(alpha):
+    """Mean 1/2 and variance 1 / (4 (2 alpha + 1)); the permutation is one."""
     generator = np.random.default_rng(0)
     params = [Mixup(alpha).make_params(generator, (6, 4, 4, 3)) for _ in range(4000)]
-    shares = np.array([draw["lam"] for draw in params], np.float64)
+    lams = np.array([row["lam"] for row in params], np.float64)
     variance = 1 / (4 * (2 * alpha + 1))
-    assert shares.mean() == pytest.approx(0.5, abs=4 * np.sqrt(variance / 4000))
-    assert shares.var() == pytest.approx(variance, rel=0.1)
-    assert all(sorted(draw["permutation"]) == list(range(6)) for draw in params[:50])
-    assert len({tuple(draw["permutation"]) for draw in params}) > 600  # of 720
+    assert lams.mean() == pytest.approx(0.5, abs=4 * np.sqrt(variance / 4000))
+    assert lams.var() == pytest.approx(variance, rel=0.1)
+    assert all(sorted(row["permutation"]) == list(range(6)) for row in params[:50])
+    assert len({tuple(row["permutation"]) for row in params}) > 600  # of 720
 
 
-def test_cutmix_draws_rectangles_around_uniform_centres():
+def test_cutmix_samples_rectangles_around_uniform_centers():
     generator = np.random.default_rng(0)
     boxes = np.array([CutMix().make_params(generator, (2, 32, 16, 3))["box"] for _ in range(4000)])
     top, bottom, left, right = boxes.T
     assert (top >= 0).all() and (bottom <= 32).all() and (left >= 0).all() and (right <= 16).all()
     assert (top <= bottom).all() and (left <= right).all()
-    # What is inside the border on all sides has the image's proportions, to whole pixels.
+    # A rectangle that is not clipped has the image's proportions, up to rounding.
     whole = (top > 0) & (bottom < 32) & (left > 0) & (right < 16)
     assert (abs((bottom - top)[whole] / 2 - (right - left)[whole]) <= 2).all() and whole.sum() > 500
-    # The centre is uniform and the side's share sqrt(1 - uniform), of density 2 s: 1/4 are below half of the image.
+    # The center is uniform and the relative side sqrt(1 - uniform), of density 2 s: 1/4 are below half of the image.
     middle = whole & (bottom - top < 16)
-    assert (bottom - top < 15).mean() > 0.25  # cutting off makes some smaller
+    assert (bottom - top < 15).mean() > 0.25  # clipping makes some smaller
     assert np.corrcoef(top[middle] + bottom[middle], left[middle] + right[middle])[0, 1] == pytest.approx(0, abs=0.1)
 
 
-def test_erasing_draws_areas_and_aspects_in_their_range():
+def test_erasing_samples_areas_and_aspects_in_their_range():
     kind, generator = RandomErasing(0.5), np.random.default_rng(0)
     boxes = kind.make_params(generator, (4000, 40, 60, 1))["box"]
     top, bottom, left, right = boxes.T
@@ -103,7 +104,7 @@ def test_erasing_draws_areas_and_aspects_in_their_range():
     erased = height * width > 0
     assert erased.mean() == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / 4000))
     height, width = height[erased], width[erased]
-    # Sides are cut down to whole pixels.
+    # Sides are truncated to integers.
     assert ((height + 1) * (width + 1) > 0.02 * 2400).all() and (height * width <= 0.4 * 2400).all()
     assert ((height + 1) / width > 0.3).all() and (height / (width + 1) < 1 / 0.3).all()
     assert (top >= 0).all() and (left >= 0).all() and (bottom <= 40).all() and (right <= 60).all()
@@ -116,7 +117,7 @@ def test_erased_areas_are_uniform():
     np.testing.assert_allclose(np.quantile(areas, [0, 0.25, 0.5, 0.75, 1]), [0.02, 0.115, 0.21, 0.305, 0.4], atol=0.015)
 
 
-def test_an_image_that_no_rectangle_fits_stays():
+def test_an_image_without_a_fitting_rectangle_is_unchanged():
     boxes = RandomErasing(1.0, area=(0.7, 0.9)).make_params(np.random.default_rng(0), (2000, 10, 10, 1))["box"]
     fits = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) > 0
     assert 1000 < fits.sum() < 2000 and (boxes >= 0).all() and (boxes <= 10).all()
@@ -131,26 +132,24 @@ def test_an_image_that_no_rectangle_fits_stays():
     ],
     ids=["mixup", "cutmix", "erasing"],
 )
-def test_draws_are_frozen(kind, expected):
+def test_params_are_frozen(kind, expected):
     """The same numbers on every backend and every machine."""
     params = kind.make_params(rng(3, "samples", 1, 2), (16, 8, 8, 3))
-    digest = hashlib.sha256(
-        b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params, reverse="lam" in params))
-    )
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in ORDER if name in params))
     assert digest.hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mixup(0), "mixup: alpha, of the distribution .* must be positive, got 0"),
+        (lambda: Mixup(0), "mixup: alpha of the distribution .* must be positive, got 0"),
         (lambda: CutMix(-1.0), "CutMix: alpha.* got -1.0"),
         (lambda: RandomErasing(1.5), "the probability must be from 0 to 1, got 1.5"),
         (lambda: RandomErasing(area=(0.5, 0.1)), r"areas must be in order.*got \(0.5, 0.1\) and 0.3"),
         (lambda: RandomErasing(aspect=3.0), "got .* and 3.0"),
     ],
 )
-def test_bad_arguments_are_named(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -158,12 +157,12 @@ def test_bad_arguments_are_named(make, message):
 # In a run
 
 
-def batches(pictures, n=13):
-    return Batches(*pictures(n, 6, 6), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
+def batches(make_images, n=13):
+    return Batches(*make_images(n, 6, 6), 4, 1, Preprocessing(mean=(0.5,), std=(0.25,)))
 
 
-def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
-    plain = batches(pictures)
+def test_each_batch_is_a_function_of_seed_epoch_and_step(make_images):
+    plain = batches(make_images)
     mixed = MixedBatches(plain, 3, [Mixup(1.0), CutMix(1.0)], RandomErasing(0.5))
     assert (mixed.steps, mixed.batch_size, mixed.preprocessing) == (3, 4, plain.preprocessing)
     to_numpy = lambda pairs: [[ops.convert_to_numpy(tensor) for tensor in pair.values()] for pair in pairs]  # noqa: E731
@@ -188,21 +187,21 @@ def test_each_batch_is_a_function_of_seed_epoch_and_step(pictures):
         np.testing.assert_array_equal(again[1], first[1])
 
 
-def test_of_two_mixers_each_batch_gets_one(pictures):
-    mixed = MixedBatches(batches(pictures, 400), 3, [Mixup(1.0), CutMix(1.0)])
-    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(pictures, 400).epoch(0))]
+def test_each_batch_gets_one_of_two_transforms(make_images):
+    mixed = MixedBatches(batches(make_images, 400), 3, [Mixup(1.0), CutMix(1.0)])
+    plain = [np.sort(images.ravel()) for images, _ in map(dict.values, batches(make_images, 400).epoch(0))]
     pairs = zip(mixed.epoch(0), plain, strict=True)
-    # CutMix shows values that were there; mixup's are new.
+    # CutMix keeps existing values; mixup makes new ones.
     cut = [np.isin(ops.convert_to_numpy(batch["image"]).ravel(), values).all() for batch, values in pairs]
     assert 30 < sum(cut) < 70
 
 
-def test_a_run_sees_them(pictures):
+def test_a_run_trains_on_mixed_batches(make_images):
     """Steps of softmax regression on mixed batches are those of the closed form."""
     inputs = keras.Input((6, 6, 3), name="image")
     model = keras.Model(inputs, logits(3)(keras.layers.Flatten(name="flatten")(inputs)), name="net")
     initialize(model, 0)
-    mixed = MixedBatches(batches(pictures), 3, [Mixup(0.5)], RandomErasing(0.3))
+    mixed = MixedBatches(batches(make_images), 3, [Mixup(0.5)], RandomErasing(0.3))
     weights, bias = (ops.convert_to_numpy(v.value).astype(np.float64) for v in model.trainable_variables)
     losses, hits = [], 0
     for images, targets in map(dict.values, mixed.epoch(0)):

@@ -1,4 +1,4 @@
-"""Views of test images against a reference that places pixel by pixel, and scores by their mean logits."""
+"""Test-time augmentation against a pixel-by-pixel reference, and the mean of its logits."""
 
 import keras
 import numpy as np
@@ -11,8 +11,8 @@ from kvision.training import evaluation, trainer
 from kvision.weights.initialization import initialize
 from tests.test_batches import mirrored
 
-# Each view by the paper's words: its weight, and where the pixel at (row, column) of a view of this width comes from.
-PLACES = {
+# For each view: the source (row, column) of a view's pixel (row, column) in an image of this width.
+SOURCES = {
     "as it is": (lambda row, column, width: (row, column)),
     "mirrored": (lambda row, column, width: (row, width - 1 - column)),
     "up and left": (lambda row, column, width: (row + 1, column + 1)),
@@ -23,7 +23,7 @@ PLACES = {
 EXPECTED = {
     "none": {"as it is": 1},
     "flip": {"as it is": 1 / 2, "mirrored": 1 / 2},
-    "flip_shift": {place: 1 / 4 if place in ("as it is", "mirrored") else 1 / 8 for place in PLACES},
+    "flip_shift": {place: 1 / 4 if place in ("as it is", "mirrored") else 1 / 8 for place in SOURCES},
 }
 
 
@@ -32,14 +32,14 @@ def reference(images, place):
     view = np.empty_like(images)
     for row in range(height):
         for column in range(width):
-            source, origin = PLACES[place](row, column, width)
+            source, origin = SOURCES[place](row, column, width)
             view[:, row, column] = images[:, mirrored(source, height), mirrored(origin, width)]
     return view
 
 
 @pytest.mark.parametrize("name", TTA)
-def test_views_are_what_their_name_says(pictures, name):
-    images, _ = pictures(3, 5, 7)
+def test_views_equal_the_reference(make_images, name):
+    images, _ = make_images(3, 5, 7)
     found = list(augmented_views(images, name))
     assert [weight for weight, _ in found] == list(EXPECTED[name].values())
     for (_, view), place in zip(found, EXPECTED[name], strict=True):
@@ -47,20 +47,20 @@ def test_views_are_what_their_name_says(pictures, name):
         np.testing.assert_array_equal(view, reference(images, place), err_msg=place)
 
 
-def test_unknown_views_are_named(pictures):
+def test_an_unknown_name_raises(make_images):
     with pytest.raises(ValueError, match="tta must be one of none, flip, flip_shift, got 'zoomed'"):
-        list(augmented_views(pictures(1)[0], "zoomed"))
+        list(augmented_views(make_images(1)[0], "zoomed"))
 
 
 @pytest.mark.parametrize("name", TTA)
-def test_predictions_are_mean_logits(pictures, name):
-    """The weighted mean over the views, of all images, the last incomplete batch too."""
+def test_predictions_are_mean_logits(make_images, name):
+    """The weighted mean over the views of all images, including the last incomplete batch."""
     inputs = keras.Input((5, 7, 3))
     outputs = logits(4)(keras.layers.Dense(6, "tanh")(keras.layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     initialize(model, 0)
     engine, preprocessing = trainer.engines.create(model), Preprocessing(mean=(0.5,), std=(0.25,))
-    images, _ = pictures(8, 5, 7)
+    images, _ = make_images(8, 5, 7)
     found = evaluation.predict(engine, images, preprocessing, 3, tta=name)
     expected = sum(
         weight * engine.predict(preprocessing(reference(images, place))).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Each layer against its closed form in NumPy, with numbers from the tests' own generator."""
+"""Noise layers against their closed forms in NumPy, with numbers from an independent generator."""
 
 import keras
 import numpy as np
@@ -43,8 +43,8 @@ def drop_block(x, step, rate=0.3, size=2):
     return x * mask * height * width * channels / np.maximum(kept, 1)
 
 
-def gaussian_noise(x, step, deviation=0.7):
-    return x + deviation * normal_quantile(reference_uniform(KEY, step, x.shape) + 2**-25)
+def gaussian_noise(x, step, stddev=0.7):
+    return x + stddev * normal_quantile(reference_uniform(KEY, step, x.shape) + 2**-25)
 
 
 CASES = {
@@ -81,14 +81,14 @@ def test_closed_form(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_inference_passes_on(name):
+def test_inference_returns_the_inputs(name):
     layer, x = CASES[name][0](seed=KEY), noise(*SHAPE)
     np.testing.assert_array_equal(apply(layer, x, training=False), x)
     assert value(layer.seed_generator.state).tolist() == [KEY, 0]
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_nothing_changes_nothing(name):
+def test_a_zero_rate_returns_the_inputs(name):
     x = noise(*SHAPE)
     np.testing.assert_array_equal(apply(NOTHING[name](), x), x)
 
@@ -101,18 +101,18 @@ def test_an_example_does_not_depend_on_the_others(name):
 
 @pytest.mark.parametrize("name", ["dropout", "spatial_dropout", "stochastic_depth", "gaussian_noise"])
 def test_expectation(name):
-    """The mean over independent draws of an input of ones is 1, at level 1e-6."""
+    """The mean over independent samples for an input of ones is 1, at level 1e-6."""
     make, _ = CASES[name]
     x = np.ones((4096, 2, 2, 2), np.float32)
     y = apply(make(seed=KEY), x)
-    draws = y if name in ("dropout", "gaussian_noise") else y[:, 0, 0] if name == "spatial_dropout" else y[:, 0, 0, 0]
+    samples = y if name in ("dropout", "gaussian_noise") else y[:, 0, 0] if name == "spatial_dropout" else y[:, 0, 0, 0]
     deviation = 0.7 if name == "gaussian_noise" else np.sqrt(0.4 / 0.6)
-    assert abs(draws.mean() - 1) < bound() * deviation / np.sqrt(draws.size)
-    assert abs(draws.std() / deviation - 1) < 0.05
+    assert abs(samples.mean() - 1) < bound() * deviation / np.sqrt(samples.size)
+    assert abs(samples.std() / deviation - 1) < 0.05
 
 
 def test_drop_block_expectation():
-    """Each example keeps its sum, and about the rate is dropped (less what overlaps)."""
+    """Each example keeps its sum, and about `rate` of it is dropped (less where blocks overlap)."""
     y = apply(DropBlock(0.1, 3, seed=KEY), np.ones((64, 12, 12, 4), np.float32))
     np.testing.assert_allclose(y.sum(axis=(1, 2, 3)), 12 * 12 * 4, rtol=1e-5)
     assert 0.08 < (y == 0).mean() < 0.1
@@ -191,7 +191,7 @@ def test_training_step(name):
 
 
 def test_shake_shake_training_step():
-    """Forward share and backward share are two numbers."""
+    """The forward and the backward weight are different numbers."""
     target, inputs = noise(*SHAPE, seed=3), keras.Input(SHAPE[1:])
     pair = [Given()(inputs), Given()(-inputs)]
     losses, gradients = trained(ShakeShake(seed=KEY)(pair), inputs, target)
@@ -214,7 +214,7 @@ def network():
 
 
 def test_states(network):
-    """They are set by seed and name, no weights, but variables: so checkpoints hold them and weight files do not."""
+    """They are set by seed and name. Checkpoints contain them; weights files do not."""
     initialize(network, 5)
     states = {layer.name: layer.seed_generator.state for layer in network.layers if hasattr(layer, "seed_generator")}
     assert set(states) == {*CASES, "shake_shake"}
@@ -227,7 +227,7 @@ def test_states(network):
 
 
 def test_keras_fit(network):
-    """Keras's own training loop, compiled as it likes, counts the steps and gets the same numbers."""
+    """Keras's training loop counts the steps and gets the same numbers."""
     initialize(network, 5)
     network.compile(keras.optimizers.SGD(0.0), "mse")
     images, targets = noise(12, *SHAPE[1:]), np.zeros((12, 3), np.float32)
@@ -281,14 +281,20 @@ def test_configuration(make):
         (lambda: Dropout(0.5, seed=2**31, name="drop"), r"drop: seed must be an integer from 0 .*, got 2147483648"),
         (lambda: ShakeShake(seed=-1, name="mix"), "mix: seed must be"),
         (lambda: GaussianNoise(0.1, seed=0.5, name="hiss"), "hiss: seed must be .*, got 0.5"),
-        (lambda: GaussianNoise(-1, name="hiss"), "hiss: deviation must be a number from 0 on, got -1"),
+        (lambda: GaussianNoise(-1, name="hiss"), "hiss: stddev must be a non-negative number, got -1"),
         (lambda: StochasticDepth(0.1, "image", name="depth"), "depth: mode must be 'row' or 'batch', got 'image'"),
         (lambda: DropBlock(0.1, 0, name="block"), "block: block_size must be a positive integer, got 0"),
         (lambda: DropBlock(0.1, 2.0, name="block"), "block: block_size must be a positive integer, got 2.0"),
-        (lambda: DropBlock(0.1, 7, name="block")(np.ones((1, 7, 6, 2))), "block: a block of 7x7 .* maps of 7x6; take"),
-        (lambda: DropBlock(0.1, 7, name="block")(np.ones((1, 7))), r"block: DropBlock wants maps .*got shape \(1, 7\)"),
-        (lambda: ShakeShake(name="mix")(np.ones((2, 3))), "mix: shake-shake wants a list of two tensors of one shape"),
-        (lambda: ShakeShake(name="mix")([np.ones((2, 3)), np.ones((2, 4))]), "mix: shake-shake wants"),
+        (lambda: DropBlock(0.1, 7, name="block")(np.ones((1, 7, 6, 2))), "block: a block of 7x7 .* maps of 7x6; use"),
+        (
+            lambda: DropBlock(0.1, 7, name="block")(np.ones((1, 7))),
+            r"block: DropBlock expects maps .*got shape \(1, 7\)",
+        ),
+        (
+            lambda: ShakeShake(name="mix")(np.ones((2, 3))),
+            "mix: shake-shake expects a list of two tensors of one shape",
+        ),
+        (lambda: ShakeShake(name="mix")([np.ones((2, 3)), np.ones((2, 4))]), "mix: shake-shake expects"),
     ],
 )
 def test_errors(make, message):
@@ -296,7 +302,7 @@ def test_errors(make, message):
         make()
 
 
-def test_the_networks_dropout_is_this_one():
+def test_networks_use_this_dropout():
     layer = layers.dropout(0.3, name="head_dropout")
     assert type(layer) is Dropout and (layer.rate, layer.name) == (0.3, "head_dropout")
     assert value(layer.seed_generator.state).tolist() == [key(0, "head_dropout"), 0]

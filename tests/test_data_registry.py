@@ -1,4 +1,4 @@
-"""Where `load` looks: the path alone if one is given, else the Keras cache, ./data, the network."""
+"""Search order of `load`: the given path alone, else the Keras cache, ./data, the network."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from kvision.data import NAMES, DataError, DataUnavailable, cifar, keras_cache, 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty Keras cache and an empty folder to work in, and published data sets that hold 5 and 1 images."""
+    """An empty Keras cache and an empty folder to work in, and published data sets with 5 and 1 images."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.chdir(tmp_path)
     for counts in (cifar.COUNTS, mnist.COUNTS):
@@ -58,7 +58,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("name", "place", "write"), PLACES.values(), ids=PLACES.keys())
-def test_without_a_path_the_usual_places_are_looked_in(home, name, place, write):
+def test_without_a_path_the_default_locations_are_searched(home, name, place, write):
     write(home / place)
     dataset = load(name, download=False)
     assert dataset.name == name
@@ -66,20 +66,20 @@ def test_without_a_path_the_usual_places_are_looked_in(home, name, place, write)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
-def test_a_data_set_that_is_nowhere_is_unavailable_and_the_message_says_what_to_do(home, name):
+def test_a_missing_data_set_raises_with_a_remedy(home, name):
     with pytest.raises(DataUnavailable, match="give a path to it, or put") as caught:
         load(name, download=False)
     assert str(keras_cache()) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_cache_comes_before_the_data_folder(home):
+def test_the_cache_precedes_the_data_folder(home):
     write_mnist(home / "keras" / "datasets" / "mnist.npz")
     write_mnist(home / "data" / "mnist.npz")
     assert load("mnist", download=False).source == str(home / "keras" / "datasets" / "mnist.npz")
 
 
-def test_a_broken_place_is_passed_over_with_a_word(home):
+def test_a_broken_candidate_is_skipped_and_logged(home):
     broken = home / "keras" / "datasets" / "mnist.npz"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"PK broken")
@@ -89,19 +89,19 @@ def test_a_broken_place_is_passed_over_with_a_word(home):
     assert len(said) == 1 and str(broken) in said[0]
 
 
-def test_a_part_of_mnist_in_the_cache_does_not_pass_for_mnist(home, monkeypatch):
+def test_an_incomplete_mnist_in_the_cache_is_not_mnist(home, monkeypatch):
     write_mnist(home / "keras" / "datasets" / "mnist.npz")
     monkeypatch.setitem(mnist.COUNTS, "mnist", (60_000, 10_000))
     said = []
     with pytest.raises(DataUnavailable):
         load("mnist", download=False, log=said.append)
-    assert "not the whole mnist" in said[0]
+    assert "not the complete mnist" in said[0]
 
 
-def test_a_path_is_the_only_place(home):
+def test_a_given_path_is_the_only_candidate(home):
     write_mnist(home / "keras" / "datasets" / "mnist.npz")
     (home / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no mnist") as caught:
+    with pytest.raises(DataError, match="empty contains no mnist") as caught:
         load("mnist", home / "empty")
     assert not isinstance(caught.value, DataUnavailable)
 
@@ -112,14 +112,14 @@ def test_a_path_is_the_only_place(home):
         ("missing", "missing does not exist"),
         ("", "path of the data is empty"),
         ("  ", "path of the data is empty"),
-        ("empty", "holds no cifar10, no .npz and no images by class, but nothing"),
-        ("notes.txt", "is no data set: expected"),
-        ("text", "holds no cifar10.*but readme"),
-        ("mnist", r"holds no cifar10.*but mnist\.npz; expected cifar-10-batches-py/ or cifar-10-batches-bin/"),
+        ("empty", "contains no cifar10, no .npz and no images by class, but nothing"),
+        ("notes.txt", "is not a data set: expected"),
+        ("text", "contains no cifar10.*but readme"),
+        ("mnist", r"contains no cifar10.*but mnist\.npz; expected cifar-10-batches-py/ or cifar-10-batches-bin/"),
     ],
 )
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_bad_path_is_one_clear_line(home, path, message, kind):
+def test_an_invalid_path_raises_a_one_line_error(home, path, message, kind):
     (home / "empty").mkdir()
     (home / "text").mkdir()
     (home / "text" / "readme").write_text("x")
@@ -133,7 +133,7 @@ def test_a_bad_path_is_one_clear_line(home, path, message, kind):
     assert not isinstance(caught.value, DataUnavailable)
 
 
-def test_one_folder_with_several_data_sets_serves_every_name(home):
+def test_one_folder_may_contain_several_data_sets(home):
     write_cifar10(home / "all" / "cifar-10-batches-bin")
     write_mnist(home / "all" / "mnist.npz")
     write_fashion(home / "all" / "FashionMNIST" / "raw")
@@ -141,24 +141,24 @@ def test_one_folder_with_several_data_sets_serves_every_name(home):
         assert load(name, home / "all").name == name
 
 
-def test_a_path_that_is_another_data_set_is_that_one(home):
+def test_a_path_to_another_data_set_loads_that_one(home):
     write_cifar10(home / "cifar-10-batches-bin")
     assert load("mnist", home / "cifar-10-batches-bin").name == "cifar10"
 
 
-def test_the_users_home_is_expanded(home, monkeypatch):
+def test_the_home_directory_is_expanded(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     write_mnist(home / "mnist.npz")
     assert load("mnist", "~/mnist.npz").name == "mnist"
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_raises_with_the_known_names():
     with pytest.raises(DataError, match="unknown data set 'cifar11'; expected one of cifar10, cifar100, mnist"):
         load("cifar11")
-    assert set(NAMES) >= {"cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "drawn_digits"}
+    assert set(NAMES) >= {"cifar10", "cifar100", "mnist", "fashion_mnist", "shapes10", "digits", "synthetic_digits"}
 
 
-def test_the_cache_is_where_keras_has_it(monkeypatch, tmp_path):
+def test_the_cache_is_that_of_keras(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "k"))
     assert keras_cache() == tmp_path / "k" / "datasets"
     monkeypatch.delenv("KERAS_HOME")

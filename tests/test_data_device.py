@@ -7,7 +7,7 @@ from keras import ops
 
 from kvision import engine
 from kvision.data.batches import Augmentation, Batches
-from kvision.data.device import PLACES, DeviceDataset
+from kvision.data.device import MAX_PIXELS, DeviceDataset
 from kvision.data.mixing import MixedBatches, Mixup
 from kvision.data.preprocessing import Preprocessing
 from kvision.layers import activation, batch_norm, conv, logits, max_pool
@@ -24,8 +24,8 @@ RGB = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 BGR = Preprocessing(mean=(103.9, 116.8, 123.7), std=(1.0, 1.0, 1.0), scale=1.0, channel_order="bgr")
 
 
-def build_batches(pictures, augmentation=None, preprocessing=RGB, n=29, size=4):
-    images, labels = pictures(n, 8, 7, channels=3)
+def build_batches(make_images, augmentation=None, preprocessing=RGB, n=29, size=4):
+    images, labels = make_images(n, 8, 7, channels=3)
     return Batches(images, labels, size, 3, preprocessing, augmentation)
 
 
@@ -53,8 +53,8 @@ def build_engine(model, optimizer):
     [None, Augmentation(flip=True), Augmentation(True, 2, "reflect"), Augmentation(False, 3, "zero", 4)],
     ids=["plain", "flip", "shift", "cutout"],
 )
-def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocessing):
-    batches = build_batches(pictures, augmentation, preprocessing)
+def test_the_device_shows_what_the_host_shows(make_images, augmentation, preprocessing):
+    batches = build_batches(make_images, augmentation, preprocessing)
     shown = DeviceDataset(batches)
     for epoch in (0, 1):
         for params, batch in zip(batches.params(epoch), batches.epoch(epoch), strict=True):
@@ -64,11 +64,11 @@ def test_the_device_shows_what_the_host_shows(pictures, augmentation, preprocess
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
+def test_many_steps_are_one_after_the_other(make_images, accelerated, monkeypatch):
     """Seven steps by three calls, one of several steps: on JAX also as the loop that an accelerator runs."""
     if keras.backend.backend() == "jax":
         monkeypatch.setattr(engine.backend_module(), "accelerated", lambda: accelerated)
-    batches = build_batches(pictures, Augmentation(True, 1))
+    batches = build_batches(make_images, Augmentation(True, 1))
     one, many = (build_engine(network(), optimizer()) for _ in range(2))
     expected = [[float(x) for x in figures(one.train_step(batch))] for batch in batches.epoch(0)]
     shown, params = DeviceDataset(batches), list(batches.params(0))
@@ -83,28 +83,28 @@ def test_many_steps_are_one_after_the_other(pictures, accelerated, monkeypatch):
         np.testing.assert_allclose(weights, others, rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_are_predicted_where_they_lie(pictures):
-    batches = build_batches(pictures, Augmentation(True, 1))
+def test_pictures_are_predicted_where_they_lie(make_images):
+    batches = build_batches(make_images, Augmentation(True, 1))
     predictor, shown = engine.create(network(), Classification()), DeviceDataset(batches)
     found = predictor.predict_on_device(shown, np.stack(list(batches.params(2))))
     expected = [predictor.predict(images) for images, _ in map(dict.values, batches.epoch(2))]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_more_pixels_than_are_counted_are_refused(pictures, monkeypatch):
-    batches = build_batches(pictures)
-    monkeypatch.setattr("kvision.data.device.PLACES", batches.padded[..., 0].size)
-    with pytest.raises(ValueError, match="29 images of 8x7 pixels with their border are too many"):
+def test_more_pixels_than_are_counted_are_refused(make_images, monkeypatch):
+    batches = build_batches(make_images)
+    monkeypatch.setattr("kvision.data.device.MAX_PIXELS", batches.padded[..., 0].size)
+    with pytest.raises(ValueError, match="29 padded images of 8x7 pixels are too many"):
         DeviceDataset(batches)
-    assert PLACES == 2**31
+    assert MAX_PIXELS == 2**31
 
 
-def test_a_run_is_the_same_with_images_on_the_device(pictures):
+def test_a_run_is_the_same_with_images_on_the_device(make_images):
     """Losses, scores and weights of two epochs; in programs of one step and of several."""
     runs = []
     for options in ({"data_on": "host"}, {"data_on": "device"}, {"data_on": "device", "steps_per_execution": 3}):
-        batches, model = build_batches(pictures, Augmentation(True, 1)), network()
-        test = pictures(9, 8, 7, channels=3, seed=2)
+        batches, model = build_batches(make_images, Augmentation(True, 1)), network()
+        test = make_images(9, 8, 7, channels=3, seed=2)
         history = fit(
             model,
             Classification(),
@@ -150,7 +150,7 @@ class Programs:
         (6, 3, [3, 1]),
     ],
 )
-def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, tmp_path, every, start, expected):
+def test_programs_lie_where_a_run_that_goes_on_has_them(make_images, monkeypatch, tmp_path, every, start, expected):
     """From a multiple of three steps to the next; one by one before, before a checkpoint and at an epoch's end."""
     create = engine.create
 
@@ -164,7 +164,7 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
         monkeypatch.setattr(trainer.engines, "create", note)
         steps, every = options.pop("steps_per_execution", None), options.pop("save_every")
         options = {"schedule": Schedule(save_every=every), "execution": Execution("native", "device", steps)}
-        loader = build_batches(pictures)
+        loader = build_batches(make_images)
         fit(network(), Classification(), optimizer(), loader, epochs=1, checkpoint=tmp_path, **options)
         return noted[0].counts
 
@@ -174,8 +174,8 @@ def test_programs_lie_where_a_run_that_goes_on_has_them(pictures, monkeypatch, t
     assert run(steps_per_execution=3, save_every=every) == expected
 
 
-def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
-    mixed = MixedBatches(build_batches(pictures), 3, [Mixup()])
+def test_images_that_cannot_lie_on_the_device_are_refused(make_images):
+    mixed = MixedBatches(build_batches(make_images), 3, [Mixup()])
     for options, message in (
         ({"data_on": "gpu"}, "data_on must be one of auto, host, device, got 'gpu'"),
         ({"data_on": "device", "engine": "keras"}, "Keras's own step takes images from the host"),
@@ -183,7 +183,7 @@ def test_images_that_cannot_lie_on_the_device_are_refused(pictures):
     ):
         with pytest.raises(ValueError, match=message):
             execution = Execution(**options)
-            fit(network(), Classification(), optimizer(), build_batches(pictures), epochs=1, execution=execution)
+            fit(network(), Classification(), optimizer(), build_batches(make_images), epochs=1, execution=execution)
     with pytest.raises(ValueError, match="images of MixedBatches cannot be made on the device"):
         fit(network(), Classification(), optimizer(), mixed, epochs=1, execution=Execution(data_on="device"))
 
@@ -197,8 +197,8 @@ def test_an_accelerator_takes_whole_programs_where_it_can(monkeypatch, steps, ex
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
-def test_views_of_pictures_are_those_of_the_host(pictures, tta):
-    images, _ = pictures(11, 8, 7)
+def test_tta_on_the_device_equals_the_host(make_images, tta):
+    images, _ = make_images(11, 8, 7)
     predictor = engine.create(network(), Classification())
     shown = DeviceDataset(
         Batches(images, np.zeros(11, int), 1, 0, RGB, Augmentation(crop_padding=1, padding_mode="reflect"))
@@ -207,8 +207,8 @@ def test_views_of_pictures_are_those_of_the_host(pictures, tta):
     np.testing.assert_allclose(found, evaluation.predict(predictor, images, RGB, 4, tta), rtol=1e-5, atol=1e-6)
 
 
-def test_moved_views_want_a_border(pictures):
-    shown = DeviceDataset(build_batches(pictures))
+def test_shifted_views_require_padding(make_images):
+    shown = DeviceDataset(build_batches(make_images))
     with pytest.raises(ValueError, match="tta 'flip_shift' moves images by 1 pixels, their border has 0"):
         evaluation.predict_on_device(engine.create(network(), Classification()), shown, tta="flip_shift")
 
@@ -224,8 +224,8 @@ def test_moved_views_want_a_border(pictures):
     ],
     ids=["auto", "host", "keras", "too many", "shows something else"],
 )
-def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, expected):
-    batches = build_batches(pictures)
+def test_images_lie_on_the_device_where_they_can(make_images, monkeypatch, change, expected):
+    batches = build_batches(make_images)
     if "bytes" in change:
         monkeypatch.setattr(trainer, "DEVICE_BYTES", change["bytes"])
     if "own" in change:
@@ -234,9 +234,9 @@ def test_images_lie_on_the_device_where_they_can(pictures, monkeypatch, change, 
     assert isinstance(found, DeviceDataset) is expected
 
 
-def test_images_of_a_float64_run_are_numpys(pictures):
+def test_images_of_a_float64_run_are_numpys(make_images):
     engine.configure("float64")
     try:
-        assert trainer.device_dataset(build_batches(pictures), "auto", True) is None
+        assert trainer.device_dataset(build_batches(make_images), "auto", True) is None
     finally:
         engine.configure()

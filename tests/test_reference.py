@@ -1,4 +1,4 @@
-"""Against libraries that do the same: skipped where they are not installed."""
+"""Comparison with equivalent libraries; skipped if they are not installed."""
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +9,7 @@ from kvision.weights import load, save
 from kvision.weights.initialization import initialize
 
 
-def test_safetensors_holds_the_same_arrays(tmp_path):
+def test_safetensors_reads_the_same_arrays(tmp_path):
     theirs = pytest.importorskip("safetensors.numpy")
     model = create_model("resnet20")
     initialize(model, 0)
@@ -42,7 +42,7 @@ def test_safetensors_agrees(tmp_path):
         }
 
 
-def test_keras_cv_is_no_dependency():
+def test_keras_cv_is_not_a_dependency():
     import sys
 
     import kvision.experiment  # noqa: F401

@@ -1,4 +1,4 @@
-"""Files of other frameworks: read without them, written for them, refused where they are broken."""
+"""Other frameworks' files: reading and writing without the framework, rejection of invalid files."""
 
 import os
 from collections import Counter
@@ -49,7 +49,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("form", [pth, safetensors], ids=["pth", "safetensors"])
-def test_what_is_written_is_read(form, arrays, tmp_path):
+def test_round_trip(form, arrays, tmp_path):
     form.write(tmp_path / "one", arrays)
     form.write(tmp_path / "two", arrays)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -62,8 +62,8 @@ def test_what_is_written_is_read(form, arrays, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_the_seeds_of_the_fuzzer_are_read(tmp_path):
-    """Files that are written byte by byte from the formats' descriptions."""
+def test_the_fuzzers_seeds_are_read(tmp_path):
+    """Files written byte by byte from the formats' specifications."""
     for kind, blob in fuzz_weights.seeds(tmp_path).items():
         (tmp_path / kind).write_bytes(blob)
         if kind == "canary":
@@ -80,7 +80,7 @@ def test_the_seeds_of_the_fuzzer_are_read(tmp_path):
             np.testing.assert_array_equal(found["conv/kernel"], np.arange(54).reshape(3, 3, 2, 3))
 
 
-def test_mutated_files_are_read_or_refused():
+def test_mutated_files_are_read_or_raise():
     """`python -m tests.fuzz_weights` does the same with ten thousand."""
     found = fuzz_weights.fuzz(700, seed=1)
     assert set(sum(found.values(), Counter())) <= {"read", "refused"}
@@ -165,7 +165,7 @@ def small():
     return model
 
 
-def test_the_command_goes_both_ways(small, tmp_path, capsys):
+def test_the_command_converts_in_both_directions(small, tmp_path, capsys):
     weights.save(small, tmp_path / "ours.npz", arguments={"depth": 8})
     for suffix, source in ((".pth", "torchvision"), (".safetensors", "kvision")):
         there, back = tmp_path / f"there{suffix}", tmp_path / f"back{suffix}.npz"
@@ -192,7 +192,7 @@ def test_the_command_goes_both_ways(small, tmp_path, capsys):
     assert manifest["preprocessing"] is None
 
 
-def test_counters_come_back(small, tmp_path):
+def test_counters_are_restored(small, tmp_path):
     arrays = convert.export_arrays(small, "torchvision")
     counters = [key for key in arrays if key.endswith("num_batches_tracked")]
     assert counters and all(arrays[key] == 0 for key in counters)
@@ -205,13 +205,13 @@ def test_counters_come_back(small, tmp_path):
     assert same(pth.read(tmp_path / "out.pth")[0], arrays)
 
 
-def test_what_does_not_fit_is_named(small, tmp_path):
+def test_unmatched_names_raise(small, tmp_path):
     arrays = convert.export_arrays(small, "torchvision")
     before = values(small)
     odd = {**arrays, "extra.weight": np.zeros(3, np.float32)}
     del odd["linear.bias"], odd["layer1.0.conv1.weight"]
     with pytest.raises(
-        WeightsError, match=r"2 of \d+ variables get no array: .*layer1\.0\.conv1\.weight.*extra\.weight"
+        WeightsError, match=r"2 of \d+ variables are missing: .*layer1\.0\.conv1\.weight.*extra\.weight"
     ):
         convert.import_arrays(small, odd, "torchvision")
     count, skipped, _ = convert.import_arrays(
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_named(small, tmp_path):
             np.zeros((4, 63), np.float32),
             r"linear\.weight has shape \(4, 63\), logits/kernel expects \(4, 64\)",
         ),
-        ("linear.bias", np.full(4, np.nan, np.float32), "linear.bias holds NaN or infinite values"),
+        ("linear.bias", np.full(4, np.nan, np.float32), "linear.bias contains NaN or infinite values"),
     ):
         with pytest.raises(WeightsError, match=message):
             convert.import_arrays(small, arrays | {key: array}, "torchvision")
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_named(small, tmp_path):
     pth.write(tmp_path / "a.pth", arrays)
     for arguments, message in (
         (("resnet21",), "unknown model 'resnet21'"),
-        ((), "does not say of which network it is"),
+        ((), "does not state its network"),
         (("softmax",), "torchvision has no softmax"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -240,13 +240,13 @@ def test_what_does_not_fit_is_named(small, tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
         convert.convert(tmp_path / "missing.pth", tmp_path / "b.npz", "resnet20")
     (tmp_path / "text").write_text("hello, I am no weights file at all")
-    with pytest.raises(WeightsError, match="is of no kind known here"):
+    with pytest.raises(WeightsError, match="is of an unknown format"):
         formats.read(tmp_path / "text")
     assert not (tmp_path / "b.npz").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "theirs"),
+    ("name", "model_kwargs", "theirs"),
     [
         (
             "mobilenet_v2",
@@ -279,10 +279,10 @@ def test_what_does_not_fit_is_named(small, tmp_path):
         ),
     ],
 )
-def test_timms_names(name, own, theirs):
+def test_timms_names(name, model_kwargs, theirs):
     """Names and shapes from timm 1.0.31, whose logits these were compared with by hand (within 2.2e-6)."""
     with skip_init():
-        model = zoo.build_model(name, (64, 64, 3), 10, **own)
+        model = zoo.build_model(name, (64, 64, 3), 10, **model_kwargs)
     found = {place.key: place.shape for place in timm.find(model).values()}
     assert theirs.items() <= found.items()
     assert len(found) == len(model.weights)
@@ -303,13 +303,13 @@ def test_half_precision(dtype, small, tmp_path):
     assert convert.verify(tmp_path / "half.npz").ok
     small.get_layer("logits").bias.assign(np.full(4, 1e6, np.float32))
     if dtype == "float16":
-        with pytest.raises(WeightsError, match=r"logits/bias reaches 1e\+06, beyond what float16 holds"):
+        with pytest.raises(WeightsError, match=r"logits/bias reaches 1e\+06, beyond the range of float16"):
             weights.save(small, tmp_path / "over.npz", dtype=dtype)
     small.get_layer("logits").bias.assign(before["logits/bias"])
 
 
 @pytest.mark.skipif(not CIFAR_RESNET.is_file(), reason="KVISION_DATA names no folder with Idelbayev's weights")
-def test_published_weights_score_what_they_are_known_for(tmp_path):
+def test_published_weights_have_their_published_accuracy(tmp_path):
     """https://github.com/akamaster/pytorch_resnet_cifar10: an error of 8.27 % on CIFAR-10."""
     convert.convert(CIFAR_RESNET, tmp_path / "resnet20.npz", "resnet20", dataset="cifar10", license="BSD-2-Clause")
     model = kvision.create_model("resnet20", weights=tmp_path / "resnet20.npz")

@@ -1,4 +1,4 @@
-"""Batch norm frozen, folded, recalibrated and synchronised, each against its closed form."""
+"""Batch norm frozen, fused, updated and synchronized, each against its closed form."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ layers = keras.layers
 
 
 def fill(model, seed=0):
-    """Random values in every variable, variances positive."""
+    """Set every variable to random values, variances to positive ones."""
     for i, variable in enumerate(model.weights):
         drawn = noise(*variable.shape, seed=seed + i) / max(1, np.sqrt(np.prod(variable.shape[:-1])))
         variable.assign(np.abs(drawn) + 0.5 if variable.name.startswith("moving_variance") else drawn)
@@ -58,8 +58,8 @@ def predict(model, images):
 # Frozen
 
 
-def test_a_frozen_batch_norm_uses_its_running_statistics_and_keeps_everything():
-    """The step is that of a network with the batch norm written out as the affine map it is at inference."""
+def test_a_frozen_batch_norm_uses_its_running_statistics_and_is_not_updated():
+    """The step equals that of a network with an affine map in place of the batch norm."""
     model, images = small(), noise(6, 6, 6, 3, seed=7)
     before, (scale, offset, mean, variance) = values(model), (value(v) for v in model.get_layer("stage1_bn").weights)
     assert norm.freeze_batch_norm(model) == ["stage1_bn"]
@@ -113,7 +113,7 @@ KEEPS = {
 
 
 @pytest.mark.parametrize("build", FOLDS.values(), ids=FOLDS)
-def test_folding_changes_nothing_at_inference(build):
+def test_fusing_keeps_the_outputs_at_inference(build):
     model, images = chain(*build()), noise(4, 6, 6, 3, seed=7)
     before, expected = values(model), predict(model, images)
     folded = norm.fuse_conv_bn(model)
@@ -127,7 +127,7 @@ def test_folding_changes_nothing_at_inference(build):
     assert all(np.array_equal(after[path], before[path]) for path in before) and after.keys() == before.keys()
 
 
-def test_a_folded_kernel_is_its_closed_form():
+def test_a_fused_kernel_equals_its_closed_form():
     model = chain(conv(4, 3, name="a_conv", use_bias=True), batch_norm(name="a_bn"))
     kernel, bias = (value(v).astype(np.float64) for v in model.get_layer("a_conv").weights)
     gamma, beta, mean, variance = (value(v).astype(np.float64) for v in model.get_layer("a_bn").weights)
@@ -138,7 +138,7 @@ def test_a_folded_kernel_is_its_closed_form():
 
 
 def branched():
-    """The convolution's output is read by another layer too."""
+    """Another layer reads the convolution's output, too."""
     inputs = keras.Input((6, 6, 3))
     x = conv(4, 3, name="a_conv")(inputs)
     return fill(keras.Model(inputs, layers.Add(name="add")([x, batch_norm(name="a_bn")(x)])))
@@ -161,14 +161,14 @@ def shared():
     [*(lambda make=make: chain(*make()) for make in KEEPS.values()), branched, tapped, shared],
     ids=[*KEEPS, "branched", "tapped", "shared"],
 )
-def test_what_cannot_be_folded_stays_and_is_named(build):
+def test_other_batch_norms_stay(build):
     model, images = build(), noise(4, 6, 6, 3, seed=7)
     folded = norm.fuse_conv_bn(model)
     assert [layer.name for layer in norm.batch_norms(folded)] == ["a_bn"]
     np.testing.assert_array_equal(predict(folded, images), predict(model, images))
 
 
-def test_nested_batch_norms_stay_and_are_named():
+def test_nested_batch_norms_stay():
     inner = chain(conv(4, 3, name="inner_conv"), batch_norm(name="inner_bn"))
     model = chain(inner, conv(4, 3, name="a_conv"), batch_norm(name="a_bn"))
     folded, images = norm.fuse_conv_bn(model), noise(4, 6, 6, 3, seed=7)
@@ -177,19 +177,19 @@ def test_nested_batch_norms_stay_and_are_named():
     assert np.abs(predict(folded, images) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_only_a_graph_can_be_folded():
+def test_fusing_requires_a_functional_model():
     class Own(keras.Model):
         pass
 
-    with pytest.raises(ValueError, match="only a functional model's graph can be read, and own is a Own"):
+    with pytest.raises(ValueError, match="fuse_conv_bn needs a functional model, and own is a Own"):
         norm.fuse_conv_bn(Own(name="own"))
 
 
 # Recalibrated
 
 
-def test_recalibration_pools_the_moments_of_all_images():
-    """Of two batch norms: the first sees its images as one batch, the second what the first makes of each batch."""
+def test_update_bn_pools_the_moments_of_all_images():
+    """The first batch norm against all images as one batch, the second against the first's outputs by batch."""
     model = chain(
         conv(4, 3, name="a_conv"),
         batch_norm(name="a_bn", scale=False),
@@ -220,8 +220,8 @@ def test_recalibration_pools_the_moments_of_all_images():
         assert ("moving" in path) != np.array_equal(array, before[path]), path
 
 
-def test_recalibration_of_branches():
-    """Each batch norm gets its own, in whatever order the graph is walked."""
+def test_update_bn_with_branches():
+    """Each batch norm gets its own statistics, whatever the order of the graph."""
     inputs = keras.Input((6, 6, 3))
     x = batch_norm(name="stem_bn")(conv(3, 3, name="stem_conv")(inputs))
     branches = []
@@ -232,14 +232,14 @@ def test_recalibration_of_branches():
     model = fill(keras.Model(inputs, layers.Add(name="add")([short, *branches])))
     images = 2 * noise(4, 6, 6, 3) + 1
     norm.update_bn(model, [engine.create(norm.batch_statistics_model(model)).predict(images)])
-    # Of one batch: at inference each batch norm now sees what it normalises to mean 0 and deviation 1.
+    # Of one batch: at inference each batch norm now sees what it normalizes to mean 0 and deviation 1.
     for layer in norm.batch_norms(model):
         seen = predict(keras.Model(model.input, layer.input), images)
         np.testing.assert_allclose(value(layer.moving_mean), seen.mean(axis=(0, 1, 2)), rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(value(layer.moving_variance), seen.var(axis=(0, 1, 2)), rtol=1e-3)
 
 
-def test_recalibration_leaves_frozen_ones_alone():
+def test_update_bn_skips_frozen_batch_norms():
     model = chain(conv(4, 3, name="a_conv"), batch_norm(name="a_bn"), batch_norm(name="b_bn"))
     model.get_layer("a_bn").trainable = False
     before, images = values(model), noise(4, 6, 6, 3)
@@ -251,14 +251,14 @@ def test_recalibration_leaves_frozen_ones_alone():
     assert all(np.array_equal(after[path], before[path]) for path in after if not path.startswith("b_bn/moving"))
 
 
-def test_a_network_without_batch_norm_has_no_moments():
+def test_a_network_without_batch_norm_has_no_statistics_model():
     assert norm.batch_statistics_model(chain(conv(4, 3, name="a_conv"))) is None
     model = small()
     norm.freeze_batch_norm(model)
     assert norm.batch_statistics_model(model) is None
 
 
-def test_moments_leave_the_model_as_it_was():
+def test_the_statistics_model_does_not_change_the_model():
     model, images = small(), noise(4, 6, 6, 3)
     expected = predict(model, images)
     engine.create(norm.batch_statistics_model(model)).predict(images)
@@ -266,23 +266,23 @@ def test_moments_leave_the_model_as_it_was():
     assert [layer.name for layer in norm.batch_norms(norm.fuse_conv_bn(model))] == []
 
 
-# Synchronised
+# Synchronized
 
 
-def test_synchronised_alone_is_batch_norm():
-    """One replica: the steps of the plain network, with a mean that is large against the deviation."""
+def test_synchronized_batch_norm_of_one_replica_is_batch_norm():
+    """The steps equal those of the plain network, with a mean that is large relative to the deviation."""
     plain, images = small(), noise(6, 6, 6, 3, seed=7) + 5
-    synchronised = norm.sync_batch_norm(plain, lambda x: x)
-    assert [type(layer) for layer in norm.batch_norms(synchronised)] == [norm.SynchronizedBatchNorm]
-    for model in (plain, synchronised):
+    synchronized = norm.sync_batch_norm(plain, lambda x: x)
+    assert [type(layer) for layer in norm.batch_norms(synchronized)] == [norm.SynchronizedBatchNorm]
+    for model in (plain, synchronized):
         train(model, images)
     for path, array in values(plain).items():
-        np.testing.assert_allclose(values(synchronised)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
-    assert "average" not in norm.batch_norms(synchronised)[0].get_config()
+        np.testing.assert_allclose(values(synchronized)[path], array, rtol=1e-3, atol=1e-5, err_msg=path)
+    assert "average" not in norm.batch_norms(synchronized)[0].get_config()
 
 
-def test_two_replicas_are_one_large_batch(tmp_path):
-    """Moments, output and gradients of two replicas with half of the images each are those of all images in NumPy."""
+def test_two_replicas_equal_one_large_batch(tmp_path):
+    """Moments, output and gradients of two replicas with half of the images each equal those of all images in NumPy."""
     root = Path(__file__).parent.parent
     run = subprocess.run(
         [sys.executable, "-m", "tests.replicas", str(tmp_path)],
@@ -299,12 +299,12 @@ def test_two_replicas_are_one_large_batch(tmp_path):
     mean, variance = x.astype(np.float64).mean(axis=axes), x.astype(np.float64).var(axis=axes)
     normal = (x - mean) / np.sqrt(variance + 1e-5)
     # Of the loss sum(t * y): Ioffe and Szegedy 2015, section 3.
-    centred = t - t.mean(axis=axes) - normal * (t * normal).mean(axis=axes)
+    centered = t - t.mean(axis=axes) - normal * (t * normal).mean(axis=axes)
     expected = {
         "output": gamma * normal + beta,
         "moving_mean": 0.1 * mean,
         "moving_variance": 0.9 + 0.1 * variance,
-        "to_x": gamma / np.sqrt(variance + 1e-5) * centred,
+        "to_x": gamma / np.sqrt(variance + 1e-5) * centered,
         "to_gamma": (t * normal).sum(axis=axes),
         "to_beta": t.sum(axis=axes),
     }

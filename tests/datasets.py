@@ -1,4 +1,4 @@
-"""Data for tests of the apps: the real set where KVISION_DATA names it, else a file of drawn shapes."""
+"""Data for tests of the apps: the real set if KVISION_DATA names it, else a file of synthetic shapes."""
 
 import functools
 import os
