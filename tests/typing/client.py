@@ -37,3 +37,6 @@ fit = kvision.training.fit(
     Batches(images, np.zeros(2, np.int32), 2, 0, kvision.preprocess("resnet20.cifar10")),
     epochs=1,
 )
+
+history = kvision.fit(model, images, np.zeros(2), batch_size=2, epochs=2, checkpoint=folder)
+epochs: list[int] = history.epoch

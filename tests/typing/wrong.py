@@ -8,3 +8,5 @@ kvision.create_model("resnet20", class_count="10", weights=10)  # weights are a 
 kvision.weights.sav("x")  # no such name
 kvision.list_models("resnet*").upper()  # a list
 kvision.applications.VGG17()  # no such network
+kvision.fit(epochs=2)  # no model
+kvision.fit(kvision.create_model("resnet20"), epochs="two")  # a number
