@@ -18,7 +18,7 @@ def resnet20_dropout(rate: float = 0.2, size: int = 32) -> keras.Model:
     for i, filters in enumerate((16, 32, 64), start=1):
         for j in (1, 2, 3):
             name = f"stage{i}_block{j}"
-            x = block(x, filters, 2 if i > 1 and j == 1 else 1, name=name, tap=f"{name}_relu")
+            x = block(x, filters, 2 if i > 1 and j == 1 else 1, name=name, output_name=f"{name}_relu")
         x = dropout(rate, name=f"stage{i}_dropout")(x)
     x = global_pool()(x)
     return keras.Model(inputs, logits(10)(x), name="resnet20_dropout")
