@@ -768,7 +768,9 @@ PROGRAMS = {
     ),
     # The steps that a subclass has
     "own compute_loss": Program(head(relu), model=OwnLoss),
-    "own compute_loss of old": Program(head(relu), model=OldComputeLoss),
+    "own compute_loss of old": Program(
+        head(relu), model=OldComputeLoss, handed="its compute_loss has no argument training"
+    ),
     "own compute_loss and metric": Program(head(relu), model=OwnTracker),
     "own test_step": Program(head(relu), model=OwnTestStep, handed="its class overrides test_step"),
     "own compute_metrics": Program(head(relu), model=OwnMetrics, handed="its class overrides compute_metrics"),

@@ -87,7 +87,7 @@ def test_a_folder_is_never_read_at_a_cameras_size(photos, model, shape):
         (["--image-size", "0"], "--image-size must be from 1 to 4096 pixels"),
         (
             ["--model", "mlp", "--image-size", "300"],
-            "numbers, more than 67,108,864, as it grows with the image; its default image size is 28x28",
+            "values, more than 67,108,864, because it grows with the image; its default image size is 28x28",
         ),
         (["--model", "mnist_cnn", "--image-size", "400"], "its default image size is 28x28: --image-size 28"),
         (["--new-head"], "--new-head requires --weights"),

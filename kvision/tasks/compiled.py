@@ -1,6 +1,5 @@
 """A compiled Keras model as a task: its loss, its metrics and its penalties are those of `model.compile`."""
 
-import inspect
 from collections.abc import Mapping
 
 import keras
@@ -27,7 +26,6 @@ class Compiled:
     def __init__(self, model: keras.Model):
         self.model = model
         self.variables = list(model.metrics_variables)
-        self._options = "training" in inspect.signature(model.compute_loss).parameters
 
     def batch(self, data) -> dict:
         """The batch of what a data adapter of Keras gives: x, or a tuple of x, y and sample weights."""
@@ -57,8 +55,7 @@ class Compiled:
     def _score(self, models, batch, training: bool):
         x, y, weight = batch["x"], batch.get("y"), batch.get("sample_weight")
         outputs = models(x)
-        options = {"training": training} if self._options else {}
-        loss = self.model.compute_loss(x, y, outputs, weight, **options)
+        loss = self.model.compute_loss(x, y, outputs, weight, training=training)
         loss_tracker(self.model).update_state(ops.stop_gradient(loss), sample_weight=_examples(x))
         fixed = tree.map_structure(lambda one: copy_mask(one, ops.stop_gradient(one)), outputs)
         # On PyTorch Keras's losses and metrics multiply weights by masks where they lie, and the gradient needs them.

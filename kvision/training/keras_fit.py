@@ -4,6 +4,7 @@ Keras's loop stays: its data adapters, its order of shuffling, its callbacks, lo
 model's `train_step` and `test_step` are the engine's; afterwards the model is as Keras has made it.
 """
 
+import inspect
 import os
 import random
 import warnings
@@ -111,6 +112,8 @@ def why_keras(model: keras.Model) -> str | None:
     own = steps_of_its_own(model)
     if own:
         return f"its class overrides {', '.join(own)}"
+    if "training" not in inspect.signature(model.compute_loss).parameters:  # an older Keras's signature
+        return "its compute_loss has no argument training"
     if not isinstance(model.optimizer, keras.optimizers.Optimizer):
         return "it is compiled without an optimizer"
     if type(model.optimizer).apply_gradients is not keras.optimizers.Optimizer.apply_gradients:
