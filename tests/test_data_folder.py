@@ -169,7 +169,7 @@ def test_unprintable_class_names_raise_on_reading(splits, name, monkeypatch):
     (splits / "test" / "dog").rename(splits / "dog")
     monkeypatch.setattr(folder, "read_fitted", lambda *arguments, **options: pytest.fail("an image was read"))
     with pytest.raises(
-        DataError, match=r"class name .* is (empty|no UTF-8, or holds control characters); rename it"
+        DataError, match=r"class name .* is (empty|not UTF-8, or contains control characters); rename it"
     ) as caught:
         load("cifar10", splits, size=(4, 4))
     assert str(caught.value).isprintable()
