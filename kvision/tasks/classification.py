@@ -230,16 +230,22 @@ class Classification:
         return batch["image"], batch["label"], batch.get("weight")
 
 
-class _OfClasses:
-    """A Keras metric that gets integer labels."""
+class _OfClasses(keras.metrics.Metric):
+    """A Keras metric that gets integer labels; a metric itself, so that Keras finds its variables."""
 
     def __init__(self, metric, multi_label: bool):
-        self.metric, self.name, self.multi_label = metric, metric.name, multi_label
-        self.result = metric.result
+        super().__init__(name=metric.name, dtype=metric.dtype)
+        self.metric, self.multi_label = metric, multi_label
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         labels = y_true if self.multi_label else _classes(y_true)
         self.metric.update_state(labels, y_pred, **({} if sample_weight is None else {"sample_weight": sample_weight}))
+
+    def result(self):
+        return self.metric.result()
+
+    def reset_state(self):
+        self.metric.reset_state()
 
 
 def _classes(labels):
