@@ -136,7 +136,7 @@ def test_tensorflow_agrees(version, tmp_path):
     (tmp_path / "cut").write_bytes(
         (tmp_path / ("model.ckpt" if version == 1 else "model.ckpt.index")).read_bytes()[:-60]
     )
-    with pytest.raises(WeightsError, match="no readable checkpoint"):
+    with pytest.raises(WeightsError, match="not a readable checkpoint"):
         tf_checkpoint.read(tmp_path / "cut")
 
 
