@@ -957,6 +957,10 @@ def state(model):
     return [*model.variables, *model.optimizer.variables]
 
 
+if BACKEND == "jax":  # Keras 3.15.1 raises a TypeError itself: `model.fit` cannot update a layer's metric there
+    del PROGRAMS["metric of a layer"]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_trains_as_model_fit_trains_it(name):
     program = PROGRAMS[name]
