@@ -870,7 +870,8 @@ PROGRAMS = {
         },
     ),
     "own metric": Program(head(relu), compiled=lambda: {"metrics": [Agreement()]}),
-    "metric of a layer": Program(head(Counts, relu), compiled=metrics("accuracy")),
+    # On JAX Keras 3.15.1 itself raises a TypeError: its `fit` cannot update a layer's metric there.
+    "metric of a layer": Program(head(Counts, relu), compiled=metrics("accuracy"), backends=("tensorflow", "torch")),
     # Data
     "shuffled": Program(head(relu), options={"epochs": 3}),
     "in order": Program(head(relu), options={"shuffle": False}),
@@ -955,10 +956,6 @@ def close_logs(found, expected, bound, name):
 
 def state(model):
     return [*model.variables, *model.optimizer.variables]
-
-
-if BACKEND == "jax":  # Keras 3.15.1 raises a TypeError itself: `model.fit` cannot update a layer's metric there
-    del PROGRAMS["metric of a layer"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
