@@ -171,7 +171,7 @@ class Course:
         padded = Augmentation(crop_padding=1, padding_mode="reflect")
         self.test = DeviceDataset(Batches(dataset.x_test, dataset.y_test, 1, 0, self.preprocessing, padded))
         self.total = recipe.epochs * steps
-        self.at_once = trainer.steps_per_execution(steps)
+        self.steps_per_execution = trainer.steps_per_execution(steps)
 
     def begin(self, seed: int) -> None:
         """Initial weights."""
@@ -189,8 +189,8 @@ class Course:
         left, means = steps, None
         for epoch in range(self.recipe.epochs):
             params = list(self.batches.params(epoch))
-            for first in range(0, min(left, len(params)), self.at_once):
-                chunk = np.stack(params[first : first + self.at_once])
+            for first in range(0, min(left, len(params)), self.steps_per_execution):
+                chunk = np.stack(params[first : first + self.steps_per_execution])
                 means = self.engine.train_steps(self.data, chunk)
             left -= len(params)
             if left <= 0:
@@ -283,7 +283,7 @@ def main(argv=None) -> None:
         if backend == "torch" and config.compile:
             importlib.import_module("kvision.engine.torch_compiled").compile_steps(course.engine)
         started = time.perf_counter()
-        course.run(config.first, steps=course.at_once + 1)
+        course.run(config.first, steps=course.steps_per_execution + 1)
         hardware = environment.hardware()
         report = {
             "command": " ".join(

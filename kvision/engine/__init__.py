@@ -41,18 +41,14 @@ Each backend's module also has:
 """
 
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
 
-BACKENDS = ("jax", "tensorflow", "torch")
+from kvision.keras_import import BACKENDS
+from kvision.keras_import import installed as installed  # whether a backend is installed
+
 ENGINES = ("native", "keras")
-
-
-def installed(backend: str) -> bool:
-    """Whether a backend is installed; nothing is imported to find out."""
-    return importlib.util.find_spec(backend) is not None
 
 
 def backend_module():

@@ -12,13 +12,13 @@ from kvision.data.preprocessing import Preprocessing, as_uint8
 from kvision.data.tta import TTA, augmented_views
 from kvision.tasks import add, summarize
 
-ON_HOST, ON_DEVICE = 500, 2000  # images of 32x32 that are evaluated at once
+ON_HOST, ON_DEVICE = 500, 2000  # batch sizes for images of 32x32
 
 
-def at_once(shape: tuple[int, int], small: int) -> int:
-    """Images (height, width) of `shape` that are predicted at once: as many as have the pixels of `small` ones of
-    32x32, so that large ones do not fill the memory."""
-    return min(small, max(1, small * 32 * 32 // math.prod(shape)))
+def default_batch_size(shape: tuple[int, int], at_32: int) -> int:
+    """The batch size for images (height, width) of `shape`: `at_32` at 32x32 or less, and of larger images as many as
+    have the same number of pixels, so that they do not fill the memory."""
+    return min(at_32, max(1, at_32 * 32 * 32 // math.prod(shape)))
 
 
 def host_means(means) -> dict:
@@ -52,8 +52,8 @@ def evaluation_totals(engine, batches, batch_size=None, call=None) -> dict:
     """The added Means of `evaluate`, float64 on the host."""
     task, on_device = engine.program.task, isinstance(batches, DeviceDataset)
     source = batches.batches if on_device else batches
-    small = ON_DEVICE if on_device else ON_HOST
-    batch_size = batch_size or at_once((source.height, source.width), small)
+    at_32 = ON_DEVICE if on_device else ON_HOST
+    batch_size = batch_size or default_batch_size((source.height, source.width), at_32)
     if hasattr(task, "begin"):
         engine.sync_variables()
         task.begin()
@@ -84,7 +84,7 @@ def predict(
         tta: the views of each image, whose predictions' weighted mean is taken, see `kvision.data.tta`.
     """
     images = as_uint8(images)
-    batch_size = min(batch_size or at_once(images.shape[1:3], ON_HOST), len(images))
+    batch_size = min(batch_size or default_batch_size(images.shape[1:3], ON_HOST), len(images))
     predictions = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -104,17 +104,17 @@ def predict_on_device(engine, dataset: DeviceDataset, batch_size: int | None = N
         batch_size: None is 2,000, or as many as have the pixels of 2,000 images of CIFAR-10.
         tta: as for `predict`; views that are moved need images with a border of a pixel at least.
     """
-    batch_size = min(batch_size or at_once((dataset.height, dataset.width), ON_DEVICE), dataset.count)
-    border = dataset.padding
+    batch_size = min(batch_size or default_batch_size((dataset.height, dataset.width), ON_DEVICE), dataset.count)
+    padding = dataset.padding
     count = math.ceil(dataset.count / batch_size)
-    numbers = np.arange(count * batch_size, dtype=np.int32) % dataset.count  # the last batch is filled up
+    indices = np.arange(count * batch_size, dtype=np.int32) % dataset.count  # the last batch is filled up
     total = 0
     for weight, move, mirrored in TTA[tta]:
-        if abs(move) > border:
-            raise ValueError(f"tta {tta!r} moves images by {abs(move)} pixels, their border has {border}")
+        if abs(move) > padding:
+            raise ValueError(f"tta {tta!r} moves images by {abs(move)} pixels, their border has {padding}")
         params = np.zeros((count, len(PARAMS), batch_size), np.int32)
-        params[:, 0] = numbers.reshape(count, batch_size)
-        params[:, 1:3] = border - move
+        params[:, 0] = indices.reshape(count, batch_size)
+        params[:, 1:3] = padding - move
         params[:, 3] = mirrored
         found = engine.predict_on_device(dataset, params)
         total += weight * found.reshape(-1, *found.shape[2:])[: dataset.count]

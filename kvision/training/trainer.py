@@ -471,7 +471,7 @@ class Averages:
     @contextmanager
     def averaged_weights(self, epoch: int) -> Iterator[None]:
         """The averages inside, the models' own weights again after."""
-        variables = [variable for model in self.engine.program.models.values() for variable in model.variables]
+        variables = all_variables(self.engine)
         kept = values(variables)
         self.assign(epoch)
         try:
